@@ -1,0 +1,34 @@
+# Two commands: `make demo` draws pictures with the bundled model, `make test` runs every check.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow check
+
+demo: .venv/.runtime
+	$(BIN)/nar sample fashion -o out/fashion.png --gif
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
+
+# torch first and alone, so that no other package's range can bring a build with CUDA.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("nar needs Python 3.11 or newer; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+.venv/.runtime: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.dev: .venv/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,178 @@
+"""The pieces of a transformer block: RMSNorm, rotary positions over any number of axes, attention, SwiGLU, the KV
+cache.
+
+Knows sequences in whatever order they come; does not know grids, fronts or conditions. Legend: `B` batch, `S` queries,
+`T` keys, `h` attention heads, `hd` head_dim, `d` dim, `P` rotation pairs = hd / 2.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight (the order matters in half precision: published
+    weights)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:  # one fused kernel; the same numbers
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def rotations(coordinates: Tensor, head_dim: int, base: float) -> Tensor:
+    """Rotary phases for coordinates (S, axes): (S, P, 2) holding cos and sin in float32.
+
+    The P pairs are split over the axes as evenly as possible, the remainder to the last axes; axis with p pairs has
+    frequencies base ** (-j / p).
+    """
+    axes = coordinates.shape[-1]
+    pairs = head_dim // 2
+    parts = []
+    for axis in range(axes):
+        count = pairs // axes + (axis >= axes - pairs % axes)
+        frequencies = base ** (-torch.arange(count, dtype=torch.float32) / max(count, 1))
+        parts.append(coordinates[:, axis, None].float() * frequencies)
+    angles = torch.cat(parts, -1)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: Tensor, phases: Tensor) -> Tensor:
+    """Rotate adjacent pairs of `x` (B, S, h, hd) by `phases` (S, P, 2), in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, h, P, 2)
+    cos, sin = phases[:, None, :, 0], phases[:, None, :, 1]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of everything fed so far: one contiguous prefix per layer, owned by the call that uses it.
+
+    Allocated once for `length` positions. `extend` writes behind the prefix; `commit` makes that part of it once all
+    layers have written.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (num_layers, batch_size, num_heads, length, head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.key_mask: Tensor | None = None  # (B, C) bool: which condition tokens are not padding
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, h, S, hd) behind the prefix; returns prefix and new ones together."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def commit(self, count: int) -> None:
+        """Make the last `count` written positions part of the prefix."""
+        self.length += count
+
+    def keep(self, batch_size: int) -> None:
+        """Forget all but the first `batch_size` rows (the unconditional half, once guidance ends)."""
+        self.keys, self.values = self.keys[:, :batch_size], self.values[:, :batch_size]
+        self.key_mask = None if self.key_mask is None else self.key_mask[:batch_size]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; queries, keys and values come from one projection."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        phases: Tensor | None,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Attend from `x` (B, S, d) to itself and, with a cache, to what was fed before.
+
+        `phases` (S, P, 2) rotate queries and keys. `mask` is bool, True where a query may see a key, broadcastable to
+        (B, h, S, T); None lets all see all.
+        """
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, S, h, hd)
+        if phases is not None:
+            q, k = rotate(q, phases), rotate(k, phases)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return cast(Tensor, self.proj(y.transpose(1, 2).reshape(batch, length, dim)))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases; gate and up are one projection."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return cast(Tensor, self.down(F.silu(gate) * up))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then SwiGLU, each added to the stream."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.attention = Attention(dim, num_heads)
+        self.feed_forward_norm = RMSNorm(dim, norm_eps)
+        self.feed_forward = SwiGLU(dim, hidden_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        phases: Tensor | None,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        dropout: tuple[float, float] = (0.0, 0.0),
+    ) -> Tensor:
+        """`dropout` is (residual, path): rates on each branch's elements, and of whole branches per sample."""
+        x = x + _drop(self.attention(self.attention_norm(x), phases, mask, cache, layer), *dropout)
+        return x + _drop(self.feed_forward(self.feed_forward_norm(x)), *dropout)
+
+
+def _drop(branch: Tensor, residual: float, path: float) -> Tensor:
+    if residual > 0:
+        branch = F.dropout(branch, residual)
+    if path > 0:
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= path
+        branch = branch * (keep / (1 - path)).to(branch.dtype)
+    return branch

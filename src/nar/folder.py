@@ -1,0 +1,131 @@
+"""A model on disk: a folder with `config.json` and `model.safetensors`, read strictly and written atomically.
+
+Knows files and names of tensors; does not know what kind of model they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+Config = TypeVar("Config")
+
+
+def write_folder(
+    folder: str | Path, config: dict[str, Any], state: dict[str, torch.Tensor], *, parts: dict[str, Path] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors`; `parts` maps a subfolder's name to a model folder to copy into it.
+
+    Everything is written to a temporary folder beside the target first, so that a folder is either complete or absent.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, staging / WEIGHTS)
+        for name, source in (parts or {}).items():
+            shutil.copytree(source, staging / name)
+        staging.chmod(0o755)
+        (staging / WEIGHTS).chmod(0o644)
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.replace(previous / target.name)
+            staging.replace(target)
+            shutil.rmtree(previous)
+        else:
+            staging.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a model folder.
+
+    Raises:
+        FileNotFoundError: the folder or its config is missing.
+        ValueError: the file is not a JSON object.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{Path(folder)} is not a model folder: it has no {CONFIG}; "
+            "published checkpoints become one with `nar convert`"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, copy it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Read `model.safetensors` of a model folder; raises ValueError if it is truncated or of another format."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the model folder is incomplete, copy it again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); copy it again, or use `nar convert` on it"
+        ) from error
+
+
+def load_state(module: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
+    """Load `state` into `module` strictly: same names, same shapes; the module's dtype is kept.
+
+    Raises:
+        ValueError: names the tensors that are missing, left over, or of another shape.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = [
+        f"{label}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for label, names in (("missing", missing), ("not part of this model", extra), ("wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"the weights in {origin} do not fit this model; {'; '.join(problems)}")
+    module.load_state_dict(state, assign=next(iter(own.values())).device.type == "meta")
+
+
+def from_dict(cls: type[Config], values: Any, origin: str | Path) -> Config:
+    """Build a frozen config dataclass from JSON values; lists become tuples, unknown keys are refused.
+
+    Raises:
+        ValueError: a key is unknown or missing; nested ValueErrors of the dataclass's own checks pass through.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{origin}: expected an object for {cls.__name__}, got {type(values).__name__}")
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{origin}: unknown {cls.__name__} keys {', '.join(unknown)}; known: {', '.join(known)}")
+    try:
+        return cls(**{key: _tupled(value) for key, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{origin}: {cls.__name__}: {error}") from error
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,208 @@
+"""Numbers that compare two sets of features: Frechet and kernel distance, Inception Score, precision, recall, coverage.
+
+Knows arrays only; does not know which network made the features, or pictures, files and models.
+Dimensions: N real rows, M fake rows, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Features = Tensor | np.ndarray
+BLOCK_NUMBERS = 1 << 24  # distances held at once: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A Gaussian fitted to features: mean (D,) and covariance (D, D), float64, and how many rows it came from."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    num_samples: int
+
+
+def feature_statistics(batches: Iterable[Features], *, ddof: int = 1) -> Statistics:
+    """Fit a Gaussian to batches of rows (n, D) in one pass; memory does not grow with the number of batches.
+
+    `ddof` is what the count is reduced by in the covariance: 1 for FID (as `numpy.cov`), 0 for FVD. Batches are centred
+    before they are merged (Chan et al. 1979): plain sums of x x^T lose half of the digits where the mean is large.
+
+    Raises:
+        ValueError: too few rows, rows of different lengths, or numbers that are not finite.
+    """
+    count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
+    for batch in batches:
+        rows = _as_rows(batch).cpu().double().numpy()
+        if len(rows) == 0:
+            continue
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"features {count} to {count + len(rows)} hold NaN or infinity; check the pictures and dtype"
+            )
+        if count == 0:
+            mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
+        if rows.shape[1] != len(mean):
+            raise ValueError(f"a batch has {rows.shape[1]} features a row, the ones before it {len(mean)}")
+        centre = rows.mean(axis=0)
+        shift = centre - mean
+        total = count + len(rows)
+        scatter += (rows - centre).T @ (rows - centre) + np.outer(shift, shift) * (count * len(rows) / total)
+        mean = mean + shift * (len(rows) / total)
+        count = total
+    if count <= ddof:
+        raise ValueError(f"{count} rows do not give a covariance with ddof {ddof}; at least {ddof + 1} are needed")
+    return Statistics(mean, scatter / (count - ddof), count)
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared distance of two Gaussians (Heusel et al. 2017).
+
+    The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which are real and at
+    least zero whatever the rank. So nothing can become complex or infinite, and the 1e-6 that ADM adds to the
+    diagonals when `scipy.linalg.sqrtm` fails is never needed.
+    """
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(
+            f"{len(first.mean)} features cannot be compared with {len(second.mean)}; were both made by one network?"
+        )
+    values, vectors = np.linalg.eigh(first.covariance)
+    root = vectors * np.sqrt(values.clip(min=0))  # (D, D); root @ root.T is C1
+    shared = np.linalg.eigvalsh(root.T @ second.covariance @ root)
+    difference = first.mean - second.mean
+    return float(
+        difference @ difference
+        + np.trace(first.covariance)
+        + np.trace(second.covariance)
+        - 2 * np.sqrt(shared.clip(min=0)).sum()
+    )
+
+
+def kernel_distance(real: Features, fake: Features) -> float:
+    """Return KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+
+    All pairs are used, where the paper averages over random subsets: the expectation is the same, the spread smaller.
+    Not multiplied by 1000; may be slightly negative.
+    """
+    real, fake = _as_pair(real, fake)
+    for name, rows in (("real", real), ("fake", fake)):
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} {name} rows; the kernel distance needs at least 2")
+
+    def kernel_sum(left: Tensor, right: Tensor) -> float:
+        return sum(_kernel(left[rows], right).sum().item() for rows in _blocks(len(left), len(right)))
+
+    def mean_of_pairs(rows: Tensor) -> float:
+        own = ((rows.double().square().sum(1) / rows.shape[1] + 1) ** 3).sum().item()
+        return (kernel_sum(rows, rows) - own) / (len(rows) * (len(rows) - 1))
+
+    cross = kernel_sum(real, fake) / (len(real) * len(fake))
+    return mean_of_pairs(real) + mean_of_pairs(fake) - 2 * cross
+
+
+def inception_score(probabilities: Features, *, split_size: int = 5000) -> float:
+    """Return the mean over splits of exp(KL(p(y|x), p(y))) (Salimans et al. 2016) from rows of probabilities (M, K).
+
+    Splits are consecutive and `split_size` long, the last one possibly shorter, as in the ADM evaluator.
+    """
+    rows = _as_rows(probabilities).cpu().double()
+    if split_size < 1 or len(rows) == 0:
+        raise ValueError(f"split_size {split_size} and {len(rows)} rows: both must be at least 1")
+    scores = []
+    for part in torch.split(rows, split_size):
+        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(0))
+        scores.append(math.exp(divergence.sum(1).mean().item()))
+    return sum(scores) / len(scores)
+
+
+def precision_recall(real: Features, fake: Features, *, k: int = 3) -> tuple[float, float]:
+    """Return precision and recall (Kynkaanniemi et al. 2019), with ADM's conventions.
+
+    Precision is the share of fake rows that lie inside the ball of some real row, which reaches to its k-th nearest
+    neighbour among the real rows (itself not counted); recall is the same with the roles exchanged.
+    """
+    real, fake = _as_pair(real, fake)
+    radii_real, radii_fake = _radii(real, k, "real"), _radii(fake, k, "fake")
+    covered_real = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    num_inside = 0
+    for rows in _blocks(len(fake), len(real)):
+        distances = _squared_distances(fake[rows], real)  # (block, N)
+        num_inside += int((distances <= radii_real).any(1).sum())
+        covered_real |= (distances <= radii_fake[rows, None]).any(0)
+    return num_inside / len(fake), float(covered_real.double().mean())
+
+
+def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[float, float]:
+    """Return density and coverage (Naeem et al. 2020).
+
+    Density is the mean number of real balls (k-th nearest neighbour) that a fake row lies in, divided by k; coverage
+    is the share of real balls that hold a fake row. For equal distributions density is 1 and coverage about
+    1 - (N / (N + M))^k: 0.97 for N = M and k = 5, but only 0.87 when there are twice as many real rows as fake ones.
+    """
+    real, fake = _as_pair(real, fake)
+    radii = _radii(real, k, "real")
+    covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    num_inside = 0
+    for rows in _blocks(len(fake), len(real)):
+        inside = _squared_distances(fake[rows], real) < radii  # (block, N)
+        num_inside += int(inside.sum())
+        covered |= inside.any(0)
+    return num_inside / (k * len(fake)), float(covered.double().mean())
+
+
+def nearest_distances(rows: Features, references: Features) -> Tensor:
+    """Return the Euclidean distance (M,) of every row (M, D) to the nearest of the references (N, D)."""
+    references, rows = _as_pair(references, rows)
+    if len(references) == 0:
+        raise ValueError("there are no references to be near to")
+    parts = [_squared_distances(rows[block], references).amin(1) for block in _blocks(len(rows), len(references))]
+    return torch.cat(parts).sqrt() if parts else rows.new_zeros(0)
+
+
+def _as_rows(features: Features) -> Tensor:
+    rows = torch.as_tensor(features).detach()
+    if rows.ndim != 2:
+        raise ValueError(f"features must be rows (N, D), not of shape {tuple(rows.shape)}")
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def _as_pair(real: Features, fake: Features) -> tuple[Tensor, Tensor]:
+    real, fake = _as_rows(real), _as_rows(fake)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"{real.shape[1]} real features cannot be compared with {fake.shape[1]}; were both made by one network?"
+        )
+    return real, fake.to(real)
+
+
+def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK_NUMBERS // max(1, num_columns))
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def _kernel(left: Tensor, right: Tensor) -> Tensor:
+    return ((left.double() @ right.double().T) / left.shape[1] + 1) ** 3
+
+
+def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
+    """Return |l|^2 + |r|^2 - 2 l.r (L, R) around the mean of `right`, which keeps float32 exact enough."""
+    centre = right.mean(0)
+    left, right = left - centre, right - centre
+    products = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)
+    return products.add_(left.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _radii(rows: Tensor, k: int, name: str) -> Tensor:
+    """Return the squared distance (N,) of every row to its k-th nearest other row."""
+    if k < 1 or len(rows) <= k:
+        raise ValueError(f"k = {k} with {len(rows)} {name} rows; allowed is 1 to the number of rows - 1")
+    parts = [
+        _squared_distances(rows[block], rows).topk(k + 1, largest=False).values[:, k]  # index 0 is the row itself
+        for block in _blocks(len(rows), len(rows))
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,483 @@
+"""The transformer: condition and tokens in, one logit vector per position out.
+
+Tokens stay in generation order inside; the `Schedule` says who sees whom and which prediction each position reads.
+Knows codes and conditions; does not know pixels, prompts, sampling or training. Legend: `B` batch, `N` grid positions,
+`C` condition tokens, `S` slots fed, `d` dim, `H` prediction heads, `V` vocab_size.
+
+The blocks run as one chain. Head k reads the stream after its own extra blocks, which continue where head k-1's ended
+(paper, section 3.3): with `head_depths` (0, 1) the first head reads the end of the trunk, the second one block later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar.attention import Block, Cache, RMSNorm, rotations
+from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
+from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.order import Schedule, build
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a transformer. Conditions are those whose size is not zero, in the order class, text, prefix.
+
+    Attributes:
+        grid: codes per axis, (height, width) or (frames, height, width).
+        schedule: "manhattan" (NAR), "raster", or "par" with its `regions`.
+        hidden_dim: of the feed-forward layers; 0 takes 8/3 of `dim`, rounded up to a multiple of 256.
+        head_depths: extra blocks in front of each prediction head, chained; default one for each head but the first.
+        axis_heads: for each row of the schedule's predictions (width first), the head that serves it; several may share
+            one.
+        positions: "rope", "learned" (one embedding a position), or "sincos" (the same, fixed).
+        null_class: whether there is a class embedding for "no class", which guidance needs.
+        text_dim, text_length: width and number of text features.
+        prefix_grid: grid of the given codes; they are followed by a separator.
+        condition_rotation: "zero" makes all tokens see plain averages of the condition (published image weights);
+            "identity" lets attention choose.
+        prefix_attention: whether condition tokens see earlier ones ("causal") or all ("full").
+        null_mask: padding of a dropped caption: that of the "caption" (published), or its "own", none.
+    """
+
+    grid: tuple[int, ...] = (16, 16)
+    vocab_size: int = 16384
+    dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 0
+    schedule: str = "manhattan"
+    regions: tuple[int, ...] = ()
+    head_depths: tuple[int, ...] = ()
+    axis_heads: tuple[int, ...] = ()
+    positions: str = "rope"
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    num_classes: int = 0
+    null_class: bool = True
+    text_dim: int = 0
+    text_length: int = 120
+    prefix_grid: tuple[int, ...] = ()
+    condition_rotation: str = "identity"
+    prefix_attention: str = "causal"
+    null_mask: str = "own"
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "regions", "head_depths", "axis_heads", "prefix_grid"):
+            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        for name, allowed in {
+            "positions": ("rope", "learned", "sincos"),
+            "condition_rotation": ("zero", "identity"),
+            "prefix_attention": ("causal", "full"),
+            "null_mask": ("caption", "own"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+            raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
+        if not (self.num_classes or self.text_dim or self.prefix_grid):
+            raise ValueError("a model needs a condition: set num_classes, text_dim or prefix_grid")
+        rows = build(self.schedule, self.grid, self.regions).num_rows
+        if not self.hidden_dim:
+            object.__setattr__(self, "hidden_dim", 256 * math.ceil(int(8 * self.dim / 3) / 256))
+        if not self.axis_heads:
+            object.__setattr__(self, "axis_heads", tuple(range(rows)))
+        heads = max(self.axis_heads) + 1
+        if not self.head_depths:
+            object.__setattr__(self, "head_depths", (0,) + (1,) * (heads - 1))
+        if len(self.axis_heads) != rows or set(self.axis_heads) != set(range(len(self.head_depths))):
+            raise ValueError(
+                f"axis_heads {self.axis_heads} must name one of the {len(self.head_depths)} heads of head_depths "
+                f"for each of the {rows} rows of {self.schedule}, and leave none out"
+            )
+
+    @property
+    def num_condition(self) -> int:
+        """Condition tokens, C."""
+        prefix = math.prod(self.prefix_grid) + 1 if self.prefix_grid else 0
+        return (1 if self.num_classes else 0) + (self.text_length if self.text_dim else 0) + prefix
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole chain, the heads' extra ones included."""
+        return self.num_layers + sum(self.head_depths)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Rates of training-time dropout: of embedding elements, of branch elements, of whole branches at the last
+    block."""
+
+    token: float = 0.0
+    residual: float = 0.0
+    path: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What the schedule means for tensors, on the model's device and always in float32 or int64."""
+
+    schedule: Schedule
+    order: Tensor  # (N,)
+    source: Tensor  # (A, N)
+    weight: Tensor  # (A, N)
+    slots: Tensor  # (S,)
+    levels: Tensor  # (S,)
+    rows: Tensor  # (C + S,) row of the position table that each sequence position takes
+    phases: Tensor | None  # (C + S, P, 2)
+    table: Tensor | None  # (C + N, d), for fixed position embeddings
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Layout:
+        schedule = build(config.schedule, config.grid, config.regions)
+        count = config.num_condition
+        phases = table = None
+        if config.positions == "rope":
+            head_dim = config.dim // config.num_heads
+            tokens = rotations(schedule.coordinates(schedule.places), head_dim, config.rope_base)
+            condition = torch.zeros(count, head_dim // 2, 2)
+            condition[..., 0] = 1.0 if config.condition_rotation == "identity" else 0.0
+            phases = torch.cat([condition, tokens])
+        elif config.positions == "sincos":
+            table = _sincos(count + schedule.num_positions, config.dim)
+        rows = torch.cat([torch.arange(count), count + schedule.places])
+        return cls(
+            schedule, schedule.order, schedule.source, schedule.weight, schedule.slots, schedule.slot_levels(), rows,
+            phases, table
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> Layout:
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+class Transformer(nn.Module):
+    """A neighboring autoregressive transformer, or with another schedule its raster and PAR relatives."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("cpu"):  # also when the parameters are made on the meta device
+            self.layout = Layout.of(config)
+        dim, num_heads = config.dim, len(config.head_depths)
+        self.tokens = nn.Embedding(config.vocab_size, dim)
+        if config.num_classes:
+            self.classes = nn.Embedding(config.num_classes + config.null_class, dim)
+        if config.text_dim:
+            self.text = nn.Sequential(
+                nn.Linear(config.text_dim, dim, bias=False),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(dim, dim, bias=False),
+            )
+            self.register_buffer("null_text", torch.randn(config.text_length, config.text_dim) / config.text_dim**0.5)
+        if config.prefix_grid:
+            self.separator = nn.Parameter(torch.empty(dim))
+        if self.layout.schedule.num_special:
+            self.special = nn.Parameter(torch.empty(self.layout.schedule.num_special, dim))
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(config.num_condition + self.layout.schedule.num_positions, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.hidden_dim, config.norm_eps) for _ in range(config.num_blocks)
+        )
+        self.head_norms = nn.ModuleList(RMSNorm(dim, config.norm_eps) for _ in range(num_heads))
+        self.output = nn.Linear(num_heads * dim, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V."""
+        for name, parameter in self.named_parameters():
+            if not name.endswith("norm.weight") and not name.startswith("head_norms"):
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device.type != "meta":
+            self.layout = self.layout.to(self.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the computation."""
+        return self.tokens.weight.dtype
+
+    def forward(self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None) -> Tensor:
+        """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
+        logits = self.logits(self.hidden(codes, condition, dropout=dropout))
+        raster = torch.empty_like(logits)
+        raster[:, self.layout.order] = logits
+        return raster.view(len(raster), *self.config.grid, -1)
+
+    def hidden(self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None) -> Tensor:
+        """What the vocabulary projection reads, (B, N, H * d) in generation order; see `logits`."""
+        rates = dropout or Dropout()
+        tokens = self.in_order(codes)
+        embedded, key_mask = self.embed(condition)
+        if len(tokens) != len(embedded):
+            raise ValueError(f"{len(tokens)} samples of codes with {len(embedded)} conditions")
+        schedule = self.layout.schedule
+        # The last front is seen by nobody and predicts nothing: it is not fed.
+        x = torch.cat([embedded, self._embed_slots(tokens, range(schedule.num_steps - 1))], 1)  # (B, C + S, d)
+        x = self._add_positions(F.dropout(x, rates.token) if rates.token else x, 0)
+        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), dropout=rates)
+        first = self.config.num_condition - 1
+        return self._readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (..., H * d) to float32 logits (..., V).
+
+        Heads and their shares are already in the hidden states, and guidance may be applied to them: all of it is
+            linear.
+        """
+        return cast(Tensor, self.output(hidden)).float()
+
+    def in_order(self, codes: Tensor) -> Tensor:
+        """Codes (B, *grid) to tokens (B, N) in generation order; raises ValueError when the grid is another one."""
+        grid = self.config.grid
+        if codes.shape[1:] != grid:
+            raise ValueError(
+                f"grid {grid} has {math.prod(grid)} tokens but the codes are {tuple(codes.shape[1:])}; "
+                "were they extracted at another size?"
+            )
+        return codes.flatten(1)[:, self.layout.order]
+
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N) in generation order to codes (B, *grid)."""
+        codes = torch.empty_like(tokens)
+        codes[:, self.layout.order] = tokens
+        return codes.view(len(codes), *self.config.grid)
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """An empty cache for one whole generation."""
+        config = self.config
+        length = config.num_condition + len(self.layout.slots)
+        return Cache(
+            config.num_blocks, batch_size, config.num_heads, length, config.dim // config.num_heads,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+
+    def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:
+        """Feed an embedded condition; returns the hidden states (B, n, H * d) of front 0."""
+        cache.key_mask = key_mask
+        x = self._add_positions(embedded, 0)
+        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache)
+        cache.commit(x.shape[1])
+        return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0)
+
+    def decode(self, tokens: Tensor, fronts: range, cache: Cache) -> Tensor:
+        """Feed consecutive `fronts`, whose tokens (B, n) in generation order are known.
+
+        Returns the hidden states (B, m, H * d) of the positions that they predict: fronts first + 1 to last + 1.
+        """
+        schedule, count = self.layout.schedule, self.config.num_condition
+        slots = slice(schedule.fed(fronts[0]).start, schedule.fed(fronts[-1]).stop)
+        if cache.length != count + slots.start:
+            raise ValueError(
+                f"front {fronts[0]} must be fed after {count + slots.start} positions, the cache holds {cache.length}"
+            )
+        x = self._add_positions(self._embed_slots(tokens, fronts), cache.length)
+        mask = None
+        if cache.key_mask is not None or len(fronts) > 1:
+            start, stop = cache.length, cache.length + x.shape[1]
+            mask = torch.ones(1, 1, x.shape[1], stop, dtype=torch.bool, device=x.device)
+            if len(fronts) > 1:
+                levels = self.layout.levels[slots]
+                mask[..., start:] = levels[:, None] >= levels
+            if cache.key_mask is not None:
+                mask = mask.repeat(len(x), 1, 1, 1)
+                mask[..., :count] &= cache.key_mask[:, None, None]
+        states = self._chain(x, cache.length, mask, cache)
+        cache.commit(x.shape[1])
+        positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
+        return self._readout(states, positions, slots.start + 1)
+
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
+        config = self.config
+        given = parts(condition)
+        expected = [
+            kind
+            for kind, present in (
+                (ClassCondition, config.num_classes), (TextCondition, config.text_dim), (PrefixCondition,
+                config.prefix_grid)
+            )
+            if present
+        ]  # fmt: skip
+        if [type(part) for part in given] != expected:
+            raise ValueError(
+                f"this model takes {' and '.join(kind.__name__ for kind in expected)}, "
+                f"not {' and '.join(type(part).__name__ for part in given)}"
+            )
+        pieces: list[Tensor] = []
+        masks: list[Tensor | None] = []
+        for part in given:
+            if isinstance(part, ClassCondition):
+                piece, mask = self._embed_classes(part), None
+            elif isinstance(part, TextCondition):
+                piece, mask = self._embed_text(part)
+            else:
+                piece, mask = self._embed_prefix(part), None
+            pieces.append(piece)
+            masks.append(mask)
+        embedded = torch.cat(pieces, 1)
+        if all(mask is None for mask in masks):
+            return embedded, None
+        filled = [
+            torch.ones(piece.shape[:2], dtype=torch.bool, device=piece.device) if mask is None else mask
+            for piece, mask in zip(pieces, masks, strict=True)
+        ]
+        return embedded, torch.cat(filled, 1)
+
+    def _embed_classes(self, part: ClassCondition) -> Tensor:
+        config, labels = self.config, part.labels
+        if labels.device.type == "cpu" and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if high >= config.num_classes:
+                raise ValueError(f"class label {high} is not one of 0..{config.num_classes - 1}")
+            if low < 0 and not config.null_class:
+                raise ValueError("this model has no null class: it can't be guided or sampled without a class")
+        labels = labels.to(self.device)
+        return cast(Tensor, self.classes(torch.where(labels < 0, config.num_classes, labels)))[:, None]
+
+    def _embed_text(self, part: TextCondition) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if part.features.shape[1:] != (config.text_length, config.text_dim):
+            raise ValueError(
+                f"text features are {tuple(part.features.shape[1:])}, "
+                f"the model takes ({config.text_length}, {config.text_dim}); "
+                "pad the captions, or use the text encoder that the model was trained with"
+            )
+        features, mask = part.features.to(self.device, self.dtype), part.mask.to(self.device)
+        if part.null is not None:
+            null = part.null.to(self.device)
+            features = torch.where(null[:, None, None], cast(Tensor, self.null_text).to(features.dtype), features)
+            if config.null_mask == "own":
+                mask = mask | null[:, None]
+        return self.text(features), mask
+
+    def _embed_prefix(self, part: PrefixCondition) -> Tensor:
+        if part.codes.shape[1:] != self.config.prefix_grid:
+            raise ValueError(
+                f"prefix codes are {tuple(part.codes.shape[1:])}, the model takes {self.config.prefix_grid}"
+            )
+        given = self.tokens(part.codes.to(self.device).flatten(1))
+        return torch.cat([given, self.separator.expand(len(given), 1, -1)], 1)
+
+    def _embed_slots(self, tokens: Tensor, fronts: range) -> Tensor:
+        """Embed the slots of consecutive fronts, given their tokens (B, n): (B, S, d)."""
+        schedule = self.layout.schedule
+        if not fronts:
+            return cast(Tensor, self.tokens(tokens[:, :0]))
+        start, stop = schedule.front(fronts[0]).start, schedule.front(fronts[-1]).stop
+        slots = self.layout.slots[schedule.fed(fronts[0]).start : schedule.fed(fronts[-1]).stop]
+        embedded = cast(Tensor, self.tokens(tokens[:, : stop - start]))
+        if len(slots) == stop - start:
+            return embedded
+        special = self.special.expand(len(tokens), -1, -1)
+        together = torch.cat([embedded, special.to(embedded.dtype)], 1)
+        return together[:, torch.where(slots >= 0, slots - start, stop - start - 1 - slots)]
+
+    def _add_positions(self, x: Tensor, start: int) -> Tensor:
+        table = self.positions if self.config.positions == "learned" else self.layout.table
+        if table is None:
+            return x
+        return x + table[self.layout.rows[start : start + x.shape[1]]].to(x.dtype)
+
+    def _chain(
+        self, x: Tensor, start: int, mask: Tensor | None, cache: Cache | None = None, dropout: Dropout | None = None
+    ) -> list[Tensor]:
+        """Run the blocks on `x` (B, S, d), whose first position is `start`; returns the stream at each head."""
+        phases = None if self.layout.phases is None else self.layout.phases[start : start + x.shape[1]]
+        rates = dropout or Dropout()
+        taps = torch.tensor(self.config.head_depths).cumsum(0).tolist()
+        states: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            path = rates.path * index / max(1, len(self.blocks) - 1)
+            x = block(x, phases, mask, cache, index, (rates.residual, path))
+            states += [x] * taps.count(index + 1 - self.config.num_layers)
+        return states
+
+    def _readout(self, states: list[Tensor], positions: slice, first_slot: int) -> Tensor:
+        """Normalise, gather and average the heads' streams, whose first row is slot `first_slot`: (B, n, H * d)."""
+        source = self.layout.source[:, positions] - first_slot
+        weight = self.layout.weight[:, positions]
+        columns = []
+        for head, (norm, state) in enumerate(zip(self.head_norms, states, strict=True)):
+            normed = norm(state)
+            column = torch.zeros((), dtype=normed.dtype, device=normed.device)
+            for row, served_by in enumerate(self.config.axis_heads):
+                if served_by == head:
+                    share = weight[row, :, None].to(normed.dtype)
+                    column = column + normed[:, source[row].clamp_min(0)] * share
+            columns.append(column)
+        return torch.cat(columns, -1)
+
+    def _mask(self, length: int, key_mask: Tensor | None) -> Tensor | None:
+        """Who sees whom among the first `length` positions: (1 or B, 1, length, length) bool, None when all see all."""
+        count = self.config.num_condition
+        causal = self.config.prefix_attention == "causal"
+        if length == count and key_mask is None and (count == 1 or not causal):
+            return None
+        device = self.device
+        index = torch.arange(count, device=device) if causal else torch.zeros(count, dtype=torch.long, device=device)
+        levels = torch.cat([index - count, self.layout.levels[: length - count]])
+        mask = (levels[:, None] >= levels)[None, None]
+        if key_mask is not None:
+            mask = mask.repeat(len(key_mask), 1, 1, 1)
+            mask[..., :count] &= key_mask[:, None, None]
+            mask |= torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself: no row is empty
+        return mask
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Transformer:
+        """Load a model folder, strictly; weights stored in half precision are read into float32."""
+        config = read_config(folder)
+        if config.get("kind") != "transformer":
+            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a transformer")
+        with torch.device("meta"):
+            model = cls(from_dict(ModelConfig, config.get("model"), Path(folder) / "config.json"))
+        load_state(model, {name: tensor.float() for name, tensor in read_weights(folder).items()}, folder)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        class_names: tuple[str, ...] = (),
+        tokenizer: Path | None = None,
+        **extra: Any,
+    ) -> None:
+        """Write the model as a folder, with the tokenizer's folder inside it; `extra` goes into `config.json`."""
+        config = {
+            "kind": "transformer",
+            "model": dataclasses.asdict(self.config),
+            "class_names": list(class_names),
+            **extra,
+        }
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        write_folder(folder, config, state, parts={"tokenizer": tokenizer} if tokenizer else None)
+
+
+def _sincos(length: int, dim: int) -> Tensor:
+    """Fixed position embeddings (length, dim): sines, then cosines, of 10000 ** (-k / (dim / 2))."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1).float()

@@ -1,0 +1,277 @@
+"""The convolutional VQ tokenizer of the VQGAN / LlamaGen family: pictures to grids of codes and back.
+
+Knows pixels and codes; does not know how codes are generated. Legend: `B` batch, `H W` pixels, `h w` the code grid,
+`C` channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.tokenizer.quantize import VectorQuantizer
+
+NORM_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """Sizes of an image tokenizer; the defaults are LlamaGen's VQ-16 (71.9 M parameters).
+
+    `channel_multipliers` has one entry a resolution, finest first; each step down halves height and width, so the
+    patch size is 2 ** (len - 1). `norm_groups` must divide every channel count.
+    """
+
+    vocab_size: int = 16384
+    code_dim: int = 8
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    latent_channels: int = 256
+    l2_norm: bool = True
+    norm_groups: int = NORM_GROUPS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        for name in ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.channel_multipliers:
+            raise ValueError("channel_multipliers must name at least one resolution, such as [1, 2, 4]")
+        for multiplier in self.channel_multipliers:
+            if self.channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"channels {self.channels} x {multiplier} is not a multiple of norm_groups {self.norm_groups}"
+                )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side that one code stands for."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+class Reconstruction(NamedTuple):
+    """One pass through the tokenizer for training."""
+
+    pixels: Tensor  # (B, 3, H, W)
+    codes: Tensor  # (B, h, w)
+    latents: Tensor  # (B, code_dim, h, w) before quantisation
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+
+
+class ImageTokenizer(nn.Module):
+    """Pictures in -1..1 to codes and back; any size that is a multiple of the patch works."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
+        self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+
+    def forward(self, pixels: Tensor) -> Reconstruction:
+        """Reconstruct `pixels` (B, 3, H, W) in -1..1, with the quantiser's losses."""
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents)
+        decoded = self.decoder(self.from_code(quantized.latents))
+        return Reconstruction(decoded, quantized.codes, latents, quantized.codebook_loss, quantized.commitment_loss)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to continuous latents (B, code_dim, h, w)."""
+        check_pixels(pixels, self.config.patch_size)
+        return cast(Tensor, self.to_code(self.encoder(pixels)))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), float in -1..1, to codes (B, h, w) int64.
+
+        Raises:
+            ValueError: wrong number of axes or channels, a size that the patch does not divide, or values that are
+                not finite or far outside -1..1.
+        """
+        return self.quantizer.encode(self.latents(pixels))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped."""
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (batch, height, width), not {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"codes run from {int(codes.min())} to {int(codes.max())}, "
+                f"this tokenizer has 0..{self.config.vocab_size - 1}; "
+                "were they made with another tokenizer?"
+            )
+        return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
+        """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
+        config = read_config(folder)
+        if config.get("kind") != "image-tokenizer":
+            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not an image-tokenizer")
+        with torch.device("meta"):
+            tokenizer = cls(from_dict(ImageTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
+        state = {name: tensor.float() for name, tensor in read_weights(folder).items()}
+        load_state(tokenizer, state, folder)
+        return tokenizer.eval()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
+        """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
+        config = {"kind": "image-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        write_folder(folder, config, state)
+
+
+def check_pixels(pixels: Tensor, patch_size: int) -> None:
+    """Refuse pictures (B, 3, H, W) that the encoder would turn into nonsense; raises ValueError with the reason."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pictures must be (batch, 3, height, width), not {tuple(pixels.shape)}; convert to RGB first")
+    height, width = pixels.shape[-2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"a picture of {height}x{width} pixels is not a multiple of the patch size {patch_size}; "
+            "resize or pad it first"
+        )
+    if not pixels.is_floating_point():
+        raise ValueError(f"pictures must be float in -1..1, not {pixels.dtype}; use x / 127.5 - 1")
+    if pixels.numel():
+        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+        if not (low >= -1.5 and high <= 1.5):  # also false for NaN
+            raise ValueError(f"picture values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        width = config.channels
+        for index, target in enumerate(widths):
+            coarsest = index == len(widths) - 1
+            self.levels.append(_Level(width, target, config.num_blocks, config.norm_groups, attention=coarsest))
+            width = target
+        self.downsamples = nn.ModuleList(_Downsample(width) for width in widths[:-1])
+        self.mid = _middle(width, config.norm_groups)
+        self.norm_out = _norm(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for index, level in enumerate(self.levels):
+            x = level(x)
+            if index < len(self.downsamples):
+                x = self.downsamples[index](x)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        width = widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.mid = _middle(width, config.norm_groups)
+        self.levels = nn.ModuleList()
+        for index, target in enumerate(widths):
+            self.levels.append(_Level(width, target, config.num_blocks + 1, config.norm_groups, attention=index == 0))
+            width = target
+        self.upsamples = nn.ModuleList(_Upsample(width) for width in widths[:-1])
+        self.norm_out = _norm(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for index, level in enumerate(self.levels):
+            x = level(x)
+            if index < len(self.upsamples):
+                x = self.upsamples[index](x)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+
+
+class _Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention at the coarsest one."""
+
+    def __init__(self, width: int, target: int, num_blocks: int, groups: int, *, attention: bool) -> None:
+        super().__init__()
+        inputs = [width] + [target] * (num_blocks - 1)
+        self.blocks = nn.ModuleList(_ResidualBlock(channels, target, groups) for channels in inputs)
+        self.attentions = nn.ModuleList(_Attention(target, groups) for _ in inputs if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if len(self.attentions):
+                x = self.attentions[index](x)
+        return x
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, target: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels, groups)
+        self.conv1 = nn.Conv2d(channels, target, 3, padding=1)
+        self.norm2 = _norm(target, groups)
+        self.conv2 = nn.Conv2d(target, target, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, target, 1) if channels != target else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return cast(Tensor, self.shortcut(x) + y)
+
+
+class _Attention(nn.Module):
+    """Single-head attention over all positions of the latent grid."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.query, self.key, self.value, self.proj = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (
+            layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )  # (B, 1, h*w, C)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+        return cast(Tensor, x + self.proj(y))
+
+
+class _Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))  # zeros right and below only, as published
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def _middle(channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        _ResidualBlock(channels, channels, groups),
+        _Attention(channels, groups),
+        _ResidualBlock(channels, channels, groups),
+    )

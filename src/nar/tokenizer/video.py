@@ -1,0 +1,395 @@
+"""The transformer tokenizer of the LARP family: clips to grids of codes and back.
+
+Learned queries read the whole clip, so a code belongs to no place in it: the grid of codes is only the shape that a
+model reads them in, row by row. Knows pixels and codes; does not know how codes are generated. Legend: `B` batch,
+`T H W` frames and pixels, `P` patches, `Q` codes of a clip, `D` code_dim, `C` width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.quantize import VectorQuantizer
+
+NORMS = ("none", "layer", "layer_all", "batch", "batch_all")
+
+
+@dataclass(frozen=True)
+class VideoTokenizerConfig:
+    """Sizes of a video tokenizer; the defaults are LARP-L-long (172.2 M parameters).
+
+    `grid` is the shape codes are read in, of `num_tokens` codes. `norm` normalises the latents before quantisation:
+    over the code's dimensions (`layer`), over all codes of a clip (`layer_all`), over the batch and the codes
+    (`batch`) or the batch alone (`batch_all`). A `stochastic` quantiser samples codes from
+    softmax(cosine / temperature) in training; `temperature` None means that it is learned. The `learned_*` tables
+    are sines and cosines otherwise, `*_type` adds one learned vector to all rows of a table.
+    """
+
+    num_frames: int = 16
+    image_size: int = 128
+    patch_size: int = 8
+    temporal_patch_size: int = 4
+    encoder_dim: int = 768
+    num_encoder_layers: int = 12
+    num_encoder_heads: int = 12
+    decoder_dim: int = 768
+    num_decoder_layers: int = 12
+    num_decoder_heads: int = 12
+    num_tokens: int = 1024
+    grid: tuple[int, ...] = (4, 16, 16)
+    vocab_size: int = 8192
+    code_dim: int = 16
+    norm: str = "none"
+    l2_norm: bool = True
+    stochastic: bool = True
+    temperature: float | None = 0.03
+    learned_patch_positions: bool = False
+    learned_queries: bool = True
+    learned_code_positions: bool = False
+    learned_pixel_queries: bool = False
+    patch_type: bool = False
+    query_type: bool = False
+    code_type: bool = False
+    pixel_query_type: bool = True
+    position_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value}")
+        if math.prod(self.grid) != self.num_tokens:
+            raise ValueError(
+                f"grid {self.grid} has {math.prod(self.grid)} places for num_tokens {self.num_tokens}; they must agree"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.num_frames % self.temporal_patch_size:
+            raise ValueError(
+                f"num_frames {self.num_frames} is not a multiple of temporal_patch_size {self.temporal_patch_size}"
+            )
+        for dim, heads in (("encoder_dim", "num_encoder_heads"), ("decoder_dim", "num_decoder_heads")):
+            if getattr(self, dim) % getattr(self, heads) or getattr(self, dim) % 4:
+                raise ValueError(
+                    f"{dim} {getattr(self, dim)} must be a multiple of 4 and of {heads} {getattr(self, heads)}"
+                )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if self.stochastic and not self.l2_norm:
+            raise ValueError("a stochastic quantiser compares directions: set l2_norm to true, or stochastic to false")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}; null means that it is learned")
+
+    @property
+    def patch_grid(self) -> tuple[int, int, int]:
+        """Patches of a clip along time, height and width."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.temporal_patch_size, side, side
+
+
+class VideoTokenizer(nn.Module):
+    """Clips in -1..1 to codes and back.
+
+    A clip may have fewer frames than the tokenizer was made for, a multiple of the temporal patch: it still takes
+    `num_tokens` codes, and `decode` is then told `num_frames`.
+    """
+
+    def __init__(self, config: VideoTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        stride = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        wide, narrow = config.encoder_dim, config.decoder_dim
+        self.patch_embed = nn.Conv3d(3, wide, stride, stride=stride)
+        self.patch_positions = _GridPositions(
+            config.patch_grid, wide, learned=config.learned_patch_positions, shift=config.patch_type
+        )
+        self.queries = _Positions(
+            config.num_tokens, wide, config.position_base, learned=config.learned_queries, shift=config.query_type
+        )
+        self.encoder = _Transformer(wide, config.num_encoder_layers, config.num_encoder_heads)
+        self.to_code = nn.Linear(wide, config.code_dim)
+        self.code_norm = _code_norm(config)
+        self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
+        learned_temperature = config.stochastic and config.temperature is None
+        # The published models learn the inverse, and start from 10.
+        self.inverse_temperature: Tensor
+        self.register_parameter(
+            "inverse_temperature", nn.Parameter(torch.tensor(10.0)) if learned_temperature else None
+        )
+        self.from_code = nn.Linear(config.code_dim, narrow)
+        self.code_positions = _Positions(
+            config.num_tokens,
+            narrow,
+            config.position_base,
+            learned=config.learned_code_positions,
+            shift=config.code_type,
+        )
+        self.pixel_queries = _GridPositions(
+            config.patch_grid, narrow, learned=config.learned_pixel_queries, shift=config.pixel_query_type
+        )
+        self.decoder = _Transformer(narrow, config.num_decoder_layers, config.num_decoder_heads)
+        self.norm_out = nn.LayerNorm(narrow, eps=1e-6)
+        self.to_pixels = nn.Linear(narrow, 3 * math.prod(stride))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layers and the patch convolution: Xavier uniform, biases 0; the last layer: 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.to_pixels.weight)
+
+    def forward(self, clips: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
+        """Reconstruct `clips` (B, 3, T, H, W) in -1..1, with the quantiser's losses.
+
+        With `generator` the codes of a stochastic quantiser are sampled, as in training; else they are the nearest.
+        """
+        latents = self.latents(clips)
+        points, codes = self._quantize(latents, generator)
+        entries = self.quantizer.decode(codes)
+        straight_through = points + (entries - points).detach()
+        return Reconstruction(
+            self._decode(straight_through, clips.shape[2]),
+            codes,
+            latents,
+            F.mse_loss(entries, points.detach()),
+            F.mse_loss(points, entries.detach()),
+        )
+
+    def latents(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, T, H, W) to continuous latents (B, D, *grid), not yet of unit length."""
+        self._check_clips(clips)
+        # The published weights expect 0..1.
+        patches = self.patch_embed(clips * 0.5 + 0.5).flatten(2).transpose(1, 2)  # (B, P, C)
+        patches = patches + self.patch_positions(patches.shape[1])
+        queries = self.queries().to(patches.dtype).expand(len(clips), -1, -1)
+        x = self.encoder(torch.cat((patches, queries), dim=1))[:, patches.shape[1] :]  # (B, Q, C)
+        x = self.code_norm(self.to_code(x)).transpose(1, 2)
+        return cast(Tensor, x.reshape(len(clips), -1, *self.config.grid))
+
+    def encode(self, clips: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Clips (B, 3, T, H, W), float in -1..1, to codes (B, *grid) int64.
+
+        The nearest codes, or, with `generator`, codes sampled from a stochastic quantiser.
+
+        Raises:
+            ValueError: wrong axes, size, number of frames or values; a `generator` for a deterministic quantiser.
+        """
+        return self._quantize(self.latents(clips), generator)[1]
+
+    def decode(self, codes: Tensor, *, num_frames: int | None = None) -> Tensor:
+        """Codes (B, *grid) to clips (B, 3, T, H, W), about -1..1 and not clamped; T is `num_frames`, or all.
+
+        Raises:
+            ValueError: codes of another grid or another tokenizer; a number of frames that it cannot give.
+        """
+        config = self.config
+        if tuple(codes.shape[1:]) != config.grid:
+            raise ValueError(f"codes must be (batch, {', '.join(map(str, config.grid))}), not {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < config.vocab_size:
+            raise ValueError(
+                f"codes run from {int(codes.min())} to {int(codes.max())}, this tokenizer has "
+                f"0..{config.vocab_size - 1}; were they made with another tokenizer?"
+            )
+        return self._decode(self.quantizer.decode(codes), config.num_frames if num_frames is None else num_frames)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VideoTokenizer:
+        """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
+        config = read_config(folder)
+        if config.get("kind") != "video-tokenizer":
+            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a video-tokenizer")
+        with torch.device("meta"):
+            tokenizer = cls(from_dict(VideoTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
+        state = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in read_weights(folder).items()
+        }
+        load_state(tokenizer, state, folder)
+        return tokenizer.eval()
+
+    def save_pretrained(self, folder: str | Path, **extra: Any) -> None:
+        """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
+        config = {"kind": "video-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
+        write_folder(folder, config, self.state_dict())
+
+    def _quantize(self, latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Latents (B, D, *grid) to points as they are compared, of the same shape, and codes (B, *grid)."""
+        with torch.autocast(latents.device.type, enabled=False):
+            points = latents.float()
+            if self.config.l2_norm:
+                points = F.normalize(points, dim=1)
+            if generator is None:
+                return points, self.quantizer.encode(points.detach())
+            if not self.config.stochastic:
+                raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
+            scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
+            scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature.detach()
+            drawn = torch.multinomial((scores * scale).softmax(-1), 1, generator=generator)
+            return points, drawn.reshape(len(points), *self.config.grid)
+
+    def _decode(self, latents: Tensor, num_frames: int) -> Tensor:
+        config = self.config
+        step = config.temporal_patch_size
+        if not 0 < num_frames <= config.num_frames or num_frames % step:
+            raise ValueError(
+                f"num_frames {num_frames} is impossible: this tokenizer gives up to {config.num_frames} frames, "
+                f"in multiples of {step}"
+            )
+        grid = (num_frames // step, *config.patch_grid[1:])
+        codes = self.from_code(latents.flatten(2).transpose(1, 2))  # (B, Q, C)
+        codes = codes + self.code_positions()
+        queries = self.pixel_queries(math.prod(grid)).to(codes.dtype).expand(len(codes), -1, -1)
+        x = self.decoder(torch.cat((codes, queries), dim=1))[:, codes.shape[1] :]  # (B, P, C)
+        patches = self.to_pixels(self.norm_out(x)).unflatten(1, grid)
+        patches = patches.unflatten(-1, (step, config.patch_size, config.patch_size, 3))  # (B, t, h, w, dt, dh, dw, 3)
+        pixels = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, 3, t, dt, h, dh, w, dw)
+        return cast(Tensor, pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3) * 2.0 - 1.0)
+
+    def _check_clips(self, clips: Tensor) -> None:
+        config, side = self.config, self.config.image_size
+        if clips.ndim != 5 or clips.shape[1] != 3:
+            raise ValueError(f"clips must be (batch, 3, frames, height, width), not {tuple(clips.shape)}")
+        frames, height, width = clips.shape[2:]
+        if (height, width) != (side, side):
+            raise ValueError(f"clips of {height}x{width} pixels, this tokenizer reads {side}x{side}; resize them first")
+        if not 0 < frames <= config.num_frames or frames % config.temporal_patch_size:
+            raise ValueError(
+                f"clips have {frames} frames, this tokenizer reads up to {config.num_frames}, in multiples of "
+                f"{config.temporal_patch_size}; cut them, or repeat the last frame"
+            )
+        if not clips.is_floating_point():
+            raise ValueError(f"clips must be float in -1..1, not {clips.dtype}; use x / 127.5 - 1")
+        if clips.numel():
+            low, high = (float(value) for value in torch.aminmax(clips.detach()))
+            if not (low >= -1.5 and high <= 1.5):  # also false for NaN
+                raise ValueError(f"clip values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+
+
+class _Transformer(nn.Sequential):
+    """Pre-norm blocks in which every token sees every other."""
+
+    def __init__(self, dim: int, num_layers: int, num_heads: int) -> None:
+        super().__init__(*(_Block(dim, num_heads) for _ in range(num_layers)))
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        # 1e-5, the default when the published weights were trained; newer versions of their library use 1e-6.
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attention_out = nn.Linear(dim, dim)
+        self.mlp_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp_in = nn.Linear(dim, 4 * dim)
+        self.mlp_out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        )  # (B, heads, P + Q, head_dim)
+        x = x + self.attention_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return cast(Tensor, x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+
+
+class _GridPositions(nn.Module):
+    """One vector a patch: a sum of learned vectors along each axis, or a fixed table; `shift` is added to all."""
+
+    def __init__(self, grid: tuple[int, int, int], dim: int, *, learned: bool, shift: bool) -> None:
+        super().__init__()
+        if learned:
+            self.time, self.row, self.column = (
+                nn.Parameter(_sinusoid(torch.arange(size, dtype=torch.float64), dim).float()) for size in grid
+            )
+        else:
+            self.register_buffer("table", _sinusoid_grid(grid, dim))
+        self.learned = learned
+        self.shift = nn.Parameter(0.02 * torch.randn(dim)) if shift else None
+
+    def forward(self, num_patches: int) -> Tensor:
+        """The first `num_patches` rows, (P, C)."""
+        if self.learned:
+            rows = (self.time[:, None, None] + self.row[:, None] + self.column).flatten(0, 2)[:num_patches]
+        else:
+            rows = cast(Tensor, self.table)[:num_patches]
+        return rows if self.shift is None else rows + self.shift
+
+
+class _Positions(nn.Module):
+    """One vector a code: learned, or a fixed table; `shift` is added to all."""
+
+    def __init__(self, size: int, dim: int, base: float, *, learned: bool, shift: bool) -> None:
+        super().__init__()
+        self.table: Tensor
+        if learned:
+            self.table = nn.Parameter(0.02 * torch.randn(size, dim))
+        else:
+            table = _sinusoid(torch.arange(size, dtype=torch.float64), dim, base)
+            self.register_buffer("table", table.float())
+        self.shift = nn.Parameter(0.02 * torch.randn(dim)) if shift else None
+
+    def forward(self) -> Tensor:
+        """All rows, (Q, C)."""
+        return self.table if self.shift is None else self.table + self.shift
+
+
+class _OverCodes(nn.Module):
+    """Apply a norm to latents (B, Q, D) in the axis order it expects, in float32."""
+
+    def __init__(self, norm: nn.Module, layout: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.layout == "channels_second":
+                return cast(Tensor, self.norm(x.transpose(1, 2)).transpose(1, 2))
+            if self.layout == "flat":
+                return cast(Tensor, self.norm(x.flatten(1)).reshape(x.shape))
+            return cast(Tensor, self.norm(x))
+
+
+def _code_norm(config: VideoTokenizerConfig) -> nn.Module:
+    shape = (config.num_tokens, config.code_dim)
+    if config.norm == "layer":
+        return _OverCodes(nn.LayerNorm(config.code_dim), "channels_last")
+    if config.norm == "layer_all":
+        return _OverCodes(nn.LayerNorm(shape), "channels_last")
+    if config.norm == "batch":
+        return _OverCodes(nn.BatchNorm1d(config.code_dim), "channels_second")
+    if config.norm == "batch_all":
+        return _OverCodes(nn.BatchNorm1d(math.prod(shape)), "flat")
+    return nn.Identity()
+
+
+def _sinusoid(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
+    """Positions (n,) float64 to (n, dim): sines, then cosines, of geometrically falling frequencies."""
+    frequency = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = positions[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+def _sinusoid_grid(grid: tuple[int, int, int], dim: int) -> Tensor:
+    """One row a patch, (P, dim): the table of its time plus [table of its column | table of its row]."""
+    time, row, column = (
+        axis.flatten()
+        for axis in torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    )
+    return (_sinusoid(time, dim) + torch.cat((_sinusoid(column, dim // 2), _sinusoid(row, dim // 2)), dim=1)).float()

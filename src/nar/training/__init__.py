@@ -1,0 +1,1 @@
+"""One loop for tokenizers and models."""

@@ -1,0 +1,75 @@
+"""Optimizer groups and learning-rate curves. Curves are functions of images seen, so they do not depend on batch
+size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate curve.
+
+    `curve`: "constant"; "cosine" down to `final_factor`; "multistep", multiplied by `gamma` at each of `milestones`
+    (fractions of the whole training). Before it the rate rises linearly from `final_factor` over `warmup_images`.
+    `decay`: "matrices" (every parameter of two or more axes, as the image recipes do) or "linear" (weights of linear
+    layers only, as the video recipe does).
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    decay: str = "matrices"
+    clip_norm: float = 1.0
+    curve: str = "constant"
+    warmup_images: int = 0
+    final_factor: float = 0.0
+    milestones: tuple[float, ...] = (1 / 2, 2 / 3, 5 / 6)
+    gamma: float = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.curve not in ("constant", "cosine", "multistep"):
+            raise ValueError(f"optim.curve must be constant, cosine or multistep, not {self.curve!r}")
+        if self.decay not in ("matrices", "linear"):
+            raise ValueError(f"optim.decay must be matrices or linear, not {self.decay!r}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optim.learning_rate must be a positive number, not {self.learning_rate}")
+
+
+def learning_rate_factor(config: OptimConfig, images_seen: float, num_images: float) -> float:
+    """The factor on the base learning rate after `images_seen` of `num_images` images."""
+    floor, warmup = config.final_factor, config.warmup_images
+    if images_seen <= warmup and warmup:
+        return floor + (1 - floor) * images_seen / warmup
+    if config.curve == "multistep":
+        return config.gamma ** sum(images_seen >= milestone * num_images for milestone in config.milestones)
+    if config.curve == "cosine":
+        progress = min(1.0, (images_seen - warmup) / max(1.0, num_images - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict[str, object]]:
+    """Two AdamW groups, decayed and not, each ordered by parameter name; frozen parameters are left out."""
+    linear = {
+        f"{name}.weight" if name else "weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)
+    }
+    named = sorted((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+    decayed = [p.ndim >= 2 if decay == "matrices" else name in linear for name, p in named]
+    return [
+        {"params": [p for (_, p), yes in zip(named, decayed, strict=True) if yes], "weight_decay": weight_decay},
+        {"params": [p for (_, p), yes in zip(named, decayed, strict=True) if not yes], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (eps 1e-8) over the groups of `module`, in its fused form."""
+    groups = parameter_groups(module, config.weight_decay, config.decay)
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)

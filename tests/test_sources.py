@@ -1,0 +1,217 @@
+"""Every kind of source, and what is said when one is damaged."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nar.data import sources
+from nar.data.sources import FASHION_MNIST_CLASSES, Pictures, load_pictures
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, *, compressed: bool = True) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    written = {}
+    for split, count in (("train", 6), ("t10k", 4)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte", images), (f"{split}-labels-idx1-ubyte", labels)):
+            data = idx_bytes(array)
+            (folder / (f"{name}.gz" if compressed else name)).write_bytes(gzip.compress(data) if compressed else data)
+        written[split] = (images, labels)
+    return written
+
+
+def solid(path: Path, colour: object, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_idx_is_padded_evenly_and_grey_becomes_three_channels(tmp_path: Path, compressed: bool) -> None:
+    written = write_idx(tmp_path, compressed=compressed)
+    for split in ("train", "t10k", "test"):
+        images, labels = written["train" if split == "train" else "t10k"]
+        pictures = load_pictures(tmp_path, size=32, split=split)
+        assert isinstance(pictures, Pictures)
+        assert pictures.images.dtype == np.uint8
+        assert pictures.images.shape == (len(images), 32, 32, 3)
+        assert pictures.labels.dtype == np.int64
+        assert pictures.class_names == FASHION_MNIST_CLASSES
+        np.testing.assert_array_equal(pictures.labels, labels)
+        for channel in range(3):
+            np.testing.assert_array_equal(pictures.images[:, 2:30, 2:30, channel], images)
+        assert pictures.images.sum(dtype=np.int64) == 3 * images.sum(dtype=np.int64)
+
+
+def test_idx_at_its_own_size_and_smaller(tmp_path: Path) -> None:
+    images, _ = write_idx(tmp_path)["train"]
+    np.testing.assert_array_equal(load_pictures(tmp_path, size=28).images[..., 0], images)
+    assert load_pictures(tmp_path, size=14).images.shape == (6, 14, 14, 3)
+
+
+def test_the_word_fashion_mnist_finds_the_folder_or_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.delenv("NAR_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        load_pictures("fashion-mnist", size=32)
+    write_idx(tmp_path / "debian")
+    assert len(load_pictures("fashion-mnist", size=32)) == 6
+    monkeypatch.setenv("NAR_DATA", str(tmp_path / "data"))
+    write_idx(tmp_path / "data" / "fashion-mnist")
+    assert len(load_pictures("fashion-mnist", size=32, split="t10k")) == 4
+
+
+def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = images.read_bytes()
+    images.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged"):
+        load_pictures(tmp_path, size=32)
+    images.write_bytes(gzip.compress(gzip.decompress(whole)[:-5]))
+    with pytest.raises(ValueError, match="truncated"):
+        load_pictures(tmp_path, size=32)
+    images.write_bytes(labels.read_bytes())
+    with pytest.raises(ValueError, match="not an idx file"):
+        load_pictures(tmp_path, size=32)
+    images.write_bytes(whole)
+    labels.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks train-labels"):
+        load_pictures(tmp_path, size=32)
+
+
+def test_class_folders_are_sorted_cropped_and_put_on_white(tmp_path: Path) -> None:
+    solid(tmp_path / "zebra" / "a.png", (0, 0, 0))
+    solid(tmp_path / "ant" / "deep" / "b.PNG", (255, 0, 0, 0), mode="RGBA")
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    Image.fromarray(wide).save(tmp_path / "ant" / "wide.png")
+    (tmp_path / "ant" / "notes.txt").write_text("not a picture")
+    pictures = load_pictures(tmp_path, size=8)
+    assert pictures.class_names == ("ant", "zebra")
+    assert pictures.labels.tolist() == [0, 0, 1]
+    assert (pictures.images[0] == 255).all()
+    assert (pictures.images[1] == 200).all()
+    assert (pictures.images[2] == 0).all()
+    assert load_pictures(tmp_path, size=4).images.shape == (3, 4, 4, 3)
+    assert load_pictures(tmp_path, size=13).images.shape == (3, 13, 13, 3)
+
+
+def test_flat_folder_is_one_class_and_splits_are_subfolders(tmp_path: Path) -> None:
+    solid(tmp_path / "flat" / "a.png", 7, mode="L")
+    flat = load_pictures(tmp_path / "flat", size=8)
+    assert flat.class_names == ("picture",)
+    assert (flat.images == 7).all()
+    with pytest.raises(FileNotFoundError, match="no split 'test'"):
+        load_pictures(tmp_path / "flat", size=8, split="test")
+    solid(tmp_path / "split" / "train" / "x" / "a.png", (1, 1, 1))
+    with pytest.raises(FileNotFoundError, match="no 'test'"):
+        load_pictures(tmp_path / "split", size=8, split="test")
+    solid(tmp_path / "split" / "test" / "x" / "a.png", (2, 2, 2))
+    assert load_pictures(tmp_path / "split", size=8).images.max() == 1
+    for split in ("test", "t10k"):
+        assert load_pictures(tmp_path / "split", size=8, split=split).images.max() == 2
+
+
+def test_a_few_broken_pictures_are_skipped_with_their_names(tmp_path: Path) -> None:
+    for index in range(99):
+        solid(tmp_path / f"{index:03d}.png", (index, 0, 0))
+    (tmp_path / "050.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"1 of 100 pictures .* 050.jpg"):
+        pictures = load_pictures(tmp_path, size=8)
+    assert pictures.images[:, 0, 0, 0].tolist() == list(range(99))
+    (tmp_path / "051.png").write_bytes((tmp_path / "051.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"2 of 100 .*at most 1%"):
+        load_pictures(tmp_path, size=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: None, "holds no pictures"),
+        (lambda folder: (folder / "empty").mkdir(), "holds no pictures"),
+        (lambda folder: (solid(folder / "a.png", 0), solid(folder / "x" / "b.png", 0)), "both pictures"),
+    ],
+)
+def test_folders_that_make_no_sense_are_refused(tmp_path: Path, make: object, message: str) -> None:
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_pictures(tmp_path, size=8)
+
+
+def test_sources_and_settings_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_pictures(tmp_path / "nothing", size=8)
+    with pytest.raises(ValueError, match="split 'validation' is not one of train, t10k, test"):
+        load_pictures(tmp_path, size=8, split="validation")
+    with pytest.raises(ValueError, match="size 0"):
+        load_pictures(tmp_path, size=0)
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"allowed are a .parquet file"):
+        load_pictures(tmp_path / "a.zip", size=8)
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_parquet_reads_bytes_paths_and_names(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    solid(tmp_path / "beside.png", (3, 3, 3))
+    image = [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": "x"}, {"bytes": None, "path": "beside.png"}]
+    columns = {"image": image, "label": [1, 0, 2], "label_name": ["one", "zero", "two"]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    for source in (tmp_path / "train.parquet", tmp_path):
+        pictures = load_pictures(source, size=8)
+        assert pictures.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+        assert pictures.labels.tolist() == [1, 0, 2]
+        assert pictures.class_names == ("zero", "one", "two")
+
+    schema = {"info": {"features": {"label": {"names": ["a", "b", "c", "d"]}}}}
+    table = pa.table({"image": image, "label": [1, 0, 2]}).replace_schema_metadata({"huggingface": json.dumps(schema)})
+    pq.write_table(table, tmp_path / "named.parquet")
+    assert load_pictures(tmp_path / "named.parquet", size=8).class_names == ("a", "b", "c", "d")
+
+    pq.write_table(pa.table({"image": [png(4)], "label": ["cat"]}), tmp_path / "text.parquet")
+    assert load_pictures(tmp_path / "text.parquet", size=8).class_names == ("cat",)
+    pq.write_table(pa.table({"image": [png(4)]}), tmp_path / "plain.parquet")
+    assert load_pictures(tmp_path / "plain.parquet", size=8).class_names == ("picture",)
+
+    pq.write_table(pa.table({"picture": [png(4)]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="needed is `image`"):
+        load_pictures(tmp_path / "other.parquet", size=8)
+    pq.write_table(pa.table({"image": [png(4), png(5)], "label": [0, None]}), tmp_path / "hole.parquet")
+    with pytest.raises(ValueError, match="row 1 has no label"):
+        load_pictures(tmp_path / "hole.parquet", size=8)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        load_pictures(tmp_path / "bad.parquet", size=8)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[train\]"):
+        load_pictures(tmp_path / "a.parquet", size=8)
