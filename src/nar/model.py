@@ -445,6 +445,25 @@ class Transformer(nn.Module):
             mask |= torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself: no row is empty
         return mask
 
+    def at_grid(self, grid: tuple[int, ...]) -> Transformer:
+        """The same weights, shared and not copied, for another grid.
+
+        Raises:
+            ValueError: another number of axes, or position embeddings that exist for one grid only.
+        """
+        if tuple(grid) == self.config.grid:
+            return self
+        if self.config.positions != "rope" or len(grid) != len(self.config.grid):
+            raise ValueError(
+                f"grid {tuple(grid)} does not fit this model: it has {self.config.positions} positions "
+                f"for a grid of {self.config.grid}"
+            )
+        with torch.device("meta"):
+            other = Transformer(dataclasses.replace(self.config, grid=tuple(grid)))
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        other.layout = other.layout.to(self.device)
+        return other
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Transformer:
         """Load a model folder, strictly; weights stored in half precision are read into float32."""

@@ -1,1 +1,1 @@
-"""."""
+"""Pictures and codes from what people have."""

@@ -1,1 +1,1 @@
-"""."""
+"""Numbers that judge pictures and clips, whoever made them."""
