@@ -174,7 +174,8 @@ def train(
     """Train a tokenizer or a model from a recipe. The same command again resumes; DIR/model is the result."""
     from nar.training.tasks import run_recipe
 
-    typer.echo(f"wrote {run_recipe(recipe, overrides or [], override=override)}")
+    folder = run_recipe(recipe, overrides or [], override=override)
+    typer.echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
 
 
 @app.command(epilog="Example: nar info fashion")

@@ -33,6 +33,8 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle boot",
 )
+TOY = "toy"
+TOY_CLASSES = ("circle", "square", "triangle", "cross")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
@@ -58,10 +60,11 @@ class Pictures:
 def load_pictures(source: str | Path, *, size: int, split: str = "train") -> Pictures:
     """Read all pictures of one split as `size` x `size` RGB.
 
-    `source` is the word "fashion-mnist", a folder with its idx files (plain or .gz), a folder with one folder of
-    pictures per class, a flat folder of pictures (one class, "picture"), or a parquet file with the columns `image`
-    and, where there are classes, `label` and `label_name`. `split` is "train", "test" or "t10k" (the same as "test");
-    folders may hold `train/` and `test/`, or `train.parquet` and `test.parquet`; a source without splits is "train".
+    `source` is the word "toy" (2,048 drawn shapes, and 256 held out), the word "fashion-mnist", a folder with its idx
+    files (plain or .gz), a folder with one folder of pictures per class, a flat folder of pictures (one class,
+    "picture"), or a parquet file with the columns `image` and, where there are classes, `label` and `label_name`.
+    `split` is "train", "test" or "t10k" (the same as "test"); folders may hold `train/` and `test/`, or `train.parquet`
+    and `test.parquet`; a source without splits is "train".
 
     Pictures are centre-cropped and resized as in ADM, transparency becomes white; 28x28 idx pictures are padded with
     zeros instead when `size` is larger. A few broken pictures are skipped with a warning, more than 1 % are an error.
@@ -76,6 +79,8 @@ def load_pictures(source: str | Path, *, size: int, split: str = "train") -> Pic
     if split not in _IDX_PREFIX:
         raise ValueError(f"split {split!r} is not one of {', '.join(_IDX_PREFIX)}")
     path = Path(source).expanduser()
+    if str(source) == TOY and not path.exists():
+        return _draw_toy(size, split)
     if str(source) == FASHION_MNIST and not path.exists():
         path = _find_fashion_mnist()
     if path.is_file():
@@ -120,6 +125,26 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _only_train(path: Path, split: str) -> None:
     if split != "train":
         raise FileNotFoundError(f"{path} has no split {split!r}, only 'train'; a folder may hold train/ and test/")
+
+
+def _draw_toy(size: int, split: str) -> Pictures:
+    """Coloured shapes of four classes at random places and sizes: always the same ones."""
+    count = 2048 if split == "train" else 256
+    rng = np.random.default_rng((size, count))
+    labels = rng.integers(0, len(TOY_CLASSES), count)
+    centres, radii = rng.uniform(0.35, 0.65, (2, count, 1, 1)), rng.uniform(0.2, 0.35, (count, 1, 1))
+    ground, colour = rng.uniform(160, 255, (count, 1, 1, 3)), rng.uniform(0, 130, (count, 1, 1, 3))
+    places = (np.arange(size) + 0.5) / size
+    x, y = (places[None, None, :] - centres[0]) / radii, (places[None, :, None] - centres[1]) / radii
+    shapes = [
+        x**2 + y**2 < 1,
+        np.maximum(abs(x), abs(y)) < 0.85,
+        (y < 0.8) & (abs(x) < (y + 1) / 1.9),
+        (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1),
+    ]
+    inside = np.choose(labels[:, None, None], [np.broadcast_to(shape, (count, size, size)) for shape in shapes])
+    images = np.where(inside[..., None], colour, ground).round().astype(np.uint8)
+    return Pictures(images, labels.astype(np.int64), TOY_CLASSES)
 
 
 def _find_fashion_mnist() -> Path:

@@ -28,8 +28,8 @@ from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import Sampling, generate
 from nar.sheet import contact_sheet
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.training.loop import train
-from nar.training.optim import OptimConfig
+from nar.training.distributed import Workers, joined
+from nar.training.loop import Batch, Metrics, Plan, train
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ class TokenizerLossConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Plan):
     """A whole training run. `about` says what it makes, on which hardware, in which time, to which number."""
 
     about: str = ""
     task: str = "model"
-    run: str = "runs/default"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
@@ -72,110 +71,118 @@ class Recipe:
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    batch_size: int = 64
-    num_images: int = 0
-    ema_decay: float = 0.999
-    seed: int = 0
-    log_every: int = 50
-    preview_every: int = 500
-    checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
-        for name in ("batch_size", "num_images", "log_every", "preview_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.task == "tokenizer" and self.engine.parallel == "fsdp":
+            raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
 
 
-def run_recipe(name: str, overrides: Sequence[str] = (), *, override: bool = False) -> Path:
-    """Train what a recipe describes; returns the folder of the result. Running it again resumes."""
+def run_recipe(
+    name: str, overrides: Sequence[str] = (), *, override: bool = False, metrics: Metrics | None = None
+) -> Path | None:
+    """Train what a recipe describes; returns the folder of the result, or None when SIGTERM stopped it before.
+
+    Running it again resumes. `metrics` is called with the averaged module whenever previews are drawn.
+    """
     recipe = load(Recipe, name, overrides)
-    task = TokenizerTask(recipe) if recipe.task == "tokenizer" else ModelTask(recipe)
-    return train(
-        task,
-        run=Path(recipe.run),
-        config=dataclasses.asdict(recipe),
-        optim=recipe.optim,
-        batch_size=recipe.batch_size,
-        num_images=recipe.num_images,
-        ema_decay=recipe.ema_decay,
-        seed=recipe.seed,
-        log_every=recipe.log_every,
-        preview_every=recipe.preview_every,
-        checkpoint_every=recipe.checkpoint_every,
-        override=override,
-    )
+    with joined(recipe.engine.device) as workers:
+        task = TokenizerTask(recipe, workers) if recipe.task == "tokenizer" else ModelTask(recipe, workers)
+        return train(
+            task, recipe, config=dataclasses.asdict(recipe), workers=workers, override=override, metrics=metrics
+        )
 
 
 class TokenizerTask:
     """Train an image tokenizer to reconstruct pictures."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.module = ImageTokenizer(recipe.tokenizer)
+    def __init__(self, recipe: Recipe, workers: Workers) -> None:
+        self.recipe, self.workers = recipe, workers
+        torch.manual_seed(recipe.seed)
+        self.module = ImageTokenizer(recipe.tokenizer).to(workers.device)
         self.pictures = load_pictures(recipe.data.source, size=recipe.data.size)
         self.heldout = _validation(recipe.data)
         self.num_samples = len(self.pictures.images)
-        self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool)
-        self._latents: Tensor | None = None
+        self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool, device=workers.device)
+        self._latents: list[Tensor] = []
 
-    def loss(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
+        return ()
+
+    def fetch(self, batch: Batch) -> Tensor:
+        return as_pixels(self.pictures.images[batch.indices])
+
+    def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         weights = self.recipe.tokenizer_loss
-        pixels = as_pixels(self.pictures.images[indices])
+        pixels = data.to(self.workers.device)
         made = self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
-        self._latents = made.latents.detach()
-        self.used[made.codes.unique().cpu()] = True
+        self._latents.append(made.latents.detach())
+        codes = made.codes.unique()
+        self.used[codes] = True
         return loss, {
             "psnr": psnr(error.detach()),
             "commitment": made.commitment_loss.detach(),
-            "codes_in_batch": torch.tensor(float(made.codes.unique().numel())),
+            "codes_in_batch": torch.tensor(float(codes.numel()), device=self.workers.device),
         }
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
         every = self.recipe.tokenizer_loss.restart_every
         last = self.recipe.tokenizer_loss.restart_until * self.recipe.num_images / self.recipe.batch_size
-        if step == 0 and self._latents is not None and every:  # start on the data
-            self.module.quantizer.restart(self._latents, torch.ones_like(self.used), generator)
-        elif every and step % every == 0 and step <= last and self._latents is not None:
-            self.module.quantizer.restart(self._latents, ~self.used, generator)
+        latents, self._latents = self._latents, []
+        if every and step % every == 0 and step <= last:
+            # In the order of the batch, whatever number of processes and pieces computed it.
+            pieces = torch.stack([self.workers.gather(piece) for piece in latents])
+            used = self.workers.sum(self.used.float()) > 0
+            dead = torch.ones_like(used) if step == 0 else ~used  # the first time all: a start on the data
+            self.module.quantizer.restart(pieces.flatten(0, 1), dead, generator)
             self.used.zero_()
 
-    def state(self) -> dict[str, Any]:
-        return {"used": self.used}
+    def state(self) -> dict[str, Tensor]:
+        return {"used": self.workers.sum(self.used.float()) > 0}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.used = state["used"]
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.used = state["used"].to(self.workers.device)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        squared, codes = 0.0, torch.zeros(self.recipe.tokenizer.vocab_size)
+        device, vocab_size = self.workers.device, self.recipe.tokenizer.vocab_size
+        squared, codes = torch.zeros(1, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images[:2000]
-        for start in range(0, len(images), 250):
-            pixels = as_pixels(images[start : start + 250])
+        for rows in _share(len(images), 250, self.workers):
+            pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
-            squared += float((made.pixels.clamp(-1, 1) - pixels).square().flatten(1).mean(1).sum())
-            codes += torch.bincount(made.codes.flatten(), minlength=len(codes))
+            squared += (made.pixels.clamp(-1, 1) - pixels).square().flatten(1).mean(1).sum()
+            codes += torch.bincount(made.codes.flatten(), minlength=vocab_size)
+        error = float(self.workers.sum(squared)) / len(images)
+        codes = self.workers.sum(codes)
         shares = codes / codes.sum()
         return {
-            "psnr": 10 * math.log10(4 / (squared / len(images))),
+            "loss": error,
+            "psnr": 10 * math.log10(4 / error),
             "usage": float((codes > 0).float().mean()),
             "perplexity": float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())),
         }
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
-        pixels = as_pixels(self.heldout.images[:16])
+        pixels = as_pixels(self.heldout.images[:16]).to(self.workers.device)
         pairs = torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1)
         return contact_sheet(as_pictures(pairs), ["real", "code"] * 16, columns=8)
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, ImageTokenizer)
         module.save_pretrained(folder, training=training)
+
+
+def _share(count: int, size: int, workers: Workers) -> list[slice]:
+    """This process's share of `count` held-out samples, in slices of `size` at most."""
+    starts = range(workers.rank * size, count, workers.count * size)
+    return [slice(start, min(start + size, count)) for start in starts]
 
 
 def _validation(data: DataConfig) -> Pictures:
@@ -201,11 +208,11 @@ def psnr(error: Tensor) -> Tensor:
 class ModelTask:
     """Train a transformer on the codes of pictures, which are extracted once, at the start of the run."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, workers: Workers) -> None:
         if not recipe.tokenizer_path:
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer")
-        self.recipe = recipe
-        self.tokenizer = ImageTokenizer.from_pretrained(recipe.tokenizer_path)
+        self.recipe, self.workers = recipe, workers
+        self.tokenizer = ImageTokenizer.from_pretrained(recipe.tokenizer_path).to(workers.device)
         pictures = load_pictures(recipe.data.source, size=recipe.data.size)
         heldout = _validation(recipe.data)
         self.class_names = pictures.class_names
@@ -216,7 +223,8 @@ class ModelTask:
             vocab_size=self.tokenizer.config.vocab_size,
             num_classes=len(self.class_names),
         )
-        self.module = Transformer(config)
+        torch.manual_seed(recipe.seed)
+        self.module = Transformer(config).to(workers.device)
         cache = Path(recipe.run)
         digest = hashlib.sha256((Path(recipe.tokenizer_path) / WEIGHTS).read_bytes()).hexdigest()
         self.codes = extract(self.tokenizer, pictures, cache / "codes-train.safetensors", digest)
@@ -224,32 +232,40 @@ class ModelTask:
         self.labels, self.heldout_labels = torch.from_numpy(pictures.labels), torch.from_numpy(heldout.labels)
         self.num_samples = len(self.codes)
 
-    def loss(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = torch.from_numpy(indices)
-        codes = self.codes[rows].long()
-        null = torch.rand(len(rows), generator=generator) < self.recipe.condition_dropout
-        condition = drop(ClassCondition(self.labels[rows]), null)
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(module, Transformer)
+        return list(module.blocks)
+
+    def fetch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(batch.indices)
+        return self.codes[rows].long(), self.labels[rows]
+
+    def loss(self, batch: Batch, data: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        codes, labels = (part.to(self.workers.device) for part in data)
+        null = torch.from_numpy(batch.uniforms[:, 0] < self.recipe.condition_dropout).to(self.workers.device)
+        condition = drop(ClassCondition(labels), null)
         loss = token_losses(self.module, codes, condition, dropout=self.recipe.dropout).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
         pass
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:
         pass
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Transformer)
-        total, codes = 0.0, self.heldout_codes
-        for start in range(0, len(codes), 500):
-            rows = slice(start, start + 500)
-            losses = token_losses(module, codes[rows].long(), ClassCondition(self.heldout_labels[rows]))
-            total += float(losses.mean(-1).sum())
-        return {"bits_per_token": total / len(codes) / math.log(2)}
+        codes, device = self.heldout_codes, self.workers.device
+        total = torch.zeros(1, device=device)
+        for rows in _share(len(codes), 500, self.workers):
+            labels = ClassCondition(self.heldout_labels[rows].to(device))
+            total += token_losses(module, codes[rows].long().to(device), labels).mean(-1).sum()
+        loss = float(self.workers.sum(total)) / len(codes)
+        return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
