@@ -54,5 +54,7 @@ def test_several_processes_without_a_way_to_share_are_refused(alone: tuple[Path,
 
 
 def test_a_batch_that_cannot_be_split_is_refused(alone: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size 32 is not a multiple of 3, 1 processes times engine.accumulate=3"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 32 is not a multiple of 3, 1 processes times engine\.accumulate=3"
+    ):
         run_recipe(str(alone[0]), [f"run={tmp_path / 'run'}", "engine.accumulate=3"])

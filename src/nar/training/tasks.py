@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from nar.condition import ClassCondition, Condition, drop
 from nar.config import load
-from nar.data.sources import Pictures, load_pictures
-from nar.folder import WEIGHTS
+from nar.data.codes import Codes
+from nar.data.extract import extract
+from nar.data.sources import (
+    BROKEN,
+    VIEWS,
+    Source,
+    centre_crop,
+    check_broken,
+    held_out,
+    load_pictures,
+    open_source,
+    random_crop,
+)  # fmt: skip
+from nar.folder import digest
 from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import Sampling, generate
 from nar.sheet import contact_sheet
+from nar.tokenizer import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.training.distributed import Workers, joined
 from nar.training.loop import Batch, Metrics, Plan, train
@@ -34,11 +44,55 @@ from nar.training.loop import Batch, Metrics, Plan, train
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from: see `nar.data.sources.load_pictures`."""
+    """What is learned from.
+
+    Attributes:
+        source: pictures, see `nar.data.sources.open_source`.
+        size: pixels a side.
+        validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
+            `heldout_share` of the pictures, by `group`.
+        label, group: columns of tables; samples of one group are held out together.
+        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
+        augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
+            random crop, mirrored half of the time ("crop").
+        codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
+            the first is held out.
+    """
 
     source: str = ""
     size: int = 256
-    validation: str = "test"
+    validation: str = "auto"
+    heldout_share: float = 0.05
+    label: str = "label"
+    group: str = ""
+    views: str = "centre"
+    augment: str = "none"
+    codes: str = ""
+    heldout_codes: str = ""
+
+    def __post_init__(self) -> None:
+        if self.views not in VIEWS:
+            raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
+        if self.augment not in ("none", "flip", "crop"):
+            raise ValueError(f"data.augment must be none, flip or crop, not {self.augment!r}")
+        if not 0 < self.heldout_share < 1:
+            raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
+
+    def open(self) -> tuple[Source, Source]:
+        """The pictures to learn from, and those held out."""
+        if not self.source:
+            raise ValueError("this recipe needs pictures: data.source=FOLDER (or a .parquet or .tar file, or a hub id)")
+        train = open_source(self.source, size=self.size, label=self.label, group=self.group)
+        split = "test" if self.validation == "auto" else self.validation
+        try:
+            return train, open_source(self.source, size=self.size, split=split, label=self.label, group=self.group)
+        except FileNotFoundError:
+            if self.validation != "auto":
+                raise
+        if len(train) < 2:
+            raise ValueError(f"{self.source} has {len(train)} pictures; at least two are needed, one to be held out")
+        out = held_out(train.groups or train.names, self.heldout_share)
+        return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
 
 
 @dataclass(frozen=True)
@@ -102,9 +156,13 @@ class TokenizerTask:
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
         self.module = ImageTokenizer(recipe.tokenizer).to(workers.device)
-        self.pictures = load_pictures(recipe.data.source, size=recipe.data.size)
-        self.heldout = _validation(recipe.data)
-        self.num_samples = len(self.pictures.images)
+        train, heldout = recipe.data.open()
+        self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
+        self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
+        self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
+        self.num_samples = len(self.source or self.pictures or ())
+        self._pool = ThreadPoolExecutor(recipe.engine.workers)
+        self._broken: dict[int, str] = {}
         self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool, device=workers.device)
         self._latents: list[Tensor] = []
 
@@ -112,7 +170,38 @@ class TokenizerTask:
         return ()
 
     def fetch(self, batch: Batch) -> Tensor:
-        return as_pixels(self.pictures.images[batch.indices])
+        if self.pictures is None:
+            images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.uniforms)))
+        else:
+            images = self.pictures.images[batch.indices]
+        if self.recipe.data.augment == "flip":
+            mirrored = batch.uniforms[:, 3, None, None, None] < 0.5
+            images = np.where(mirrored, images[:, :, ::-1], images)
+        return as_pixels(images)
+
+    def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
+        """A picture (size, size, 3) of the source; for a broken one, which is listed in the run, the next."""
+        assert self.source is not None
+        for step in range(len(self.source)):
+            index = (int(row) + step) % len(self.source)
+            try:
+                picture = self.source.picture(index)
+            except BROKEN as error:
+                self._report(index, error)
+                continue
+            size = self.recipe.data.size
+            crop = self.recipe.data.augment == "crop"
+            return np.asarray(random_crop(picture, size, uniforms.tolist()) if crop else centre_crop(picture, size))
+        raise ValueError(f"no picture of {self.recipe.data.source} can be read")
+
+    def _report(self, index: int, error: Exception) -> None:
+        assert self.source is not None
+        if index in self._broken:
+            return
+        self._broken[index] = f"{self.source.names[index]} ({error})"
+        with Path(self.recipe.run, f"broken-{self.workers.rank}.txt").open("a", encoding="utf-8") as file:
+            file.write(self._broken[index] + "\n")
+        check_broken(list(self._broken.values()), len(self.source))
 
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         weights = self.recipe.tokenizer_loss
@@ -185,8 +274,9 @@ def _share(count: int, size: int, workers: Workers) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in starts]
 
 
-def _validation(data: DataConfig) -> Pictures:
-    return load_pictures(data.source, size=data.size, split=data.validation)
+def _too_large(source: Source, size: int) -> bool:
+    """Whether decoded pictures had better not all be in memory."""
+    return len(source) * size * size * 3 > 2**31
 
 
 def as_pixels(images: np.ndarray) -> Tensor:
@@ -206,39 +296,35 @@ def psnr(error: Tensor) -> Tensor:
 
 
 class ModelTask:
-    """Train a transformer on the codes of pictures, which are extracted once, at the start of the run."""
+    """Train a transformer on codes: extracted ones, or those of pictures, which are made at the start of the run."""
 
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
-        if not recipe.tokenizer_path:
-            raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer")
         self.recipe, self.workers = recipe, workers
-        self.tokenizer = ImageTokenizer.from_pretrained(recipe.tokenizer_path).to(workers.device)
-        pictures = load_pictures(recipe.data.source, size=recipe.data.size)
-        heldout = _validation(recipe.data)
-        self.class_names = pictures.class_names
-        patch = self.tokenizer.config.patch_size
+        if recipe.model.text_dim or recipe.model.prefix_grid:
+            raise ValueError(
+                "so far only class-conditional models are trained: captions need text features and clips given frames; "
+                "set model.text_dim=0 and model.prefix_grid=[]"
+            )
+        self.train_codes, self.heldout_codes, self.tokenizer_folder = _code_sets(recipe, workers)
+        self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
+        self.class_names = self.train_codes.class_names
         config = dataclasses.replace(
             recipe.model,
-            grid=(recipe.data.size // patch,) * 2,
+            grid=self.train_codes.grid,
             vocab_size=self.tokenizer.config.vocab_size,
             num_classes=len(self.class_names),
         )
         torch.manual_seed(recipe.seed)
         self.module = Transformer(config).to(workers.device)
-        cache = Path(recipe.run)
-        digest = hashlib.sha256((Path(recipe.tokenizer_path) / WEIGHTS).read_bytes()).hexdigest()
-        self.codes = extract(self.tokenizer, pictures, cache / "codes-train.safetensors", digest)
-        self.heldout_codes = extract(self.tokenizer, heldout, cache / "codes-heldout.safetensors", digest)
-        self.labels, self.heldout_labels = torch.from_numpy(pictures.labels), torch.from_numpy(heldout.labels)
-        self.num_samples = len(self.codes)
+        self.num_samples = len(self.train_codes)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, Transformer)
         return list(module.blocks)
 
     def fetch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(batch.indices)
-        return self.codes[rows].long(), self.labels[rows]
+        codes = self.train_codes.read(batch.indices, batch.uniforms[:, 1])
+        return torch.from_numpy(codes), torch.from_numpy(self.train_codes.labels[batch.indices])
 
     def loss(self, batch: Batch, data: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         codes, labels = (part.to(self.workers.device) for part in data)
@@ -262,8 +348,9 @@ class ModelTask:
         codes, device = self.heldout_codes, self.workers.device
         total = torch.zeros(1, device=device)
         for rows in _share(len(codes), 500, self.workers):
-            labels = ClassCondition(self.heldout_labels[rows].to(device))
-            total += token_losses(module, codes[rows].long().to(device), labels).mean(-1).sum()
+            labels = ClassCondition(torch.from_numpy(codes.labels[rows]).to(device))
+            tokens = torch.from_numpy(codes.read(np.arange(rows.start, rows.stop))).to(device)
+            total += token_losses(module, tokens, labels).mean(-1).sum()
         loss = float(self.workers.sum(total)) / len(codes)
         return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
@@ -273,17 +360,54 @@ class ModelTask:
         labels = torch.arange(min(10, len(self.class_names))).repeat_interleave(4)
         codes = generate(module, ClassCondition(labels), seed=0)
         names = [self.class_names[label] for label in labels]
-        return contact_sheet(as_pictures(self.tokenizer.decode(codes)), names, columns=8)
+        pixels = self.tokenizer.decode(codes)
+        if pixels.ndim == 5:  # a clip's frames side by side
+            pixels = pixels.movedim(2, 3).flatten(3, 4)
+        return contact_sheet(as_pictures(pixels), names, columns=8)
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, Transformer)
         module.save_pretrained(
             folder,
             class_names=self.class_names,
-            tokenizer=Path(self.recipe.tokenizer_path),
+            tokenizer=self.tokenizer_folder,
             training=training,
             sampling=dataclasses.asdict(self.recipe.sampling),
         )
+
+
+def _code_sets(recipe: Recipe, workers: Workers) -> tuple[Codes, Codes, Path]:
+    """Codes to learn from, codes held out, and the folder of the tokenizer that made both.
+
+    Raises:
+        ValueError: the codes are of another tokenizer than the recipe's.
+    """
+    data = recipe.data
+    if data.codes:
+        train, folder = Codes.open(data.codes), Path(recipe.tokenizer_path or Path(data.codes) / "tokenizer")
+        if data.heldout_codes:
+            heldout = Codes.open(data.heldout_codes)
+        else:
+            out = held_out(train.groups, data.heldout_share)
+            train, heldout = train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
+        for codes in (train, heldout):
+            if codes.manifest["tokenizer"] != digest(folder):
+                raise ValueError(
+                    f"the codes in {codes.folder} were made by another tokenizer than {folder} "
+                    f"({codes.manifest['tokenizer'][:12]}..., not {digest(folder)[:12]}...); extract them again with it"
+                )
+        return train, heldout, folder
+    if not recipe.tokenizer_path:
+        raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
+    made = []
+    for name, source in zip(("train", "heldout"), data.open(), strict=True):
+        folder = extract(
+            recipe.tokenizer_path, source, Path(recipe.run) / "codes" / name, size=data.size,
+            kind=data.views if name == "train" else "centre", device=workers.device, threads=recipe.engine.workers,
+            rank=workers.rank, count=workers.count, wait=workers.wait,
+        )  # fmt: skip
+        made.append(Codes.open(folder))
+    return made[0], made[1], Path(recipe.tokenizer_path)
 
 
 def token_losses(
@@ -307,22 +431,3 @@ def token_losses(
         for states, tokens in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
     ]
     return torch.cat(pieces).view_as(targets)
-
-
-@torch.no_grad()
-def extract(tokenizer: ImageTokenizer, pictures: Pictures, cache: Path, digest: str, batch_size: int = 250) -> Tensor:
-    """Codes (N, h, w) int32 of all pictures; taken from `cache` when they were made of these by this tokenizer."""
-    key = hashlib.sha256(pictures.images.tobytes()).hexdigest() + digest
-    if cache.is_file():
-        with safe_open(cache, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                codes: Tensor = file.get_tensor("codes")
-                return codes
-    starts = range(0, len(pictures.images), batch_size)
-    pieces = [
-        tokenizer.encode(as_pixels(pictures.images[start : start + batch_size])).int()
-        for start in tqdm(starts, desc="extracting codes", unit="batch", leave=False)
-    ]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": torch.cat(pieces)}, cache, {"key": key})
-    return torch.cat(pieces)
