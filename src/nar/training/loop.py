@@ -48,7 +48,8 @@ NUM_DRAWS = 6  # uniform numbers that each sample gets
 class Plan:
     """How long and how a run trains, and what it leaves. The `*_every` count steps.
 
-    `export` is which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
+    It ends after `num_images`, or where that is 0 after `epochs` of the data, but within `images_between`. `export` is
+    which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
     held-out loss. `keep_last` checkpoints are kept, and the best one.
     """
 
@@ -57,6 +58,8 @@ class Plan:
     engine: Engine = field(default_factory=Engine)
     batch_size: int = 64
     num_images: int = 0
+    epochs: float = 0.0
+    images_between: tuple[int, ...] = (0, 2**62)
     ema_decay: float = 0.999
     seed: int = 0
     log_every: int = 50
@@ -66,11 +69,23 @@ class Plan:
     export: str = "last"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_images", "log_every", "preview_every", "checkpoint_every", "keep_last"):
+        object.__setattr__(self, "images_between", tuple(self.images_between))
+        for name in ("batch_size", "log_every", "preview_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.num_images > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"either num_images or epochs must be set, not num_images={self.num_images} and epochs={self.epochs}"
+            )
+        if len(self.images_between) != 2 or self.images_between[0] > self.images_between[1]:
+            raise ValueError(f"images_between must be two rising numbers, not {self.images_between}")
         if self.export not in ("last", "best"):
             raise ValueError(f"export must be last or best, not {self.export!r}")
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole training, on a set of `num_samples`."""
+        low, high = self.images_between
+        return math.ceil((self.num_images or min(max(self.epochs * num_samples, low), high)) / self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class Task(Protocol):
         """The mean loss over a batch and what `fetch` gave for it, and values to log."""
         ...
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
         """Upkeep after an optimizer step (reviving dead codes, say), the same on every process."""
         ...
 
@@ -148,7 +163,7 @@ def train(
     override: bool = False,
     metrics: Metrics | None = None,
 ) -> Path | None:
-    """Train until `plan.num_images` have been seen; returns the folder of the final model, `run/model`.
+    """Train to the end of the plan; returns the folder of the final model, `run/model`.
 
     Returns None when SIGTERM came: then the state is saved. `config` is stored in the checkpoint; a resumed run whose
     config differs is refused unless `override`.
@@ -159,12 +174,9 @@ def train(
         OSError: a checkpoint can't be written; those before it are kept.
     """
     run = Path(plan.run)
-    num_steps = math.ceil(plan.num_images / plan.batch_size)
-    if task.num_samples < plan.batch_size:
-        raise ValueError(
-            f"batch_size {plan.batch_size} is larger than the training set, {task.num_samples} samples; "
-            f"set batch_size={task.num_samples} or less"
-        )
+    if task.num_samples < 1:
+        raise ValueError("the training set is empty")
+    num_steps = plan.num_steps(task.num_samples)
     pieces = workers.count * plan.engine.accumulate
     if plan.batch_size % pieces:
         raise ValueError(
@@ -220,7 +232,7 @@ def train(
                     f"the last checkpoint in {run} is intact"
                 )
             state.optimizer.step()
-            task.after_step(step, torch.Generator().manual_seed(_mix(plan.seed, step)))
+            task.after_step(step, num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
             update_average(state.average, task.module, step, plan.ema_decay)
             bar.update(plan.batch_size)
             checkpoints.check()
@@ -394,11 +406,14 @@ def _pieces(plan: Plan, num_samples: int, workers: Workers, step: int) -> list[B
 
 
 def _rows(plan: Plan, num_samples: int, step: int) -> np.ndarray:
-    """The rows of the data that make the batch of `step`: a new order each epoch, the incomplete last batch dropped."""
-    per_epoch = num_samples // plan.batch_size
+    """The rows of the data that make the batch of `step`: a new order each epoch, the incomplete last batch dropped.
+
+    A set smaller than a batch is repeated in it.
+    """
+    per_epoch = max(1, num_samples // plan.batch_size)
     order = _permutation(num_samples, plan.seed, step // per_epoch)
     start = step % per_epoch * plan.batch_size
-    return order[start : start + plan.batch_size]
+    return np.resize(order, max(plan.batch_size, num_samples))[start : start + plan.batch_size]
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nar.condition import ClassCondition, Condition, drop
-from nar.config import load
+from nar.config import load, recipe_names
 from nar.data.codes import Codes
 from nar.data.extract import extract
 from nar.data.sources import (
@@ -32,7 +34,7 @@ from nar.data.sources import (
     open_source,
     random_crop,
 )  # fmt: skip
-from nar.folder import digest
+from nar.folder import CONFIG, digest, read_config
 from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import Sampling, generate
 from nar.sheet import contact_sheet
@@ -111,9 +113,24 @@ class TokenizerLossConfig:
     restart_until: float = 0.6
 
 
+def _open_model() -> ModelConfig:
+    """A model's defaults with the sizes left open that follow from what a recipe says."""
+    config = ModelConfig(num_classes=1000)
+    for name, unset in {"hidden_dim": 0, "head_depths": (), "axis_heads": ()}.items():
+        object.__setattr__(config, name, unset)
+    return config
+
+
 @dataclass(frozen=True)
 class Recipe(Plan):
-    """A whole training run. `about` says what it makes, on which hardware, in which time, to which number."""
+    """A whole training run. `about` says what it makes, on which hardware, in which time, to which number.
+
+    A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
+    trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
+
+    `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
+    `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
+    """
 
     about: str = ""
     task: str = "model"
@@ -121,7 +138,10 @@ class Recipe(Plan):
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     tokenizer_path: str = ""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
+    tokenizer_recipe: str = ""
+    init: str = ""
+    lora_rank: int = 0
+    model: ModelConfig = field(default_factory=_open_model)
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)
@@ -130,6 +150,8 @@ class Recipe(Plan):
         super().__post_init__()
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
+        if self.lora_rank and not (self.init and self.task == "model"):
+            raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer" and self.engine.parallel == "fsdp":
             raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
 
@@ -141,12 +163,41 @@ def run_recipe(
 
     Running it again resumes. `metrics` is called with the averaged module whenever previews are drawn.
     """
+    # The short forms of the command line: data=FOLDER, and on a GPU the larger version of a recipe where there is one.
+    overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
+    if f"{name}-cuda" in recipe_names() and torch.cuda.is_available():
+        name = f"{name}-cuda"
     recipe = load(Recipe, name, overrides)
     with joined(recipe.engine.device) as workers:
-        task = TokenizerTask(recipe, workers) if recipe.task == "tokenizer" else ModelTask(recipe, workers)
-        return train(
-            task, recipe, config=dataclasses.asdict(recipe), workers=workers, override=override, metrics=metrics
-        )
+        return _run(recipe, workers, override=override, metrics=metrics)
+
+
+def _run(recipe: Recipe, workers: Workers, *, override: bool, metrics: Metrics | None = None) -> Path | None:
+    config = dataclasses.asdict(recipe)
+    if _finished(Path(recipe.run), config):
+        return Path(recipe.run) / "model"
+    if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
+        recipe = dataclasses.replace(recipe, tokenizer_path=str(Path(recipe.init) / "tokenizer"))
+    if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
+        first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
+        first = dataclasses.replace(
+            first, seed=recipe.seed, engine=dataclasses.replace(first.engine, device=recipe.engine.device),
+            data=dataclasses.replace(recipe.data, augment=first.data.augment),
+        )  # fmt: skip
+        folder = _run(first, workers, override=override)
+        if folder is None:
+            return None
+        recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
+    task = TokenizerTask(recipe, workers) if recipe.task == "tokenizer" else ModelTask(recipe, workers)
+    return train(task, recipe, config=config, workers=workers, override=override, metrics=metrics)
+
+
+def _finished(run: Path, config: dict[str, Any]) -> bool:
+    """Whether the run has left its model, and with these settings."""
+    if not (run / "model" / CONFIG).is_file():
+        return False
+    made_with = read_config(run / "model").get("training", {}).get("config")
+    return bool(made_with == json.loads(json.dumps(config)))
 
 
 class TokenizerTask:
@@ -155,7 +206,8 @@ class TokenizerTask:
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
-        self.module = ImageTokenizer(recipe.tokenizer).to(workers.device)
+        made = ImageTokenizer.from_pretrained(recipe.init) if recipe.init else ImageTokenizer(recipe.tokenizer)
+        self.module = made.requires_grad_(True).to(workers.device)
         train, heldout = recipe.data.open()
         self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
@@ -219,9 +271,9 @@ class TokenizerTask:
             "codes_in_batch": torch.tensor(float(codes.numel()), device=self.workers.device),
         }
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
         every = self.recipe.tokenizer_loss.restart_every
-        last = self.recipe.tokenizer_loss.restart_until * self.recipe.num_images / self.recipe.batch_size
+        last = self.recipe.tokenizer_loss.restart_until * num_steps
         latents, self._latents = self._latents, []
         if every and step % every == 0 and step <= last:
             # In the order of the batch, whatever number of processes and pieces computed it.
@@ -308,14 +360,8 @@ class ModelTask:
         self.train_codes, self.heldout_codes, self.tokenizer_folder = _code_sets(recipe, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         self.class_names = self.train_codes.class_names
-        config = dataclasses.replace(
-            recipe.model,
-            grid=self.train_codes.grid,
-            vocab_size=self.tokenizer.config.vocab_size,
-            num_classes=len(self.class_names),
-        )
         torch.manual_seed(recipe.seed)
-        self.module = Transformer(config).to(workers.device)
+        self.module = _initial(recipe, self.train_codes, self.tokenizer.config.vocab_size).to(workers.device)
         self.num_samples = len(self.train_codes)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
@@ -333,7 +379,7 @@ class ModelTask:
         loss = token_losses(self.module, codes, condition, dropout=self.recipe.dropout).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
         pass
 
     def state(self) -> dict[str, Tensor]:
@@ -367,13 +413,63 @@ class ModelTask:
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, Transformer)
-        module.save_pretrained(
+        (_merged(module) if self.recipe.lora_rank else module).save_pretrained(
             folder,
             class_names=self.class_names,
             tokenizer=self.tokenizer_folder,
             training=training,
             sampling=dataclasses.asdict(self.recipe.sampling),
         )
+
+
+def _initial(recipe: Recipe, codes: Codes, vocab_size: int) -> Transformer:
+    """The model before training: new, or that of `recipe.init` at the codes' grid and with their classes."""
+    num_classes = len(codes.class_names)
+    if not recipe.init:
+        return Transformer(
+            dataclasses.replace(recipe.model, grid=codes.grid, vocab_size=vocab_size, num_classes=num_classes)
+        )
+    model = Transformer.from_pretrained(recipe.init)
+    if model.config.vocab_size != vocab_size:
+        raise ValueError(
+            f"{recipe.init} has {model.config.vocab_size} codes but the tokenizer {vocab_size}; "
+            f"use its own: tokenizer_path={Path(recipe.init) / 'tokenizer'}"
+        )
+    model = model.at_grid(codes.grid)
+    if model.config.num_classes != num_classes:  # all but the embeddings of the classes
+        fresh = Transformer(dataclasses.replace(model.config, num_classes=num_classes))
+        kept = {name: tensor for name, tensor in model.state_dict().items() if name != "classes.weight"}
+        fresh.load_state_dict(fresh.state_dict() | kept)
+        model = fresh
+    model.requires_grad_(True)
+    if recipe.lora_rank:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("lora_rank needs peft: pip install nar-gen[lora]") from error
+        targets = ["qkv", "proj", "gate_up", "down"]
+        adapter = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
+        inject_adapter_in_model(adapter, model)
+        model.classes.weight.requires_grad_(True)
+    return model
+
+
+def _merged(module: Transformer) -> Transformer:
+    """A plain model with the low-rank additions of `module` added to its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = copy.deepcopy(module)
+    for part in adapted.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.merge()
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in adapted.state_dict().items()
+        if ".lora_" not in name
+    }
+    plain = Transformer(module.config)
+    plain.load_state_dict(state)
+    return plain
 
 
 def _code_sets(recipe: Recipe, workers: Workers) -> tuple[Codes, Codes, Path]:
