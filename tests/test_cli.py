@@ -69,6 +69,12 @@ def test_folder_and_array_hold_the_same_pictures(toy_folder: Path, tmp_path: Pat
                 assert np.array_equal(np.asarray(picture), row)
 
 
+def test_another_grid(toy_folder: Path, tmp_path: Path) -> None:
+    nar("sample", toy_folder, "--class-label", "plum", "-n", 1, "--grid", "6x3", "-o", tmp_path / "folder")
+    with Image.open(tmp_path / "folder/000000.png") as picture:
+        assert picture.size == (6, 12)
+
+
 def test_info(toy_folder: Path) -> None:
     facts = json.loads(nar("info", toy_folder, "--json").stdout)
     assert facts["grid"] == "4x4"
@@ -89,6 +95,8 @@ def test_mistakes_of_sampling(toy_folder: Path, tmp_path: Path) -> None:
     assert "temperature must be a finite number" in refused("sample", toy_folder, "--temperature", "nan", "-o", out)
     assert "guidance_scale must be a finite" in refused("sample", toy_folder, "--guidance-scale", "inf", "-o", out)
     assert "dtype must be one of" in refused("sample", toy_folder, "--dtype", "float8", "-o", out)
+    assert "grid '4by4' must be whole numbers joined by x" in refused("sample", toy_folder, "--grid", "4by4", "-o", out)
+    assert "grid (4, 4, 4) does not fit this model" in refused("sample", toy_folder, "--grid", "4x4x4", "-o", out)
     assert "is not usable here" in refused("sample", toy_folder, "--device", "warp", "-o", out)
     assert "No such option" in refused("sample", toy_folder, "--sed", 3, "-o", out)
     assert "can't be written" in refused("sample", toy_folder, "-o", "/proc/nowhere/out.png")

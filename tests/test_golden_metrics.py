@@ -131,11 +131,11 @@ def test_inception_network(fixture: Fixture) -> None:
 
 
 def changed_by_one_percent(numbers: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A copy for each number or tensor of numbers (also in nested dicts), with that one changed."""
+    """A copy for each number but 0 or tensor of numbers (also in nested dicts), with that one changed."""
     for name, value in numbers.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", {**numbers, name: inner}) for key, inner in changed_by_one_percent(value))
-        elif isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
+        elif (isinstance(value, float) and value) or (isinstance(value, Tensor) and value.is_floating_point()):
             yield name, {**numbers, name: value * 1.01}
 
 

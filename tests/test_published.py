@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,9 +28,13 @@ from torch import Tensor
 from nar import Pipeline, TextCondition, Transformer, generate
 from nar.cli import main
 from nar.condition import PrefixCondition
+from nar.convert import KINDS
 from nar.folder import read_config
+from nar.presets import PRESETS
 from nar.tokenizer import load_tokenizer
+from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
 
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -217,8 +222,21 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = transformer_shapes(**TINY, num_extra=2, heads=VIDEO_HEADS)
     frames |= {"tok_embeddings.weight": (TINY["vocab_size"] + 1, TINY["dim"]), "abs_pe": (1, 25, TINY["dim"])}
     torch.save(random_state(frames), folder / "fp.pth")
+    frames |= {"cls_embedding.embedding_table.weight": (4, TINY["dim"]), "abs_pe": (1, 13, TINY["dim"])}
+    frames["tok_embeddings.weight"] = (TINY["vocab_size"], TINY["dim"])
+    torch.save(random_state(frames), folder / "c2v.pth")
     (folder / "names.txt").write_text("ant\nbee\ncow\n")
     return folder
+
+
+def video_tokenizer() -> VideoTokenizer:
+    return VideoTokenizer(
+        VideoTokenizerConfig(
+            num_frames=6, image_size=16, patch_size=8, temporal_patch_size=2, num_tokens=12, grid=(3, 2, 2),
+            encoder_dim=16, num_encoder_layers=1, num_encoder_heads=2,
+            decoder_dim=16, num_decoder_layers=1, num_decoder_heads=2, vocab_size=TINY["vocab_size"], code_dim=4,
+        )
+    )  # fmt: skip
 
 
 def test_class_model_with_tokenizer_from_files_to_picture(downloads: Path, tmp_path: Path) -> None:
@@ -313,6 +331,38 @@ def test_presets_are_listed_with_kind_count_and_grid() -> None:
         "LARP-L-long": ("larp-tokenizer", "4x16x16"),
     }.items():
         assert all(word in lines[name].split() for word in words), lines[name]
+
+
+def test_the_documented_lines_run(downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/checkpoints.md, in order, on small models; only the text encoder is a stand-in."""
+    monkeypatch.chdir(tmp_path)
+    succeed("convert", "--kind", "llamagen-vq", downloads / "vq.pt", "-o", "models/vq")
+    for kind, file, name in (("nar-c2i", "c2i.pt", "nar-l"), ("nar-t2i", "t2i.pt", "nar-t2i")):
+        options = ("--kind", kind, downloads / file, *SIZES, "--tokenizer", "models/vq", "-o", f"models/{name}")
+        succeed("convert", *options)
+    video_tokenizer().save_pretrained("models/larp")
+    for kind, name in (("nar-c2v", "nar-video"), ("nar-fp", "nar-frames")):
+        options = ("--num-heads", 2, "--grid", "3x2x2", "--tokenizer", "models/larp", "-o", f"models/{name}")
+        succeed("convert", "--kind", kind, downloads / f"{kind.removeprefix('nar-')}.pth", *options)
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        code = block.replace("[207]", "[2]").replace("torch.tensor([3])", "torch.tensor([2])")
+        if "T5EncoderModel" in code:
+            compile(code, "text encoder", "exec")
+            names |= {"features": torch.randn(1, 5, 12), "mask": torch.tensor([[1, 1, 1, 0, 0]])}
+            continue
+        exec(code, names)
+    with Image.open("dog.png") as dog, Image.open("cat.png") as cat, Image.open("clip.gif") as clip:
+        assert (dog.size, cat.size, clip.size) == ((8, 8), (8, 8), (16, 16))
+    assert names["future"].shape == (1, 3, 6, 16, 16)
+
+
+def test_documented_presets_exist() -> None:
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    assert all(f"`{kind}`" in text for kind in KINDS)
+    assert not [name for name in re.findall(r"--preset ([\w-]+)", text) if name not in PRESETS]
 
 
 @pytest.mark.slow

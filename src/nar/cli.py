@@ -99,6 +99,9 @@ def sample(
     gif: Annotated[
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
+    grid: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -110,6 +113,8 @@ def sample(
     from nar.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device=_device(device), dtype=_dtype(dtype))
+    if grid is not None:
+        pipe = pipe.at_grid(_sizes(grid))
     labels = class_label or [str(index) for index in range(min(10, pipe.model.config.num_classes))]
     fronts: dict[int, list[Any]] = {}
     animated = gif or output.suffix == ".gif"
@@ -147,6 +152,7 @@ def sample(
         "temperature": pipe.sampling.temperature if temperature is None else temperature,
         "top_k": pipe.sampling.top_k if top_k is None else top_k,
         "top_p": pipe.sampling.top_p if top_p is None else top_p,
+        "grid": list(pipe.model.config.grid),
         "dtype": dtype,
         "version": __version__,
     }

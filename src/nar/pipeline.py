@@ -131,6 +131,10 @@ class Pipeline:
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
         )
 
+    def at_grid(self, grid: Sequence[int]) -> Pipeline:
+        """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
+        return Pipeline(self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling)
+
     def label_index(self, label: str | int) -> int:
         """The number of a class, given its name (any case) or number; raises ValueError with the names."""
         count = self.model.config.num_classes
