@@ -23,11 +23,12 @@ from tqdm import tqdm
 from nar.condition import ClassCondition, Condition, drop
 from nar.config import load
 from nar.data.sources import Pictures, load_pictures
-from nar.folder import WEIGHTS
+from nar.folder import WEIGHTS, load_state, read_weights
 from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import Sampling, generate
 from nar.sheet import contact_sheet
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.training.adversary import Adversary, AdversaryConfig
 from nar.training.loop import train
 from nar.training.optim import OptimConfig
 
@@ -67,6 +68,9 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    init: str = ""
+    train_encoder: bool = True
     tokenizer_path: str = ""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
     dropout: Dropout = field(default_factory=Dropout)
@@ -114,12 +118,20 @@ class TokenizerTask:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        torch.manual_seed(recipe.seed)
         self.module = ImageTokenizer(recipe.tokenizer)
+        if recipe.init:
+            load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
+        if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
+            for part in (self.module.encoder, self.module.to_code, self.module.quantizer):
+                part.requires_grad_(False)
+        self.adversary = Adversary(recipe.adversary) if recipe.adversary.weight else None
         self.pictures = load_pictures(recipe.data.source, size=recipe.data.size)
         self.heldout = _validation(recipe.data)
         self.num_samples = len(self.pictures.images)
         self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool)
         self._latents: Tensor | None = None
+        self._step = 0
 
     def loss(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         weights = self.recipe.tokenizer_loss
@@ -127,6 +139,10 @@ class TokenizerTask:
         made = self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
+        if self.adversary is not None:
+            last = self.module.decoder.conv_out.weight
+            assert isinstance(last, Tensor)
+            loss = loss + self.adversary.loss(pixels, made.pixels, loss, last, self._step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         self._latents = made.latents.detach()
         self.used[made.codes.unique().cpu()] = True
@@ -137,6 +153,9 @@ class TokenizerTask:
         }
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
+        if self.adversary is not None:
+            self.adversary.update()
+        self._step = step + 1
         every = self.recipe.tokenizer_loss.restart_every
         last = self.recipe.tokenizer_loss.restart_until * self.recipe.num_images / self.recipe.batch_size
         if step == 0 and self._latents is not None and every:  # start on the data
