@@ -6,6 +6,7 @@ import json
 import random
 import re
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from torch import nn
 
 from nar.training.loop import Task
 from nar.training.tasks import ModelTask, run_recipe
-from training_runs import equal, losses, nar, recipe, start, weights
+from training_runs import equal, losses, nar, recipe, start, tokenizer_recipe, weights
 
 DROPOUT = {"token": 0.1, "residual": 0.1, "path": 0.1}
+ADVERSARY = {"weight": 0.5, "start": 1, "channels": 8, "num_layers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,12 @@ def leftovers(run: Path) -> list[Path]:
     return [path for path in run.rglob(".*") if path.name != ".metadata"]
 
 
-def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path) -> None:
-    path = recipe(tmp_path, dropout=DROPOUT)
+@pytest.mark.parametrize("task", ["model", "tokenizer"])
+def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path, task: str) -> None:
+    if task == "model":
+        path = recipe(tmp_path, dropout=DROPOUT)
+    else:
+        path = tokenizer_recipe(tmp_path, data={"source": "toy", "size": 16, "augment": "crop"}, adversary=ADVERSARY)
 
     def crash(_: nn.Module, __: Task) -> dict[str, float]:
         raise RuntimeError("power cut")
@@ -165,5 +171,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run_recipe(str(path), [f"run={tmp_path / 'run'}"])
     newest = tmp_path / "run" / "checkpoints" / "step-000000004"
     (newest / "__0_0.distcp").write_bytes(b"")
+    shutil.rmtree(tmp_path / "run" / "model")  # or the run would just be finished
     with pytest.raises(ValueError, match=r"step-000000004 can't be read .*; delete this folder to go on from an ear"):
         run_recipe(str(path), [f"run={tmp_path / 'run'}"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nar.training.tasks import run_recipe
-from training_runs import losses, nar, recipe, weights
+from training_runs import losses, nar, recipe, tokenizer_recipe, weights
 
 # Held-out evaluation runs too, since processes share it.
 STEPS = {"num_images": 4 * 32, "preview_every": 2}
@@ -34,6 +34,16 @@ def test_two_processes_equal_one(alone: tuple[Path, Path], tmp_path: Path, paral
         )
     for name, tensor in weights(run).items():
         torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_a_tokenizer_as_one_does(tmp_path: Path) -> None:
+    path = tokenizer_recipe(tmp_path, data={"source": "toy", "size": 16, "augment": "flip"}, preview_every=4)
+    run_recipe(str(path), [f"run={tmp_path / 'one'}"])
+    nar("train", path, f"run={tmp_path / 'two'}", processes=2)
+    for name in ("loss", "heldout_loss", "heldout_usage"):
+        two, one = (torch.tensor(losses(tmp_path / run, name)) for run in ("two", "one"))
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+    assert "not fsdp" in nar("train", path, f"run={tmp_path / 'fsdp'}", "engine.parallel=fsdp", code=2)
 
 
 @pytest.mark.parametrize(("first", "second"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))])

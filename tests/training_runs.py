@@ -56,6 +56,15 @@ def recipe(folder: Path, **values: object) -> Path:
     return path
 
 
+def tokenizer_recipe(folder: Path, **values: object) -> Path:
+    """A recipe for the tokenizer TOKENIZER of four steps with every part of the loss, as a YAML file in `folder`."""
+    kept = {name: value for name, value in MODEL.items() if name not in ("task", "model")}
+    path = folder / "tiny-tokenizer.yaml"
+    own = {"task": "tokenizer", "tokenizer": TOKENIZER, "tokenizer_loss": {"restart_every": 2}}
+    path.write_text(yaml.safe_dump({**kept, **own, **values}))
+    return path
+
+
 def start(
     *arguments: object, rank: int = 0, processes: int = 1, port: int = 0, output: Path | None = None
 ) -> multiprocessing.Process:

@@ -90,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one piece of a step: rows of the training set (b,), and uniform numbers (b, NUM_DRAWS) in [0, 1).
+    """Samples of one piece of `step`: rows of the training set (b,), and uniform numbers (b, NUM_DRAWS) in [0, 1).
 
     Row i of `uniforms` belongs to sample i wherever it is computed: whatever a task draws for a sample, it draws from
     there.
@@ -98,6 +98,7 @@ class Batch:
 
     indices: np.ndarray
     uniforms: np.ndarray
+    step: int
 
 
 class Task(Protocol):
@@ -402,7 +403,7 @@ def _pieces(plan: Plan, num_samples: int, workers: Workers, step: int) -> list[B
     uniforms = np.random.default_rng((plan.seed, step, 2)).random((len(rows), NUM_DRAWS), dtype=np.float32)
     size = len(rows) // (workers.count * plan.engine.accumulate)
     starts = range(workers.rank * size, len(rows), workers.count * size)
-    return [Batch(rows[start : start + size], uniforms[start : start + size]) for start in starts]
+    return [Batch(rows[start : start + size], uniforms[start : start + size], step) for start in starts]
 
 
 def _rows(plan: Plan, num_samples: int, step: int) -> np.ndarray:

@@ -34,12 +34,13 @@ from nar.data.sources import (
     open_source,
     random_crop,
 )  # fmt: skip
-from nar.folder import CONFIG, digest, read_config
+from nar.folder import CONFIG, digest, load_state, read_config, read_weights
 from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import Sampling, generate
 from nar.sheet import contact_sheet
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.training.adversary import Adversary, AdversaryConfig
 from nar.training.distributed import Workers, joined
 from nar.training.loop import Batch, Metrics, Plan, train
 
@@ -137,9 +138,11 @@ class Recipe(Plan):
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    init: str = ""
+    train_encoder: bool = True
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
-    init: str = ""
     lora_rank: int = 0
     model: ModelConfig = field(default_factory=_open_model)
     dropout: Dropout = field(default_factory=Dropout)
@@ -206,8 +209,14 @@ class TokenizerTask:
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
-        made = ImageTokenizer.from_pretrained(recipe.init) if recipe.init else ImageTokenizer(recipe.tokenizer)
-        self.module = made.requires_grad_(True).to(workers.device)
+        self.module = ImageTokenizer(recipe.tokenizer)
+        if recipe.init:
+            load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
+        if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
+            for part in (self.module.encoder, self.module.to_code, self.module.quantizer):
+                part.requires_grad_(False)
+        self.module.to(workers.device)
+        self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
         train, heldout = recipe.data.open()
         self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
@@ -255,12 +264,16 @@ class TokenizerTask:
             file.write(self._broken[index] + "\n")
         check_broken(list(self._broken.values()), len(self.source))
 
-    def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
         pixels = data.to(self.workers.device)
         made = self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
+        if self.adversary is not None:
+            last = self.module.decoder.conv_out.weight
+            assert isinstance(last, Tensor)
+            loss = loss + self.adversary.loss(pixels, made.pixels, loss, last, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         self._latents.append(made.latents.detach())
         codes = made.codes.unique()
@@ -272,6 +285,8 @@ class TokenizerTask:
         }
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
+        if self.adversary is not None:
+            self.adversary.update()
         every = self.recipe.tokenizer_loss.restart_every
         last = self.recipe.tokenizer_loss.restart_until * num_steps
         latents, self._latents = self._latents, []
@@ -284,10 +299,13 @@ class TokenizerTask:
             self.used.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return {"used": self.workers.sum(self.used.float()) > 0}
+        adversary = {} if self.adversary is None else self.adversary.state()
+        return {"used": self.workers.sum(self.used.float()) > 0, **adversary}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.used = state["used"].to(self.workers.device)
+        if self.adversary is not None:
+            self.adversary.load_state(state)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
