@@ -10,6 +10,7 @@ The blocks run as one chain. Head k reads the stream after its own extra blocks,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -274,7 +275,8 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
     def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:
-        """Feed an embedded condition; returns the hidden states (B, n, H * d) of front 0."""
+        """Feed an embedded condition to an emptied `cache`; returns the hidden states (B, n, H * d) of front 0."""
+        cache.reset()
         cache.key_mask = key_mask
         x = self._add_positions(embedded, 0)
         states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache)
@@ -294,15 +296,12 @@ class Transformer(nn.Module):
             )
         x = self._add_positions(self._embed_slots(tokens, fronts), cache.length)
         mask = None
-        if cache.key_mask is not None or len(fronts) > 1:
-            start, stop = cache.length, cache.length + x.shape[1]
-            mask = torch.ones(1, 1, x.shape[1], stop, dtype=torch.bool, device=x.device)
-            if len(fronts) > 1:
-                levels = self.layout.levels[slots]
-                mask[..., start:] = levels[:, None] >= levels
-            if cache.key_mask is not None:
-                mask = mask.repeat(len(x), 1, 1, 1)
-                mask[..., :count] &= cache.key_mask[:, None, None]
+        if len(fronts) > 1:
+            levels = self.layout.levels[slots]
+            mask = F.pad(levels[:, None] >= levels, (cache.length, 0), value=True)[None, None]
+        if cache.key_mask is not None:
+            words = F.pad(cache.key_mask, (0, cache.length + x.shape[1] - count), value=True)[:, None, None]
+            mask = words if mask is None else words & mask
         states = self._chain(x, cache.length, mask, cache)
         cache.commit(x.shape[1])
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
@@ -458,10 +457,9 @@ class Transformer(nn.Module):
                 f"grid {tuple(grid)} does not fit this model: it has {self.config.positions} positions "
                 f"for a grid of {self.config.grid}"
             )
-        with torch.device("meta"):
-            other = Transformer(dataclasses.replace(self.config, grid=tuple(grid)))
-        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        other.layout = other.layout.to(self.device)
+        other = copy.copy(self)  # the same modules, packed ones too
+        other.config = dataclasses.replace(self.config, grid=tuple(grid))
+        other.layout = Layout.of(other.config).to(self.device)
         return other
 
     @classmethod

@@ -90,15 +90,15 @@ def _pack(precision: str) -> Callable[[Tensor], Product] | None:
 
 
 def _reordered(weight: Tensor) -> Product:
-    # The layout for 32 rows is within 5 % of the best one from 2 to 256 rows; the one for a single row is twice as slow.
+    # The layout for 32 rows is within 5 % of the best from 2 to 256 rows; the one for a single row takes twice as long.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def _float16(weight: Tensor) -> Product:
     limit = torch.finfo(torch.float16).max
     packed = torch.ops.quantized.linear_prepack_fp16(weight.clamp(-limit, limit), None)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # type: ignore[no-any-return]
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 def _int8(weight: Tensor) -> Product:
@@ -110,4 +110,4 @@ def _int8(weight: Tensor) -> Product:
     packed = torch.ops.quantized.linear_prepack(quantized, None)
     # Without VNNI two products of 8 bits overflow the 16-bit sum: inputs are rounded to 7 bits there.
     reduce_range = not torch.cpu._is_vnni_supported()
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range)  # type: ignore[no-any-return]
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
