@@ -143,7 +143,8 @@ class Session:
     Args:
         graphs: whether to record CUDA graphs, one a front; None does so on CUDA. A shape is recorded when it comes for
             the first time, which takes about two generations.
-        compiled: compile the model's blocks in place (`torch.compile`), which takes minutes at the first generation.
+        compiled: compile the feed-forward layers in place (`torch.compile`) at the first generation. Attention is left
+            as it is: its cache has another length at every front, and each would be compiled anew.
         num_kept: shapes, and recorded settings of each, that are kept; the ones used longest ago go first.
     """
 
@@ -159,7 +160,7 @@ class Session:
         self._buffers: OrderedDict[tuple[int, int, bool], _Buffers] = OrderedDict()
         if compiled:
             for block in model.blocks:
-                block.compile(dynamic=True)
+                block.feed_forward.compile(dynamic=True)
 
     def buffers(self, batch: int, rows: int, masked: bool) -> _Buffers:
         """The tensors for `batch` pictures in `rows` rows (twice as many when guided)."""
