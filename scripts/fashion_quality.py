@@ -1,10 +1,9 @@
 """Measure a class-conditional model of Fashion-MNIST: a Markdown table on the screen, all numbers as JSON.
 
-    python scripts/fashion_quality.py --data FOLDER --generated samples.npz --reconstructed reconstructed.npz
+    python scripts/fashion_quality.py --model fashion --data FOLDER
 
-Knows pictures in .npz files and a small classifier that it trains itself on the 60,000 real training pictures; does not
-know the model that is judged. `samples.npz` holds `arr_0` (N, 32, 32, 3) uint8 and `labels` (N,); the other file holds
-`arr_0`, the tokenizer's reconstructions of the first test pictures, in the order of the test set.
+Draws 500 pictures of each of the ten classes, and reconstructs the 10,000 test pictures with the model's tokenizer. The
+judge is a small classifier that the script trains itself on the 60,000 real training pictures.
 
 What the rows mean, and why each has a companion made of real pictures:
 
@@ -29,6 +28,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar import ClassCondition, Pipeline
 from nar.data.sources import Pictures, load_pictures
 from nar.metrics.frechet import (
     Statistics,
@@ -48,6 +49,7 @@ from nar.metrics.frechet import (
     frechet_distance,
     nearest_distances,
 )
+from nar.training.tasks import token_losses
 
 SIZE = 32
 PATCH = 4
@@ -354,27 +356,36 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def _read_npz(path: Path, *names: str) -> list[np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an .npz file with {' and '.join(names)}")
-    try:
-        with np.load(path) as arrays:
-            return [arrays[name] for name in names]
-    except KeyError as error:
-        raise ValueError(f"{path} lacks an array ({error}); needed are {' and '.join(names)}") from error
+@torch.inference_mode()
+def samples_of(
+    pipe: Pipeline, settings: dict[str, Any], test: Pictures
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """500 pictures of every class with their labels, the reconstructed test pictures, and held-out bits per token."""
+    drawn = pipe(range(NUM_CLASSES), num_images_per_prompt=500, output_type="np", batch_size=250, **settings)
+    reconstructed, losses = [], []
+    for start in range(0, len(test), EVAL_BATCH):
+        rows = slice(start, start + EVAL_BATCH)
+        codes = pipe.tokenizer.encode(torch.from_numpy(test.images[rows]).permute(0, 3, 1, 2) / 127.5 - 1)
+        reconstructed.append(pipe.pictures(codes, "np"))
+        losses.append(token_losses(pipe.model, codes, ClassCondition(torch.from_numpy(test.labels[rows]))).mean(-1))
+    bits = float(torch.cat(losses).mean()) / math.log(2)
+    return drawn.images, np.array(drawn.class_labels), np.concatenate(reconstructed), bits
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--generated", type=Path, required=True, help=".npz with arr_0 and labels")
-    parser.add_argument("--reconstructed", type=Path, required=True, help=".npz with arr_0, in the test set's order")
+    parser.add_argument("--model", default="fashion", help="a bundled name or a model folder")
+    parser.add_argument("--guidance-scale", type=float, help="instead of the model's own")
+    parser.add_argument("--temperature", type=float, help="instead of the model's own")
+    parser.add_argument("--top-p", type=float, help="instead of the model's own")
     parser.add_argument("--data", default="fashion-mnist", help="folder of Fashion-MNIST's idx files, or the word")
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"), help="where the classifier is kept")
-    parser.add_argument("--bits-per-token", type=float, help="held-out bits per token, to be put into the report")
     parser.add_argument("--json", type=Path, help="write the report to this file instead of the screen")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the real pictures that stand beside")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the drawn pictures, and of the real ones that stand beside"
+    )
     arguments = parser.parse_args()
     try:
         report = run(arguments)
@@ -392,21 +403,15 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    generated, labels = _read_npz(arguments.generated, "arr_0", "labels")
-    (reconstructed,) = _read_npz(arguments.reconstructed, "arr_0")
     train = load_pictures(arguments.data, size=SIZE)
     test = load_pictures(arguments.data, size=SIZE, split="t10k")
     classifier = cached_classifier(train, test, arguments.cache)
+    settings = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_p", "seed")}
+    generated, labels, reconstructed, bits = samples_of(Pipeline.from_pretrained(arguments.model), settings, test)
     report = measure(
-        generated,
-        labels.astype(np.int64),
-        reconstructed,
-        train=train,
-        test=test,
-        classifier=classifier,
-        bits_per_token=arguments.bits_per_token,
+        generated, labels, reconstructed, train=train, test=test, classifier=classifier, bits_per_token=bits,
         seed=arguments.seed,
-    )
+    )  # fmt: skip
     return {**report, "seed": arguments.seed, "seconds": round(time.monotonic() - started, 1)}
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+asked_kinds: set[str] = set()  # by all test modules that were imported
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Fixture:
     def io(self) -> dict[str, Tensor]:
         return load_file(self.path(".io.safetensors")) if self.path(".io.safetensors").is_file() else {}
 
+    def changed(self, **parts: Any) -> Fixture:
+        """The same fixture with other contents of `meta`, `weights` or `io`."""
+        copy = replace(self)
+        copy.__dict__.update({"meta": self.meta, "weights": self.weights, "io": self.io, **parts})
+        return copy
+
 
 def folder() -> Path:
     return Path(os.environ.get("NAR_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -48,5 +56,6 @@ def folder() -> Path:
 
 def fixtures(*kinds: str) -> list[Fixture]:
     """All fixtures whose json says one of `kinds`, by name; empty when there is none."""
+    asked_kinds.update(kinds)
     found = [Fixture(path.stem, path.parent) for path in sorted(folder().glob("*.json"))]
     return [fixture for fixture in found if fixture.meta.get("kind") in kinds]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +29,7 @@ from nar.metrics.inception import POOLED_DIMS, Inception, load_inception, resize
 from nar.text import clean_caption, left_pad, prepare_caption
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("fixture", fixtures("eval-metrics"), ids=str)
-def test_image_metrics(fixture: Fixture) -> None:
+def check_image_metrics(fixture: Fixture) -> None:
     real, fake = fixture.io["ref_acts"], fixture.io["sample_acts"]
     distance = frechet_distance(feature_statistics([real]), feature_statistics(fake.split(50)))
     assert distance == pytest.approx(fixture.meta["fid"], rel=1e-6)
@@ -38,14 +38,16 @@ def test_image_metrics(fixture: Fixture) -> None:
     for key, score in scores.items():
         split_size = int(key.removeprefix("inception_score_split"))
         assert inception_score(fixture.io["probs"], split_size=split_size) == pytest.approx(score, rel=1e-5)
-    precision, recall = precision_recall(real, fake, k=fixture.meta["k"])
+    k = fixture.meta["k"]
+    for name, features in (("ref", real), ("sample", fake)):
+        radii = frechet._radii(features, k, name)
+        np.testing.assert_allclose(radii, fixture.io[f"radii_{name}"].flatten(), rtol=1e-4)
+    precision, recall = precision_recall(real, fake, k=k)
     assert precision == pytest.approx(fixture.meta["precision"], abs=1e-9)
     assert recall == pytest.approx(fixture.meta["recall"], abs=1e-9)
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("fixture", fixtures("fvd"), ids=str)
-def test_video_distance(fixture: Fixture) -> None:
+def check_video_distance(fixture: Fixture) -> None:
     names = sorted({key.split(".")[0] for key in fixture.io})
     assert names
     for name in names:
@@ -55,23 +57,24 @@ def test_video_distance(fixture: Fixture) -> None:
             np.testing.assert_allclose(sets[part].mean, fixture.io[f"{name}.{part}_mean"], atol=1e-7)
             np.testing.assert_allclose(sets[part].covariance, fixture.io[f"{name}.{part}_cov"], atol=1e-6)
         expected = fixture.meta[name]["fvd"]
+        assert float(fixture.io[f"{name}.fvd"]) == pytest.approx(expected, rel=1e-6)
         assert frechet_distance(sets["gen"], sets["real"]) == pytest.approx(expected, rel=1e-5)
         assert frechet_distance(sets["gen"], sets["gen"]) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("fixture", fixtures("caption-clean"), ids=str)
-def test_cleaned_captions(fixture: Fixture) -> None:
-    pytest.importorskip("ftfy")
-    pytest.importorskip("bs4")
+def check_captions(fixture: Fixture) -> None:
     cases = fixture.meta["cases"]
     assert cases
     assert {case["in"]: prepare_caption(case["in"]) for case in cases} == {case["in"]: case["out"] for case in cases}
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("fixture", fixtures("inception"), ids=str)
-def test_inception_network(fixture: Fixture) -> None:
+def check_inception(fixture: Fixture, outputs: dict[str, Tensor]) -> None:
+    for key, value in outputs.items():
+        torch.testing.assert_close(value, fixture.io[key], atol=2e-4, rtol=1e-3, msg=lambda text, k=key: f"{k}: {text}")
+
+
+def inception_outputs(fixture: Fixture, change: float = 1.0) -> dict[str, Tensor]:
+    """What the network with the fixture's weights, times `change`, makes of its pictures, by the recorded names."""
     network = Inception()
     state = generated_weights({key: tuple(shape) for key, shape in fixture.meta["keys"]}, fixture.meta["seed"])
     assert sum(parameter.numel() for parameter in network.parameters()) == fixture.meta["num_parameters"]
@@ -80,19 +83,91 @@ def test_inception_network(fixture: Fixture) -> None:
     for key, head in fixture.io.items():
         if key.startswith("weight."):
             torch.testing.assert_close(state[key.removeprefix("weight.")].flatten()[: len(head)], head, atol=0, rtol=0)
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict({key: value * change for key, value in state.items()}, strict=False)
 
     generator = torch.Generator().manual_seed(fixture.meta["seed"] + 1)
     sets = {"a": torch.randint(0, 256, (2, 3, 299, 299), generator=generator, dtype=torch.uint8)}
     sets |= {key[0]: value for key, value in fixture.io.items() if key.endswith(".images")}
+    outputs = {}
     for name, images in sets.items():
         with torch.no_grad():
             output = network(images)
         produced = {str(dim): output.pooled[dim] for dim in POOLED_DIMS}
         produced |= {"spatial": output.spatial, "logits": output.logits, "logits_unbiased": output.logits_unbiased}
-        for key, value in produced.items():
-            expected = fixture.io[f"{name}.{key}"]
-            torch.testing.assert_close(value, expected, atol=2e-4, rtol=1e-3, msg=lambda text, k=key: f"{k}: {text}")
+        outputs |= {f"{name}.{key}": value for key, value in produced.items()}
+    return outputs
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("eval-metrics"), ids=str)
+def test_image_metrics(fixture: Fixture) -> None:
+    check_image_metrics(fixture)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("fvd"), ids=str)
+def test_video_distance(fixture: Fixture) -> None:
+    check_video_distance(fixture)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("caption-clean"), ids=str)
+def test_cleaned_captions(fixture: Fixture) -> None:
+    pytest.importorskip("ftfy")
+    pytest.importorskip("bs4")
+    check_captions(fixture)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("inception"), ids=str)
+def test_inception_network(fixture: Fixture) -> None:
+    outputs = inception_outputs(fixture)
+    check_inception(fixture, outputs)
+    for name in outputs:  # every recorded output, changed by one percent
+        with pytest.raises(AssertionError, match=name):
+            check_inception(fixture.changed(io={**fixture.io, name: fixture.io[name] * 1.01}), outputs)
+    with pytest.raises(AssertionError):
+        check_inception(fixture, inception_outputs(fixture, change=1.01))
+
+
+def changed_by_one_percent(numbers: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A copy for each number but 0 or tensor of numbers (also in nested dicts), with that one changed."""
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", {**numbers, name: inner}) for key, inner in changed_by_one_percent(value))
+        elif (isinstance(value, float) and value) or (isinstance(value, Tensor) and value.is_floating_point()):
+            yield name, {**numbers, name: value * 1.01}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("eval-metrics", "fvd"), ids=str)
+def test_metrics_notice_one_percent(fixture: Fixture) -> None:
+    check = check_image_metrics if fixture.meta["kind"] == "eval-metrics" else check_video_distance
+    parts = [(name, {"meta": meta}) for name, meta in changed_by_one_percent(fixture.meta)]
+    parts += [(name, {"io": io}) for name, io in changed_by_one_percent(fixture.io)]
+    assert parts
+    unnoticed = []
+    for name, part in parts:
+        if name.endswith("fvd_self"):  # zero up to rounding, whatever it is multiplied with
+            continue
+        try:
+            check(fixture.changed(**part))
+        except AssertionError:
+            continue
+        unnoticed.append(name)
+    assert not unnoticed
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("caption-clean"), ids=str)
+def test_one_changed_letter_is_noticed(fixture: Fixture) -> None:
+    pytest.importorskip("ftfy")
+    pytest.importorskip("bs4")
+    cases = [dict(case) for case in fixture.meta["cases"]]
+    longest = max(cases, key=lambda case: len(case["out"]))
+    longest["out"] = longest["out"][:-1] + "#"
+    with pytest.raises(AssertionError):
+        check_captions(fixture.changed(meta={"cases": cases}))
 
 
 def generated_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

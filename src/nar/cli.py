@@ -6,7 +6,6 @@ Knows options and files; the work is done by the modules that each verb names.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from nar import __version__
@@ -41,16 +39,16 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped", err=True)
         code = 130
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        if debug:
+    except Exception as error:
+        # typer's own usage errors, whichever click they come from, know how to describe themselves.
+        describe = getattr(error, "format_message", None)
+        expected = describe is not None or isinstance(error, ValueError | OSError | ImportError | ArithmeticError)
+        if debug or not expected:
             raise
-        typer.echo(f"nar: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"nar: {' '.join((describe() if describe else str(error)).split())}", err=True)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -101,6 +99,9 @@ def sample(
     gif: Annotated[
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
+    grid: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
@@ -112,6 +113,8 @@ def sample(
     from nar.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device=_device(device), dtype=dtype)
+    if grid is not None:
+        pipe = pipe.at_grid(_sizes(grid))
     labels = class_label or [str(index) for index in range(min(10, pipe.model.config.num_classes))]
     fronts: dict[int, list[Any]] = {}
     animated = gif or output.suffix == ".gif"
@@ -149,6 +152,7 @@ def sample(
         "temperature": pipe.sampling.temperature if temperature is None else temperature,
         "top_k": pipe.sampling.top_k if top_k is None else top_k,
         "top_p": pipe.sampling.top_p if top_p is None else top_p,
+        "grid": list(pipe.model.config.grid),
         "dtype": dtype,
         "version": __version__,
     }
@@ -177,6 +181,79 @@ def train(
     typer.echo(f"wrote {run_recipe(recipe, overrides or [], override=override)}")
 
 
+@app.command(epilog="Example: nar convert --kind nar-c2i c2i_L_256.pt --tokenizer models/vq-16 -o models/nar-l")
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A published .pt, .pth or .safetensors file, or its folder.")
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="nar-c2i, nar-t2i, nar-c2v, nar-fp or llamagen-gpt: a model; llamagen-vq or larp-tokenizer: a "
+            "tokenizer."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Published size, see nar info --presets. Default: recognised by its sizes.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="model, ema, or ema:DECAY, where a file holds several sets of weights.")
+    ] = "model",
+    num_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a size without preset.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Codes along each axis: 24x24 for 384 pixels, 4x16x16 for video.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A converted tokenizer's folder, copied into the model's to make pictures.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="Names of the classes: a text file with one a line, or a JSON list.")
+    ] = None,
+    prefix_attention: Annotated[
+        str, typer.Option(help="Frame prediction: given codes see earlier ones (causal) or all (full).")
+    ] = "causal",
+    l2_norm: Annotated[bool, typer.Option(help="Image tokenizers: whether codes are compared by direction.")] = True,
+) -> None:
+    """Turn a published checkpoint into a model folder. Nothing in the file is run; every tensor is accounted for."""
+    from nar.convert import convert as convert_checkpoint
+
+    convert_checkpoint(
+        kind,
+        source,
+        output,
+        preset=preset,
+        weights=weights,
+        num_heads=num_heads,
+        grid=_sizes(grid) if grid else None,
+        class_names=_names(class_names) if class_names else (),
+        tokenizer=tokenizer,
+        prefix_attention=prefix_attention,
+        l2_norm=l2_norm,
+    )
+    typer.echo(f"wrote {output}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"grid {text!r} must be whole numbers joined by x, such as 16x16 or 4x16x16")
+    return tuple(map(int, sizes))
+
+
+def _names(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} must hold a JSON list of names, in the order of the classes")
+    return names
+
+
 @app.command(epilog="Example: nar info fashion")
 def info(
     model: Annotated[
@@ -193,7 +270,8 @@ def info(
             typer.echo(json.dumps({name: vars(preset) for name, preset in PRESETS.items()}, indent=2, default=list))
             return
         for name, preset in PRESETS.items():
-            typer.echo(f"{name:<16} {preset.kind:<16} {preset.num_parameters:>14,} parameters")
+            grid = "x".join(map(str, preset.config.get("grid", ()))) or "any"
+            typer.echo(f"{name:<16} {preset.kind:<15} {preset.num_parameters:>13,} parameters  grid {grid}")
         return
     if model is None:
         from nar.config import recipe_names
@@ -217,6 +295,7 @@ def _facts(model: str) -> dict[str, Any]:
     from nar.model import Transformer
     from nar.pipeline import find_model
     from nar.tokenizer import load_tokenizer
+    from nar.tokenizer.video import VideoTokenizerConfig
 
     folder = find_model(model)
     config = read_config(folder)
@@ -231,21 +310,31 @@ def _facts(model: str) -> dict[str, Any]:
             "steps": f"{schedule.num_steps} for {schedule.num_positions} tokens",
             "vocabulary": shape.vocab_size,
             "layers": f"{shape.num_blocks} blocks of width {shape.dim}, {shape.num_heads} attention heads",
-            "classes": ", ".join(config.get("class_names", [])[:40]) or shape.num_classes,
         }
+        if shape.num_classes:
+            facts["classes"] = ", ".join(config.get("class_names", [])[:40]) or shape.num_classes
+        if shape.text_dim:
+            facts["text"] = f"{shape.text_length} features of width {shape.text_dim}"
+        if shape.prefix_grid:
+            facts["given codes"] = f"{'x'.join(map(str, shape.prefix_grid))}, {shape.prefix_attention}"
         folder = folder / "tokenizer"
+        facts["tokenizer"] = f"none: copy a converted tokenizer to {folder} for pictures"
     if folder.is_dir():
         tokenizer = load_tokenizer(folder)
+        sizes = tokenizer.config
+        patch = [sizes.patch_size] * 2
+        if isinstance(sizes, VideoTokenizerConfig):
+            patch = [sizes.temporal_patch_size, *patch]
         facts["tokenizer"] = (
             f"{read_config(folder).get('kind')}, {sum(p.numel() for p in tokenizer.parameters()):,} parameters, "
-            f"patch {tokenizer.config.patch_size}, {tokenizer.config.vocab_size} codes"
+            f"patch {'x'.join(map(str, patch))}, {sizes.vocab_size} codes"
         )
     training = config.get("training", {})
-    facts["training"] = (
-        f"{training['images_seen']:,} images, {training['hours']} h, held-out {training['heldout']}"
-        if training
-        else "not recorded"
-    )
+    if training:
+        facts["training"] = f"{training['images_seen']:,} images, {training['hours']} h, held-out {training['heldout']}"
+    else:
+        source = config.get("converted_from")
+        facts["training"] = f"not recorded; converted from {source}" if source else "not recorded"
     return facts
 
 
@@ -272,8 +361,12 @@ def _check_output(output: Path) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output {output} can't be written: {parent} is not a writable folder")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"output {output} can't be written: {parent} is not a writable folder ({error.strerror})"
+        ) from error
 
 
 def _atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar.folder import CONFIG, WEIGHTS, read_config, write_folder
-from nar.model import ModelConfig, Transformer
+from nar.model import Layout, ModelConfig, Transformer
 from nar.presets import PRESETS, Preset, find
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
@@ -75,11 +75,21 @@ def convert(
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    is_model = kind not in ("llamagen-vq", "larp-tokenizer")
+    for option, given, fits in (
+        ("num_heads", num_heads, is_model),
+        ("grid", grid, kind != "llamagen-vq"),
+        ("class_names", class_names, is_model),
+        ("tokenizer", tokenizer, is_model),
+        ("prefix_attention", prefix_attention != "causal", kind == "nar-fp"),
+        ("l2_norm", not l2_norm, kind == "llamagen-vq"),
+    ):
+        if given and not fits:
+            raise ValueError(f"{option} does not apply to {kind}, {KINDS[kind]}; leave it out")
     target, named = _writable(Path(output), Path(source)), find(preset) if preset else None
 
     def load() -> tuple[AnyConfig, dict[str, Parts]]:
         checkpoint = read_checkpoint(source, weights=weights)
-        _check_kind(checkpoint, kind)
         if kind == "llamagen-vq":
             return image_tokenizer_state(checkpoint, preset=named, l2_norm=l2_norm)
         if kind == "larp-tokenizer":
@@ -161,6 +171,7 @@ def _stream_safetensors(file: BinaryIO, load: Callable[[], dict[str, Parts]]) ->
         kind = _SAFETENSORS_NAMES[part.dtype]
         header[name] = {"dtype": kind, "shape": list(part.shape), "data_offsets": [start, end]}
         start = end
+    del part  # it would keep the first mapping
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -502,11 +513,10 @@ def _count(tensors: Iterable[str], pattern: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
-_NORMS = {None: "none", "no": "none", "none": "none", "ln_d": "layer", "ln_nd": "layer_all"} | {
-    "bn_bn": "batch",
-    "bn_b": "batch_all",
+_NORMS = {None: "none", "no": "none", "none": "none"} | {
+    "ln_d": "layer", "ln_nd": "layer_all", "bn_bn": "batch", "bn_b": "batch_all",
     "ln_d_na": "none",  # accepted upstream, but never applied
-}
+}  # fmt: skip
 _NAMES_OF_NOTHING = (None, "", "none", "no", "null")
 _DEFAULT_TRANSFORMER = "transformer_encoder_parallel"
 
@@ -694,11 +704,15 @@ def model_state(
         known["prefix_attention"] = prefix_attention
     else:
         known |= _image_settings(checkpoint, preset, grid)
-    config = ModelConfig(**known)
+    config, dropped = ModelConfig(**known), r"(?!)"
+    if config.positions == "learned":
+        fixed = dataclasses.replace(config, positions="sincos")
+        computed = Layout.of(fixed).table
+        if computed is not None and torch.allclose(tensors["abs_pe"].float().view(computed.shape), computed, atol=1e-4):
+            config, dropped = fixed, r"abs_pe$"
     with torch.device("meta"):
         module = Transformer(config)
-    fixed = r"abs_pe$" if config.positions == "sincos" else r"(?!)"  # computed, and found to be the same
-    return config, _rename(checkpoint, _model_renaming(config, heads), module, dropped=fixed)
+    return config, _rename(checkpoint, _model_renaming(config, heads), module, dropped=dropped)
 
 
 def _model_renaming(config: ModelConfig, heads: tuple[tuple[str, str], ...]) -> Renaming:
@@ -802,12 +816,5 @@ def _video_settings(checkpoint: Checkpoint, kind: str, grid: Sequence[int] | Non
             f"{checkpoint.origin} has {num_positions} positions, grid {grid} has {math.prod(grid)}; "
             "give the right one, such as --grid 4x16x16"
         )
-    fixed = torch.allclose(table.float(), _fixed_positions(*table.shape), atol=1e-4)
-    known: dict[str, Any] = {"grid": grid, "positions": "sincos" if fixed else "learned"}
+    known: dict[str, Any] = {"grid": grid, "positions": "learned"}
     return known | (_class_settings(checkpoint) if kind == "nar-c2v" else {"prefix_grid": grid})
-
-
-def _fixed_positions(length: int, dim: int) -> Tensor:
-    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=1).float()

@@ -106,9 +106,24 @@ class Pipeline:
 
         The tokenizer stays in float32, whatever the `dtype` of the transformer: "float32", "bfloat16", "float16", or
         on a CPU "int8". On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
+
+        Raises:
+            FileNotFoundError: no such model, or it comes without a tokenizer.
+            ValueError: a damaged folder, or a model that makes something else than pictures of classes.
         """
         folder = find_model(source)
         config = read_config(folder)
+        sizes = config.get("model", {})
+        if config.get("kind") == "transformer" and (not sizes.get("num_classes") or len(sizes.get("grid", ())) == 3):
+            raise ValueError(
+                f"{folder} makes clips, or pictures from text features or given frames; Pipeline makes pictures of "
+                "classes so far: docs/checkpoints.md shows the Python for the others"
+            )
+        if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
+                "or convert the model again with --tokenizer FOLDER"
+            )
         model = Transformer.from_pretrained(folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -118,6 +133,10 @@ class Pipeline:
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
         )
+
+    def at_grid(self, grid: Sequence[int]) -> Pipeline:
+        """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
+        return Pipeline(self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling)
 
     def label_index(self, label: str | int) -> int:
         """The number of a class, given its name (any case) or number; raises ValueError with the names."""

@@ -64,6 +64,6 @@ _ALL = (
     Preset("LlamaGen-XL-t2i", "llamagen-gpt", "GPT-XL", 777_678_080, _TEXT | _XL | {"schedule": "raster"}),
     Preset("VQ-16", "llamagen-vq", "VQ-16", 71_883_403, {"channel_multipliers": (1, 1, 2, 2, 4)}),
     Preset("VQ-8", "llamagen-vq", "VQ-8", 70_109_835, {"channel_multipliers": (1, 2, 2, 4)}),
-    Preset("LARP-L-long", "larp-tokenizer", "larp_tokenizer", 172_179_984, {}),
+    Preset("LARP-L-long", "larp-tokenizer", "larp_tokenizer", 172_179_984, {"grid": (4, 16, 16)}),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}

@@ -12,12 +12,13 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nar.attention import Block
 from nar.condition import Condition, drop, map_condition, parts
 from nar.model import Transformer
 
@@ -160,7 +161,7 @@ class Session:
         self._buffers: OrderedDict[tuple[int, int, bool], _Buffers] = OrderedDict()
         if compiled:
             for block in model.blocks:
-                block.feed_forward.compile(dynamic=True)
+                cast(Block, block).feed_forward.compile(dynamic=True)
 
     def buffers(self, batch: int, rows: int, masked: bool) -> _Buffers:
         """The tensors for `batch` pictures in `rows` rows (twice as many when guided)."""

@@ -1,0 +1,89 @@
+"""Small random models that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nar import ClassCondition, ModelConfig, PrefixCondition, TextCondition, Transformer
+from nar.condition import Condition
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+
+LAYOUTS = {
+    "nar": {"grid": (4, 4), "num_classes": 10},
+    "nar-wide": {"grid": (2, 5), "num_classes": 10, "condition_rotation": "zero"},
+    "nar-deep-heads": {"grid": (4, 3), "num_classes": 10, "head_depths": (1, 2), "axis_heads": (1, 0)},
+    "nar-shared-head": {"grid": (4, 4), "num_classes": 10, "axis_heads": (0, 0), "positions": "learned"},
+    "raster": {"grid": (3, 4), "num_classes": 10, "schedule": "raster"},
+    "par": {"grid": (4, 4), "num_classes": 10, "schedule": "par", "regions": (2, 2)},
+    "par-learned": {"grid": (4, 6), "num_classes": 10, "schedule": "par", "regions": (2, 3), "positions": "learned"},
+    "text": {"grid": (3, 3), "text_dim": 12, "text_length": 5},
+    "text-published": {
+        "grid": (3, 3), "text_dim": 12, "text_length": 5, "condition_rotation": "zero", "null_mask": "caption"
+    },
+    "video": {"grid": (2, 3, 4), "num_classes": 10, "positions": "sincos"},
+    "frames": {"grid": (2, 2, 3), "num_classes": 10, "prefix_grid": (1, 2, 3), "positions": "learned"},
+    "frames-full": {"grid": (2, 2, 3), "prefix_grid": (2, 2, 3), "prefix_attention": "full", "positions": "learned"},
+    "words-and-frames": {"grid": (2, 2, 2), "text_dim": 12, "text_length": 5, "prefix_grid": (1, 2, 2)},
+}  # fmt: skip
+
+
+def make_model(layout: str, **changes: object) -> Transformer:
+    """A random model whose logits are far from uniform."""
+    torch.manual_seed(7)
+    config = {
+        "vocab_size": 24,
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_dim": 48,
+        **LAYOUTS[layout],
+        **changes,
+    }
+    model = Transformer(ModelConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.5 if parameter.ndim == 1 else 0.0, 0.2)
+    return model
+
+
+def make_condition(model: Transformer, batch: int) -> Condition:
+    """A condition of every kind that the model takes, with padded captions of different lengths."""
+    config, generator = model.config, torch.Generator().manual_seed(3)
+    found: list[ClassCondition | TextCondition | PrefixCondition] = []
+    if config.num_classes:
+        found.append(ClassCondition(torch.arange(batch) % config.num_classes))
+    if config.text_dim:
+        lengths = 1 + torch.arange(batch) % config.text_length
+        mask = torch.arange(config.text_length) >= config.text_length - lengths[:, None]
+        features = torch.randn(batch, config.text_length, config.text_dim, generator=generator) * mask[..., None]
+        found.append(TextCondition(features, mask))
+    if config.prefix_grid:
+        found.append(
+            PrefixCondition(torch.randint(config.vocab_size, (batch, *config.prefix_grid), generator=generator))
+        )
+    return tuple(found)
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    """One model of every layout."""
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with its tokenizer: three classes, 8x8 pixels, 4x4 codes of 32."""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(1)
+    sizes = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "latent_channels": 8, "norm_groups": 4}
+    ImageTokenizer(ImageTokenizerConfig(vocab_size=32, code_dim=4, **sizes)).save_pretrained(folder / "tokenizer")
+    make_model("nar", num_classes=3, vocab_size=32).save_pretrained(
+        folder / "model",
+        class_names=("red apple", "pear", "plum"),
+        tokenizer=folder / "tokenizer",
+        sampling={"guidance_scale": 1.5},
+    )
+    return folder / "model"

@@ -1,0 +1,66 @@
+"""Recipes: strict merging, suggestions, types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from nar.config import difference, find_recipe, load, recipe_names
+from nar.training.tasks import Recipe
+
+
+@dataclass(frozen=True)
+class Group:
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Schema:
+    name: str = ""
+    batch_size: int = 1
+    group: Group = field(default_factory=Group)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ngroup: {rate: 0.5}\n")
+    return str(path)
+
+
+def test_overrides_win(recipe: str) -> None:
+    made = load(Schema, recipe, ["batch_size=8", "group.sizes=[3,4]", "name=other"])
+    assert (made.name, made.batch_size, made.group.rate, list(made.group.sizes)) == ("other", 8, 0.5, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batchsize=8", r"unknown key 'batchsize' in recipe mine \(did you mean 'batch_size'\?\)"),
+        ("group.rat=8", r"did you mean 'group.rate'"),
+        ("batch_size=many", "batch_size|many"),
+        ("batch_size", "must be key=value"),
+    ],
+)
+def test_mistakes_are_named(recipe: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(Schema, recipe, [override])
+
+
+def test_unknown_recipe_lists_the_names() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'fashon' \(did you mean 'fashion'\?\); recipes: .*fashion"):
+        find_recipe("fashon")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_bundled_recipe_loads(name: str) -> None:
+    recipe = load(Recipe, name)
+    assert recipe.about
+    assert recipe.num_images >= recipe.batch_size
+
+
+def test_difference() -> None:
+    assert difference({"a": 1, "b": {"c": (1, 2)}}, {"a": 1, "b": {"c": [1, 3]}}) == ["b.c: [1, 2] -> [1, 3]"]

@@ -1,0 +1,198 @@
+"""The transformer: decoding equals forward, nothing flows from later fronts, folders load strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_condition, make_model
+from nar import ClassCondition, ModelConfig, Transformer
+from nar.condition import drop
+from nar.model import Dropout
+
+
+def decode_all(model: Transformer, codes: torch.Tensor, condition: object, step: int) -> torch.Tensor:
+    """Logits (B, N, V) in generation order from the cached path, feeding `step` fronts at a time."""
+    schedule = model.layout.schedule
+    tokens = model.in_order(codes)
+    embedded, key_mask = model.embed(condition)
+    cache = model.new_cache(len(codes))
+    hidden = [model.prefill(embedded, key_mask, cache)]
+    for first in range(0, schedule.num_steps - 1, step):
+        fronts = range(first, min(first + step, schedule.num_steps - 1))
+        fed = slice(schedule.front(fronts[0]).start, schedule.front(fronts[-1]).stop)
+        hidden.append(model.decode(tokens[:, fed], fronts, cache))
+    return model.logits(torch.cat(hidden, 1))
+
+
+@pytest.mark.parametrize("step", [1, 2, 100])
+@torch.no_grad()
+def test_decoding_equals_forward(model: Transformer, step: int) -> None:
+    codes = torch.randint(model.config.vocab_size, (3, *model.config.grid))
+    condition = make_condition(model, 3)
+    whole = model(codes, condition).flatten(1, -2)[:, model.layout.order]
+    assert whole.std() > 0.3, "the test would pass on a model that says nothing"
+    torch.testing.assert_close(decode_all(model, codes, condition, step), whole, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_decoding_equals_forward_for_null_conditions(model: Transformer) -> None:
+    codes = torch.randint(model.config.vocab_size, (3, *model.config.grid))
+    condition = drop(make_condition(model, 3), torch.tensor([True, False, True]))
+    whole = model(codes, condition).flatten(1, -2)[:, model.layout.order]
+    torch.testing.assert_close(decode_all(model, codes, condition, 1), whole, atol=2e-5, rtol=0)
+
+
+def test_causality_by_gradient(model: Transformer) -> None:
+    """The logits of a front have no gradient from its own tokens or later ones, and some from the front before."""
+    schedule = model.layout.schedule
+    codes = torch.randint(model.config.vocab_size, (1, *model.config.grid))
+    condition = make_condition(model, 1)
+    fed: list[torch.Tensor] = []
+    hook = model.tokens.register_forward_hook(lambda *call: fed.append(call[2].requires_grad_()))
+    logits = model(codes, condition).flatten(1, -2)[0, schedule.order]
+    hook.remove()
+    tokens = fed[-1]  # (1, positions of all fronts but the last, d)
+    for front in range(schedule.num_steps):
+        positions = schedule.front(front)
+        (gradient,) = torch.autograd.grad(logits[positions].square().sum(), tokens, retain_graph=True)
+        seen = gradient[0].abs().amax(-1) > 0
+        assert not seen[positions.start :].any()
+        if front:
+            assert seen[schedule.front(front - 1)].all()
+
+
+def test_every_parameter_learns(model: Transformer) -> None:
+    codes = torch.randint(model.config.vocab_size, (12, *model.config.grid))
+    condition = make_condition(model, 12)
+    model(codes, drop(condition, torch.arange(12) % 3 == 0)).square().mean().backward()
+    still = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert still == []
+
+
+@torch.no_grad()
+def test_padding_changes_nothing() -> None:
+    """What stands in the padding of a caption, and which captions share the batch, has no effect."""
+    for layout in ("text", "text-published"):
+        model = make_model(layout)
+        (text,) = make_condition(model, 4)
+        codes = torch.randint(model.config.vocab_size, (4, *model.config.grid))
+        together = model(codes, text)
+        noisy = type(text)(torch.where(text.mask[..., None], text.features, 9.0), text.mask)
+        torch.testing.assert_close(model(codes, noisy), together, atol=1e-5, rtol=0)
+        alone = model(codes[2:3], text.map(lambda tensor: tensor[2:3]))
+        torch.testing.assert_close(alone, together[2:3], atol=1e-5, rtol=0)
+
+
+def test_first_loss_is_uniform() -> None:
+    model = Transformer(ModelConfig(grid=(4, 4), vocab_size=50, dim=32, num_layers=1, num_heads=2, num_classes=3))
+    logits = model(torch.zeros(1, 4, 4, dtype=torch.long), ClassCondition(torch.tensor([1])))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), torch.zeros(16, dtype=torch.long))
+    assert loss.item() == pytest.approx(math.log(50), abs=1e-6)
+
+
+def test_dropout_is_an_argument() -> None:
+    model = make_model("nar").train()
+    codes, condition = torch.zeros(2, 4, 4, dtype=torch.long), make_condition(model, 2)
+    assert torch.equal(model(codes, condition), model.eval()(codes, condition))
+    for rates in (Dropout(token=0.5), Dropout(residual=0.5), Dropout(path=0.9)):
+        assert not torch.equal(model(codes, condition, dropout=rates), model(codes, condition))
+
+
+@torch.no_grad()
+def test_another_grid_shares_the_weights() -> None:
+    model = make_model("nar")
+    larger = model.at_grid((6, 3))
+    assert larger.output.weight.data_ptr() == model.output.weight.data_ptr()
+    assert larger(torch.zeros(1, 6, 3, dtype=torch.long), make_condition(model, 1)).shape == (1, 6, 3, 24)
+    with pytest.raises(ValueError, match="learned positions"):
+        make_model("nar-shared-head").at_grid((6, 6))
+
+
+@torch.no_grad()
+def test_half_precision_stays_close() -> None:
+    model = make_model("nar")
+    codes, condition = torch.randint(24, (2, 4, 4)), make_condition(model, 2)
+    exact = model(codes, condition)
+    rough = model.to(torch.bfloat16)(codes, condition)
+    assert model.layout.phases is not None
+    assert model.layout.phases.dtype == model.layout.weight.dtype == rough.dtype == torch.float32
+    assert (exact - rough).abs().max() < 0.1 * exact.std()
+
+
+def test_folder_round_trip(tmp_path: Path, model: Transformer) -> None:
+    model.save_pretrained(tmp_path / "model")
+    again = Transformer.from_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    codes, condition = torch.zeros(2, *model.config.grid, dtype=torch.long), make_condition(model, 2)
+    assert torch.equal(again(codes, condition), model(codes, condition))
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    model = make_model("nar")
+    folder = tmp_path / "model"
+
+    def refuses(message: str) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Transformer.from_pretrained(folder)
+
+    refuses("is not a model folder")
+    model.save_pretrained(folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    refuses("truncated")
+    weights.write_bytes(b"PK\x03\x04 something else")
+    refuses("truncated or not a safetensors file")
+    weights.unlink()
+    refuses("is missing")
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "output.weight"}, weights)
+    refuses("missing: output.weight")
+    save_file(tensors | {"medusa.weight": torch.zeros(1)}, weights)
+    refuses(r"not part of this model: medusa\.weight")
+    save_file(tensors | {"output.weight": torch.zeros(3, 3)}, weights)
+    refuses(r"output.weight is \(3, 3\), the model needs \(24, 64\)")
+    (folder / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"depth": 3}}))
+    refuses("unknown ModelConfig keys depth")
+    (folder / "config.json").write_text(json.dumps(config | {"kind": "image-tokenizer"}))
+    refuses("holds a image-tokenizer, not a transformer")
+    (folder / "config.json").write_text("{")
+    refuses("not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dim": 30, "num_heads": 4}, "dim 30 must be num_heads 4 times"),
+        ({"num_classes": 0}, "needs a condition"),
+        ({"positions": "alibi"}, "positions must be one of rope, learned, sincos, not 'alibi'"),
+        ({"axis_heads": (0, 2)}, "axis_heads"),
+        ({"schedule": "spiral"}, "'spiral'"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+    ],
+)
+def test_bad_configs_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**({"num_classes": 10} | values))
+
+
+def test_wrong_inputs_are_named() -> None:
+    model = make_model("nar")
+    codes = torch.zeros(1, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"class label 10 is not one of 0\.\.9"):
+        model(codes, ClassCondition(torch.tensor([10])))
+    with pytest.raises(ValueError, match=r"grid \(4, 4\) has 16 tokens but the codes are \(4, 5\)"):
+        model(torch.zeros(1, 4, 5, dtype=torch.long), ClassCondition(torch.tensor([1])))
+    with pytest.raises(ValueError, match="this model takes ClassCondition, not TextCondition"):
+        model(codes, make_condition(make_model("text"), 1))
+    with pytest.raises(ValueError, match="no null class"):
+        make_model("nar", null_class=False)(codes, ClassCondition(torch.tensor([-1])))
+    with pytest.raises(ValueError, match="must be fed after"):
+        model.decode(codes.flatten(1)[:, :2], range(1, 2), model.new_cache(1))

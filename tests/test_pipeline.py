@@ -1,0 +1,126 @@
+"""The pipeline: labels in, pictures out, the same picture however it is asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nar import Pipeline
+from nar.pipeline import bundled_names, find_model
+
+
+@pytest.fixture(scope="module")
+def pipe(toy_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(toy_folder, device="cpu")
+
+
+def test_names_and_numbers(pipe: Pipeline) -> None:
+    out = pipe(["Pear", 2, "0"], num_images_per_prompt=2, seed=3)
+    assert out.class_labels == [1, 1, 2, 2, 0, 0]
+    assert [image.size for image in out.images] == [(8, 8)] * 6
+    assert pipe("pear", seed=3).class_labels == [1]
+
+
+def test_output_types(pipe: Pipeline) -> None:
+    pictures = pipe([0, 1, 2], seed=3).images
+    array = pipe([0, 1, 2], seed=3, output_type="np").images
+    pixels = pipe([0, 1, 2], seed=3, output_type="pt").images
+    codes = pipe([0, 1, 2], seed=3, output_type="codes").images
+    assert array.shape == (3, 8, 8, 3)
+    assert array.dtype == np.uint8
+    assert all(np.array_equal(np.asarray(picture), row) for picture, row in zip(pictures, array, strict=True))
+    assert pixels.shape == (3, 3, 8, 8)
+    assert pixels.abs().max() <= 1
+    assert codes.shape == (3, 4, 4)
+    assert np.array_equal(pipe.pictures(codes, "np"), array)
+
+
+def test_batches_do_not_matter(pipe: Pipeline) -> None:
+    whole = pipe([0, 1, 2], num_images_per_prompt=3, seed=8, output_type="codes").images
+    for batch_size in (1, 2, 4):
+        parts = pipe([0, 1, 2], num_images_per_prompt=3, seed=8, output_type="codes", batch_size=batch_size).images
+        assert torch.equal(parts, whole)
+
+
+def test_seeds(pipe: Pipeline) -> None:
+    generator = torch.Generator().manual_seed(8)
+    a, b = pipe([0] * 4, seed=8, output_type="codes"), pipe([0] * 4, generator=generator, output_type="codes")
+    assert torch.equal(a.images, b.images)
+    free = pipe([0] * 4, output_type="codes")
+    assert torch.equal(pipe([0] * 4, seed=free.seed, output_type="codes").images, free.images)
+    assert not torch.equal(pipe([0] * 4, seed=9, output_type="codes").images, a.images)
+
+
+def test_own_settings_are_the_default(pipe: Pipeline) -> None:
+    assert pipe.sampling.guidance_scale == 1.5
+    own = pipe([0] * 4, seed=1, output_type="codes").images
+    assert torch.equal(pipe([0] * 4, seed=1, guidance_scale=1.5, output_type="codes").images, own)
+    assert not torch.equal(pipe([0] * 4, seed=1, guidance_scale=1.0, output_type="codes").images, own)
+
+
+def test_callback_sees_every_front(pipe: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    pipe([0, 1], seed=1, callback_on_front_end=lambda _, front, codes: seen.append((front, int((codes >= 0).sum()))))
+    assert [front for front, _ in seen] == list(range(7))
+    assert [count for _, count in seen] == [2, 6, 12, 20, 26, 30, 32]
+    half = torch.full((1, 4, 4), -1)
+    half[0, 0] = 5
+    picture = np.asarray(pipe.pictures(half)[0])
+    assert (picture[2:] == 128).all(), "what is undecided is grey"
+
+
+def test_known_codes(pipe: Pipeline) -> None:
+    known = torch.full((2, 4, 4), -1)
+    known[:, :2] = 7
+    codes = pipe([0, 1], seed=1, known=known, output_type="codes").images
+    assert (codes[:, :2] == 7).all()
+    with pytest.raises(ValueError, match="known has 2 rows for 1 pictures"):
+        pipe([0], known=known)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"class_labels": ["pears"]},
+            r"unknown class 'pears' \(did you mean 'pear'\?\); classes: red apple, pear, plum",
+        ),
+        ({"class_labels": [3]}, "unknown class '3'"),
+        ({"class_labels": ["-1"]}, "unknown class '-1'"),
+        ({"class_labels": [0], "output_type": "jpeg"}, "output_type must be one of"),
+        ({"class_labels": [0], "top_p": 2.0}, "top_p must be in"),
+        ({"class_labels": [0], "num_images_per_prompt": 0}, "must be at least 1"),
+        ({"class_labels": [0], "seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_mistakes_are_named(pipe: Pipeline, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**values)
+
+
+def test_models_are_found_or_named(toy_folder: Path, tmp_path: Path) -> None:
+    assert find_model(toy_folder) == toy_folder
+    with pytest.raises(FileNotFoundError, match="no model 'fashon'"):
+        find_model("fashon")
+    with pytest.raises(FileNotFoundError, match="is not a model folder"):
+        find_model(tmp_path)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(toy_folder, foreign)
+    config = json.loads((foreign / "tokenizer/config.json").read_text())
+    config["tokenizer"]["vocab_size"] = 16
+    (foreign / "tokenizer/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantizer.embedding.weight is \(32, 4\), the model needs \(16, 4\)"):
+        Pipeline.from_pretrained(foreign)
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundled_models_draw(name: str) -> None:
+    pipe = Pipeline.from_pretrained(name, device="cpu")
+    assert pipe.class_names
+    images = pipe(list(range(3)), seed=0, output_type="np").images
+    assert images.std() > 20, "pictures, not a flat colour"

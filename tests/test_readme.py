@@ -1,0 +1,45 @@
+"""Every example of the README runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All Python blocks in one session, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) >= 3
+    exec(compile("\n".join(blocks("python")), str(README), "exec"), {})
+    assert (tmp_path / "sneaker.png").is_file()
+
+
+def test_commands(tmp_path: Path) -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "nar"
+        program = str(Path(sys.executable).parent / words[0])
+        done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    assert (tmp_path / "sheet.gif").is_file()
+    assert len(list((tmp_path / "sneakers").glob("*.png"))) == 8
+
+
+def test_links_lead_somewhere() -> None:
+    documents = [README, *(README.parent / "docs").glob("*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -1,0 +1,107 @@
+"""The image tokenizer and its quantiser: shapes, round trips, codebook upkeep, refused pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nar import load_tokenizer
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.quantize import VectorQuantizer
+
+
+def small(**changes: object) -> ImageTokenizer:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "code_dim": 4, "channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1}
+    return ImageTokenizer(ImageTokenizerConfig(**{**sizes, "latent_channels": 8, "norm_groups": 4, **changes})).eval()
+
+
+@torch.no_grad()
+def test_any_multiple_of_the_patch_works() -> None:
+    tokenizer = small()
+    for height, width in ((2, 2), (8, 8), (6, 14)):
+        codes = tokenizer.encode(torch.rand(3, 3, height, width) * 2 - 1)
+        assert codes.shape == (3, height // 2, width // 2)
+        assert codes.dtype == torch.int64
+        assert tokenizer.decode(codes).shape == (3, 3, height, width)
+
+
+@torch.no_grad()
+def test_forward_is_encode_then_decode() -> None:
+    tokenizer, pixels = small(), torch.rand(2, 3, 8, 8) * 2 - 1
+    made = tokenizer(pixels)
+    assert torch.equal(made.codes, tokenizer.encode(pixels))
+    torch.testing.assert_close(made.pixels, tokenizer.decode(made.codes))
+
+
+def test_gradient_passes_straight_through() -> None:
+    tokenizer = small()
+    made = tokenizer(torch.rand(2, 3, 8, 8) * 2 - 1)
+    (made.pixels.square().mean() + made.codebook_loss + made.commitment_loss).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in tokenizer.encoder.parameters())
+    assert tokenizer.quantizer.embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_quantiser_takes_the_nearest_entry(l2_norm: bool) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 3, l2_norm=l2_norm)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    latents = torch.randn(2, 3, 5, 4)
+    points, entries = latents.movedim(1, -1), quantizer.embedding.weight
+    if l2_norm:
+        points, entries = F.normalize(points, dim=-1), F.normalize(entries, dim=-1)
+    expected = torch.cdist(points.flatten(0, -2), entries).argmin(-1).view(2, 5, 4)
+    assert torch.equal(quantizer.encode(latents), expected)
+    assert torch.equal(quantizer(latents).codes, expected)
+    torch.testing.assert_close(quantizer.decode(expected).movedim(1, -1), entries[expected])
+
+
+def test_restart_moves_only_dead_entries() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    before = quantizer.embedding.weight.detach().clone()
+    dead = torch.arange(8) % 2 == 0
+    latents = torch.randn(3, 4, 2, 2)
+    quantizer.restart(latents, dead, torch.Generator().manual_seed(0))
+    after = quantizer.embedding.weight.detach()
+    assert torch.equal(after[~dead], before[~dead])
+    points = F.normalize(latents.movedim(1, -1).reshape(-1, 4), dim=-1)
+    assert torch.cdist(after[dead], points).amin(1).max() < 1e-3
+
+
+def test_folder_round_trip(tmp_path: Path) -> None:
+    tokenizer = small()
+    tokenizer.save_pretrained(tmp_path / "tokenizer", training={"hours": 1})
+    again = load_tokenizer(tmp_path / "tokenizer")
+    codes = torch.randint(32, (1, 4, 4))
+    with torch.no_grad():
+        assert torch.equal(again.decode(codes), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(1, 3, 8, 7), "8x7 pixels is not a multiple of the patch size 2"),
+        (torch.zeros(1, 1, 8, 8), r"\(batch, 3, height, width\), not \(1, 1, 8, 8\)"),
+        (torch.zeros(3, 8, 8), "not \\(3, 8, 8\\)"),
+        (torch.full((1, 3, 8, 8), 200.0), "from 200 to 200, -1..1 is expected"),
+        (torch.full((1, 3, 8, 8), math.nan), "nan"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "must be float in -1..1, not torch.uint8"),
+    ],
+)
+def test_nonsense_is_refused(pixels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small().encode(pixels)
+
+
+def test_foreign_codes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"codes run from 0 to 32, this tokenizer has 0\.\.31"):
+        small().decode(torch.tensor([[[0, 32]]]))
+    with pytest.raises(ValueError, match="batch, height, width"):
+        small().decode(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="not a multiple of norm_groups"):
+        small(norm_groups=3)
