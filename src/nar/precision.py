@@ -68,11 +68,12 @@ class PackedLinear(nn.Module):
 
 
 def _packed(model: Module, precision: str) -> Module:
-    """Replace every linear layer without bias; the float32 weights go one by one, so that memory never holds both."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.bias is None:
-                setattr(parent, name, PackedLinear(child.weight.detach(), precision))
+    """Replace every linear layer without bias; the original weights go one by one, so that memory never holds both."""
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, _ in parent.named_children()]:
+            layer = getattr(parent, name)
+            if isinstance(layer, nn.Linear) and layer.bias is None:
+                setattr(parent, name, PackedLinear(layer.weight.detach(), precision))
     return model.requires_grad_(False)
 
 
