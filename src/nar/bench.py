@@ -95,10 +95,7 @@ class Setup:
 
 def preset_model(name: str, schedule: str | None = None) -> Transformer:
     """A model of a published size with random weights; `schedule` puts its backbone under another one."""
-    preset = find(name)
-    if not preset.kind.startswith(("nar-", "llamagen-gpt")):
-        raise ValueError(f"preset {name!r} is a tokenizer; to bench, take one of the models, such as NAR-B")
-    config = ModelConfig(**preset.config)
+    config = _preset_config(name)
     return _random(config if schedule is None else with_schedule(config, schedule))
 
 
@@ -129,7 +126,7 @@ def bench_preset(
     name: str, setup: Setup, schedules: Sequence[str] = SCHEDULES, *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
     """Measure the backbone of a published size, with random weights, under several schedules."""
-    config = ModelConfig(**find(name).config)
+    config = _preset_config(name)
     tokenizer = preset_tokenizer(config) if setup.pixels else None
     models = ((schedule, partial(preset_model, name, schedule)) for schedule in schedules)
     default = IMAGE_GUIDANCE if len(config.grid) == 2 else VIDEO_GUIDANCE
@@ -312,6 +309,13 @@ def _bench(
                 report(row)
         del model, session, run
     return rows
+
+
+def _preset_config(name: str) -> ModelConfig:
+    preset = find(name)
+    if not preset.kind.startswith(("nar-", "llamagen-gpt")):
+        raise ValueError(f"preset {name!r} is a tokenizer; give one of the models, such as NAR-B")
+    return ModelConfig(**preset.config)
 
 
 def _random(config: ModelConfig) -> Transformer:

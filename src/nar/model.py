@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -405,7 +406,7 @@ class Transformer(nn.Module):
         """Run the blocks on `x` (B, S, d), whose first position is `start`; returns the stream at each head."""
         phases = None if self.layout.phases is None else self.layout.phases[start : start + x.shape[1]]
         rates = dropout or Dropout()
-        taps = torch.tensor(self.config.head_depths).cumsum(0).tolist()
+        taps = list(accumulate(self.config.head_depths))
         states: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             path = rates.path * index / max(1, len(self.blocks) - 1)
