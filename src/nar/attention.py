@@ -7,11 +7,14 @@ Knows sequences in whatever order they come; does not know grids, fronts or cond
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 class RMSNorm(nn.Module):
@@ -103,6 +106,14 @@ class Cache:
         self.key_mask = None if self.key_mask is None else self.key_mask[:batch_size]
 
 
+@cache
+def _flex(device_type: str) -> Callable[..., Any]:
+    """FlexAttention; compiled on a GPU, where it skips blocks. On a CPU, as it is: slow, and for tests only."""
+    if device_type == "cpu":
+        return flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries, keys and values come from one projection."""
 
@@ -116,14 +127,14 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         phases: Tensor | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         """Attend from `x` (B, S, d) to itself and, with a cache, to what was fed before.
 
         `phases` (S, P, 2) rotate queries and keys. `mask` is bool, True where a query may see a key, broadcastable to
-        (B, h, S, T); None lets all see all.
+        (B, h, S, T); or a FlexAttention block mask, whose empty blocks are skipped; None lets all see all.
         """
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)  # (B, S, 3, h, hd)
@@ -133,7 +144,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if isinstance(mask, BlockMask):
+            y = cast(Tensor, _flex(x.device.type)(q, k, v, block_mask=mask))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return cast(Tensor, self.proj(y.transpose(1, 2).reshape(batch, length, dim)))
 
 
@@ -164,7 +178,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         phases: Tensor | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         cache: Cache | None = None,
         layer: int = 0,
         dropout: tuple[float, float] = (0.0, 0.0),
