@@ -80,7 +80,16 @@ def sample(
         list[str] | None,
         typer.Option("--class-label", help="Name or number of a class; may be repeated. Default: all, at most ten."),
     ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Pictures of each class.")] = 4,
+    number: Annotated[
+        int, typer.Option("--number", "-n", min=1, help="Pictures of each class; in all with --labels.")
+    ] = 4,
+    drawn_labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes.",
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Strength of guidance, 1.0 is off. Default: the model's own.")
     ] = None,
@@ -107,6 +116,15 @@ def sample(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Draw pictures with a model."""
+    if drawn_labels is not None:
+        given = {
+            "guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "guidance_curve": guidance_curve,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        }  # fmt: skip
+        if class_label or gif:
+            raise ValueError("--labels draws from all classes: it goes with neither --class-label nor --gif")
+        _sample_set(model, output, number, drawn_labels, given, seed, grid, batch_size, device, dtype)
+        return
     _check_output(output)
     from time import perf_counter
 
@@ -165,6 +183,32 @@ def sample(
     typer.echo(f"{count} pictures in {seconds:.1f} s, {pipe.model.layout.schedule.num_steps} steps each")
     for path in written:
         typer.echo(f"wrote {path}")
+
+
+def _sample_set(
+    model: str, output: Path, number: int, labels: str, given: dict[str, Any], seed: int, grid: str | None,
+    batch_size: int, device: str | None, dtype: str,
+) -> None:  # fmt: skip
+    import dataclasses
+
+    from nar.folder import digest
+    from nar.pipeline import Pipeline, find_model
+    from nar.samples import sample_set
+    from nar.training.distributed import joined
+
+    with joined(device or "auto") as workers:
+        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=_dtype(dtype))
+        pipe = pipe if grid is None else pipe.at_grid(_sizes(grid))
+        sampling = dataclasses.replace(
+            pipe.sampling, **{key: value for key, value in given.items() if value is not None}
+        )
+        sample_set(
+            pipe, output, number, labels, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
+            num_processes=workers.count, wait=workers.wait,
+            settings={"model": digest(find_model(model)), "dtype": dtype, "grid": grid or ""},
+        )  # fmt: skip
+        if workers.first:
+            typer.echo(f"{number} pictures, {labels} labels\nwrote {output}")
 
 
 @app.command(epilog="Example: nar train fashion run=runs/mine batch_size=128")
