@@ -83,10 +83,11 @@ def sample(
     number: Annotated[
         int, typer.Option("--number", "-n", min=1, help="Pictures of each class; in all with --labels.")
     ] = 4,
-    labels: Annotated[
+    drawn_labels: Annotated[
         str | None,
         typer.Option(
-            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes."
+            "--labels",
+            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes.",
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -196,7 +197,7 @@ def _sample_set(
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
-        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=_dtype(dtype))
+        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype)
         pipe = pipe if grid is None else pipe.at_grid(_sizes(grid))
         sampling = dataclasses.replace(
             pipe.sampling, **{key: value for key, value in given.items() if value is not None}
