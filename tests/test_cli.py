@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from nar import cli
 
 NAR = Path(sys.executable).parent / "nar"
 
@@ -20,12 +24,19 @@ def nar(*arguments: object, code: int = 0, **options: object) -> subprocess.Comp
     return done
 
 
-def refused(*arguments: object) -> str:
-    """The one line on stderr of a command that must fail."""
-    done = nar(*arguments, code=2)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert "Traceback" not in done.stderr
-    return lines[-1]
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must fail, in this process; returns its one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert stopped.value.code == 2, lines
+        return lines[-1]
+
+    return run
 
 
 def test_help_is_fast_and_has_examples() -> None:
@@ -84,7 +95,7 @@ def test_info(toy_folder: Path) -> None:
     assert "130,551,552" in nar("info", "--presets").stdout
 
 
-def test_mistakes_of_sampling(toy_folder: Path, tmp_path: Path) -> None:
+def test_mistakes_of_sampling(refused: Callable[..., str], toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     assert "unknown class 'shoe'; classes: red apple, pear, plum" in refused(
         "sample", toy_folder, "--class-label", "shoe", "-o", out
@@ -106,13 +117,16 @@ def test_mistakes_of_sampling(toy_folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "something half-written was left"
 
 
-def test_mistakes_of_training(tmp_path: Path) -> None:
+def test_mistakes_of_training(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "no recipe 'fashon' (did you mean 'fashion'?)" in refused("train", "fashon")
     assert "unknown key 'batchsize'" in refused("train", "fashion", "batchsize=3")
     missing = refused("train", "fashion-tokenizer", f"data.source={tmp_path / 'nothing'}", f"run={tmp_path / 'run'}")
     assert "nothing" in missing
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = nar("sample", "fashon", "-o", tmp_path / "x.png", "--debug", code=1)
-    assert "Traceback" in done.stderr
+def test_mistakes_from_the_shell(tmp_path: Path) -> None:
+    """The same as people see them: one line and exit code 2, or the traceback with --debug."""
+    done = nar("sample", "fashon", "-o", tmp_path / "x.png", code=2)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("nar: no model 'fashon'")
+    assert "Traceback" in nar("sample", "fashon", "-o", tmp_path / "x.png", "--debug", code=1).stderr
