@@ -19,6 +19,7 @@ ALLOWED = {
     "folder": set(),
     "sheet": set(),
     "presets": set(),
+    "precision": set(),
     "attention": set(),
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder"},
@@ -30,9 +31,11 @@ ALLOWED = {
     "training": {
         "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config"},
+    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
     "convert": {"model", "tokenizer", "presets", "folder"},
-    "bench": {"pipeline", "sampling", "model", "condition", "presets", "order", "attention", "tokenizer", "folder"},
+    "bench": {
+        "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
+    },
     "cli": None,
 }  # fmt: skip
 

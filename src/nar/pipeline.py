@@ -21,7 +21,8 @@ from nar.condition import ClassCondition
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
-from nar.sampling import Sampling, generate_fronts
+from nar.precision import convert
+from nar.sampling import Sampling, Session, generate_fronts
 from nar.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -92,17 +93,19 @@ class Pipeline:
                 "they do not belong together"
             )
         self.model = model
+        self.session = Session(model)
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.sampling = sampling or Sampling()
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        cls, source: str | Path, *, device: torch.device | str | None = None, dtype: str | torch.dtype = "float32"
     ) -> Pipeline:
         """Load a bundled name, a model folder or a hub id. `device` defaults to a GPU when there is one.
 
-        The tokenizer stays in float32, whatever the `dtype` of the transformer.
+        The tokenizer stays in float32, whatever the `dtype` of the transformer: "float32", "bfloat16", "float16", or
+        on a CPU "int8". On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
 
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
@@ -125,7 +128,7 @@ class Pipeline:
         tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
-            model.to(place, dtype),
+            convert(model, dtype, place),
             tokenizer.to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
@@ -215,6 +218,7 @@ class Pipeline:
                 seed=seed,
                 indices=rows,
                 known=None if known is None else known[rows.start : rows.stop],
+                session=self.session,
             ):
                 if callback_on_front_end is not None:
                     callback_on_front_end(self, front, codes)

@@ -8,18 +8,23 @@ or files. Legend: `B` batch, `N` grid positions, `n` positions of a front, `V` v
 from __future__ import annotations
 
 import math
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nar.attention import Block
 from nar.condition import Condition, drop, map_condition, parts
 from nar.model import Transformer
 
 Curve = Callable[[float], float]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 SMALLEST_TEMPERATURE = 1e-5
 
 
@@ -94,17 +99,15 @@ def generate(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
+    session: Session | None = None,
 ) -> Tensor:
     """Draw codes (B, *grid); see `generate_fronts` for the arguments."""
-    codes = torch.empty(0)
-    for _, codes in generate_fronts(  # noqa: B007 the last one is wanted
-        model, condition, sampling, negative=negative, seed=seed, indices=indices, known=known
-    ):
+    tokens = torch.empty(0)
+    for _, tokens in _steps(model, condition, sampling or Sampling(), negative, seed, indices, known, session):  # noqa: B007
         pass
-    return codes
+    return model.in_raster(tokens)
 
 
-@torch.inference_mode()
 def generate_fronts(
     model: Transformer,
     condition: Condition,
@@ -114,6 +117,7 @@ def generate_fronts(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
+    session: Session | None = None,
 ) -> Iterator[Front]:
     """Draw codes front by front; yields after each.
 
@@ -122,45 +126,163 @@ def generate_fronts(
         seed, indices: sample i of the batch draws from the stream (seed, indices[i]), by default (seed, i).
         known: codes (B, *grid), -1 where free; the others are kept as given. Only later fronts take note of them: about
             half of what surrounds a hole in the middle is not seen.
+        session: memory and graphs to use again; by default those of this call alone.
 
     Raises:
         ValueError: guidance without a null condition, `known` of another grid, or a condition that the model does not
             take.
     """
-    sampling = sampling or Sampling()
+    for front, tokens in _steps(model, condition, sampling or Sampling(), negative, seed, indices, known, session):
+        yield Front(front, model.in_raster(tokens))
+
+
+class Session:
+    """What generations of one model need besides its weights, made once and used again by calls of the same shape.
+
+    Holds the caches of the last few shapes and, on CUDA, the graphs recorded for them. One generation at a time.
+
+    Args:
+        graphs: whether to record CUDA graphs, one a front; None does so on CUDA. A shape is recorded when it comes for
+            the first time, which takes about two generations.
+        compiled: compile the feed-forward layers in place (`torch.compile`) at the first generation. Attention is left
+            as it is: its cache has another length at every front, and each would be compiled anew.
+        num_kept: shapes, and recorded settings of each, that are kept; the ones used longest ago go first.
+    """
+
+    def __init__(
+        self, model: Transformer, *, graphs: bool | None = None, compiled: bool = False, num_kept: int = 2
+    ) -> None:
+        self.model = model
+        self.graphs = model.device.type == "cuda" if graphs is None else graphs
+        if self.graphs and model.device.type != "cuda":
+            raise ValueError(f"graphs need a model on cuda, this one is on {model.device.type}")
+        self.num_kept = num_kept
+        self.serial = 0  # of the latest generation
+        self._buffers: OrderedDict[tuple[int, int, bool], _Buffers] = OrderedDict()
+        if compiled:
+            for block in model.blocks:
+                cast(Block, block).feed_forward.compile(dynamic=True)
+
+    def buffers(self, batch: int, rows: int, masked: bool) -> _Buffers:
+        """The tensors for `batch` pictures in `rows` rows (twice as many when guided)."""
+        key = (batch, rows, masked)
+        return _recent(self._buffers, key, lambda: _Buffers(self.model, *key), self.num_kept)
+
+    def stepper(self, buffers: _Buffers, sampling: Sampling) -> Callable[[int], None]:
+        """What draws front number x into the buffers: a recorded graph, or the step itself."""
+        if self.graphs:
+            try:
+                graphs = _recent(
+                    buffers.graphs, sampling, lambda: _record(self.model, buffers, sampling), self.num_kept
+                )
+                return lambda front: graphs[front].replay()
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graphs, going on without: {error}", stacklevel=2)
+                self.graphs = False
+        return lambda front: step(self.model, buffers, sampling, front)
+
+
+class _Buffers:
+    """The tensors of one shape of generation, at addresses that stay."""
+
+    def __init__(self, model: Transformer, batch: int, rows: int, masked: bool) -> None:
+        config, count = model.config, model.layout.schedule.num_positions
+        self.cache = model.new_cache(rows)
+        self.embedded = torch.zeros(rows, config.num_condition, config.dim, device=model.device, dtype=model.dtype)
+        self.key_mask = (
+            torch.ones(rows, config.num_condition, dtype=torch.bool, device=model.device) if masked else None
+        )
+        self.streams = torch.zeros(batch, count, device=model.device)
+        self.known = torch.full((batch, count), -1, device=model.device)
+        self.tokens = torch.full((batch, count), -1, device=model.device)
+        self.graphs: OrderedDict[Sampling, list[torch.cuda.CUDAGraph]] = OrderedDict()
+
+
+def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) -> None:
+    """Draw one front into `buffers.tokens`. Reads nothing back to the host: a CUDA graph can hold it."""
+    schedule, cache, tokens = model.layout.schedule, buffers.cache, buffers.tokens
+    batch, positions = len(tokens), schedule.front(front)
+    if front == 0:
+        hidden = model.prefill(buffers.embedded, buffers.key_mask, cache)
+    else:
+        if cache.batch_size > batch and _guidance_over(sampling, positions.start):
+            cache.keep(batch)
+        last = tokens[:, schedule.front(front - 1)]
+        fed = torch.cat([last, last]) if cache.batch_size > batch else last
+        hidden = model.decode(fed, range(front - 1, front), cache)
+    if cache.batch_size > batch:
+        scale = sampling.guidance_at(front, schedule.num_steps)
+        hidden = hidden[:batch] if scale == 1.0 else hidden[batch:].lerp(hidden[:batch], scale)
+    logits = model.logits(hidden)
+    drawn = draw(logits, buffers.streams[:, positions], sampling.temperature, sampling.top_k, sampling.top_p)
+    given = buffers.known[:, positions]
+    tokens[:, positions] = torch.where(given >= 0, given, drawn)
+
+
+def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[torch.cuda.CUDAGraph]:
+    """One graph a front, which share their memory; replaying all in order is one generation."""
+    fronts = range(model.layout.schedule.num_steps)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries choose their kernels and workspaces now, outside of the graphs
+        for front in fronts:
+            step(model, buffers, sampling, front)
+    torch.cuda.current_stream().wait_stream(side)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for front in fronts:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            step(model, buffers, sampling, front)
+        graphs.append(graph)
+    return graphs
+
+
+@torch.inference_mode()
+def _steps(
+    model: Transformer,
+    condition: Condition,
+    sampling: Sampling,
+    negative: Condition | None,
+    seed: int,
+    indices: Sequence[int] | None,
+    known: Tensor | None,
+    session: Session | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the number of each front and the tokens (B, N) so far, which the next step overwrites."""
+    session = session or Session(model, graphs=False)
+    if session.model is not model:
+        raise ValueError("this session belongs to another model")
     schedule = model.layout.schedule
     batch = len(parts(condition)[0])
-    scales = [sampling.guidance_at(front, schedule.num_steps) for front in range(schedule.num_steps)]
-    guided = any(scale != 1.0 for scale in scales)
-    if guided and negative is None:
-        negative = _null(model, condition)
-    streams = uniforms(seed, range(batch) if indices is None else indices, schedule.num_positions).to(model.device)
-    given = None if known is None else model.in_order(known.to(model.device))
-    tokens = torch.full((batch, schedule.num_positions), -1, device=model.device)
-
     embedded, key_mask = model.embed(condition)
-    if guided and negative is not None:
-        other, other_mask = model.embed(negative)
+    if any(sampling.guidance_at(front, schedule.num_steps) != 1.0 for front in range(schedule.num_steps)):
+        other, other_mask = model.embed(_null(model, condition) if negative is None else negative)
         embedded = torch.cat([embedded, other])
         key_mask = None if key_mask is None or other_mask is None else torch.cat([key_mask, other_mask])
-    cache = model.new_cache(len(embedded))
+    buffers = session.buffers(batch, len(embedded), key_mask is not None)
+    advance = session.stepper(buffers, sampling)
+    buffers.embedded.copy_(embedded)
+    if buffers.key_mask is not None and key_mask is not None:
+        buffers.key_mask.copy_(key_mask)
+    buffers.streams.copy_(uniforms(seed, range(batch) if indices is None else indices, schedule.num_positions))
+    buffers.known.fill_(-1) if known is None else buffers.known.copy_(model.in_order(known.to(model.device)))
+    buffers.tokens.fill_(-1)
+    session.serial = serial = session.serial + 1
     for front in range(schedule.num_steps):
-        if front == 0:
-            hidden = model.prefill(embedded, key_mask, cache)
-        else:
-            if cache.batch_size > batch and _guidance_over(sampling, schedule.front(front).start):
-                cache.keep(batch)
-            last = tokens[:, schedule.front(front - 1)]
-            fed = torch.cat([last, last]) if cache.batch_size > batch else last
-            hidden = model.decode(fed, range(front - 1, front), cache)
-        if cache.batch_size > batch:
-            hidden = hidden[batch:].lerp(hidden[:batch], scales[front])
-        positions = schedule.front(front)
-        drawn = draw(model.logits(hidden), streams[:, positions], sampling.temperature, sampling.top_k, sampling.top_p)
-        if given is not None:
-            drawn = torch.where(given[:, positions] >= 0, given[:, positions], drawn)
-        tokens[:, positions] = drawn
-        yield Front(front, model.in_raster(tokens))
+        if session.serial != serial:
+            raise RuntimeError("this session has begun another generation; use one session for each at a time")
+        advance(front)
+        yield front, buffers.tokens
+
+
+def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], num_kept: int) -> Value:
+    """The value of `key`, made when it is new; the one used longest ago goes when there are more than `num_kept`."""
+    if key not in kept:
+        while len(kept) >= num_kept:
+            kept.popitem(last=False)
+        kept[key] = make()
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -1,0 +1,67 @@
+"""`nar bench` on toys: rows that add up, a table, a file, a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from nar import ModelConfig, bench
+from nar.cli import app
+
+KEYS = {
+    "schedule", "steps", "batch_size", "latency_seconds", "images_per_second", "peak_memory_bytes",
+    "latency_with_pixels_seconds", "reading_floor_seconds", "arithmetic_floor_seconds", "floor_fraction",
+}  # fmt: skip
+
+
+def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) -> None:
+    files = [str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]
+    result = CliRunner().invoke(
+        app,
+        f"bench {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --schedule raster --schedule manhattan "
+        f"--json {files[0]} --plot {files[1]}",
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0
+    assert "manhattan is" in result.stdout
+    assert "ratio of steps 2.29" in result.stdout
+    rows = json.loads(Path(files[0]).read_text())
+    assert [(row["schedule"], row["steps"], row["batch_size"]) for row in rows] == [
+        ("raster", 16, 1), ("raster", 16, 2), ("manhattan", 7, 1), ("manhattan", 7, 2)
+    ]  # fmt: skip
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["latency_seconds"])
+        assert row["latency_with_pixels_seconds"] > row["latency_seconds"]
+        assert 0 < row["floor_fraction"] < 2
+    assert Image.open(files[1]).size[1] > 100
+
+
+def test_published_sizes_under_every_schedule() -> None:
+    config = ModelConfig(**bench.find("NAR-B").config)
+    video = ModelConfig(**bench.find("NAR-video-S").config)
+    assert bench.with_schedule(config, "par").regions == (2, 2)
+    assert bench.with_schedule(config, "raster").num_blocks == 12
+    assert bench.with_schedule(video, "par").regions == (1, 2, 2)
+    assert bench.with_schedule(config, "manhattan") is config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "either MODEL or --preset"),
+        (["toy", "--preset", "NAR-B"], "either MODEL or --preset"),
+        (["--preset", "NAR-Q"], "did you mean"),
+        (["--preset", "VQ-16", "--tokens-only"], "tokenizer"),
+        (["--preset", "NAR-B", "--batch-sizes", "one"], "1,8"),
+        (["--preset", "NAR-B", "--batch-sizes", "0"], "positive"),
+        (["--preset", "NAR-B", "--plot", "x.svg"], ".png"),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
