@@ -143,6 +143,7 @@ def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:
     board.Reload()
     assert {"loss", "learning_rate", "gradient_norm", "memory_bytes", "heldout_loss"} <= set(board.Tags()["scalars"])
     assert board.Tags()["images"] == ["preview"]
+    assert [event.step for event in board.Scalars("loss")] == [32, 64]  # images seen
 
 
 def test_a_model_starts_from_another_one_at_a_larger_grid_and_with_other_classes(tmp_path: Path) -> None:
