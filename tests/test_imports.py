@@ -36,6 +36,7 @@ ALLOWED = {
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
+    "samples": {"pipeline", "sampling", "condition"},
     "cli": None,
 }  # fmt: skip
 

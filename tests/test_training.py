@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nar.condition import ClassCondition, TextCondition
 from nar.data.sources import load_pictures
-from nar.model import Transformer
+from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task, _pieces
@@ -38,6 +39,40 @@ def test_the_loss_is_the_recorded_one_in_chunks_too(fixture: object, chunk: int)
     with torch.enable_grad():  # chunks are computed again in the backward pass
         made = token_losses(case.model(), case.codes, case.condition, chunk=chunk).mean()
     torch.testing.assert_close(made, case.recorded("train.loss", "train.loss").reshape(()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_those_of_attention_written_out(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    """PyTorch's attention against softmax(q k / sqrt(d)) over the masked scores, in 2-D and 3-D."""
+
+    def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    for grid in ((4, 5), (2, 3, 4)):
+        torch.manual_seed(0)
+        kind = {"text_dim": 6, "text_length": 3} if padded else {"num_classes": 3}
+        model = Transformer(
+            ModelConfig(grid=grid, vocab_size=11, dim=24, num_layers=2, num_heads=2, hidden_dim=32, **kind)
+        )
+        nn.init.normal_(model.output.weight, std=0.5)
+        codes = torch.randint(11, (2, *grid))
+        mask = torch.tensor([[True, True, True], [False, False, True]])
+        words = TextCondition(torch.randn(2, 3, 6), mask)
+        condition = words if padded else ClassCondition(torch.tensor([1, -1]))
+        gradients = []
+        for reference in (False, True):
+            with monkeypatch.context() as patch:
+                if reference:
+                    patch.setattr("torch.nn.functional.scaled_dot_product_attention", written_out)
+                model.zero_grad()
+                token_losses(model, codes, condition).mean().backward()
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+        assert gradients[0]["blocks.0.attention.qkv.weight"].abs().max() > 1e-5
 
 
 def test_settings_of_the_engine_do_not_change_what_is_learned(tmp_path: Path) -> None:
@@ -108,6 +143,7 @@ def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:
     board.Reload()
     assert {"loss", "learning_rate", "gradient_norm", "memory_bytes", "heldout_loss"} <= set(board.Tags()["scalars"])
     assert board.Tags()["images"] == ["preview"]
+    assert [event.step for event in board.Scalars("loss")] == [32, 64]  # images seen
 
 
 def test_a_model_starts_from_another_one_at_a_larger_grid_and_with_other_classes(tmp_path: Path) -> None:
@@ -149,7 +185,6 @@ def test_low_rank_additions_are_merged_into_a_plain_model(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
     """Within 5 % of forward, backward and step of the same model, on CPU."""
-    from nar.condition import ClassCondition
     from nar.training.optim import build_optimizer
 
     options = ["model.dim=256", "model.num_heads=4", "model.num_layers=6", "model.hidden_dim=704", "batch_size=32"]

@@ -460,7 +460,9 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {name} from the hub needs datasets: pip install nar-gen[train]") from error
+        raise ModuleNotFoundError(
+            f"no folder {name!r} here, and reading a hub id needs datasets: pip install nar-gen[train]"
+        ) from error
     try:
         table = datasets.load_dataset(name, split="test" if split == "t10k" else split)
     except (ValueError, OSError, ConnectionError) as error:

@@ -203,7 +203,7 @@ def train(
     heldout: dict[str, float] = {}
     with ExitStack() as stack:
         stopping = stack.enter_context(_Stopping())
-        log = _Log(run, first_step, stack) if workers.first else None
+        log = _Log(run, first_step, plan.batch_size, stack) if workers.first else None
         bar = stack.enter_context(
             tqdm(
                 total=num_steps * plan.batch_size, initial=first_step * plan.batch_size, unit="img",
@@ -263,7 +263,7 @@ def train(
                     extra = {f"metric_{name}": value for name, value in (metrics or _none)(averaged, task).items()}
                     named = {f"heldout_{name}": value for name, value in heldout.items()}
                     log.scalars(done, done * plan.batch_size, named | extra)
-                    log.picture(done, task.preview(averaged))
+                    log.picture(done, done * plan.batch_size, task.preview(averaged))
                 logged = (done, time.monotonic())
             if done % plan.checkpoint_every == 0 or last or stop or (measured is not None and measured < lowest):
                 record = {
@@ -462,7 +462,7 @@ class _Stopping:
 class _Log:
     """`metrics.jsonl` (a line a record), TensorBoard where installed, and preview pictures, all in the run's folder."""
 
-    def __init__(self, run: Path, first_step: int, stack: ExitStack) -> None:
+    def __init__(self, run: Path, first_step: int, batch_size: int, stack: ExitStack) -> None:
         self._previews = run / "previews"
         self._previews.mkdir(exist_ok=True)
         path = run / "metrics.jsonl"
@@ -476,7 +476,7 @@ class _Log:
         except ImportError:
             self._board = None
         else:
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step * batch_size + 1)
             stack.callback(self._board.close)
 
     def scalars(self, step: int, images_seen: int, values: dict[str, float]) -> None:
@@ -487,8 +487,8 @@ class _Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, images_seen)
 
-    def picture(self, step: int, picture: Image.Image) -> None:
+    def picture(self, step: int, images_seen: int, picture: Image.Image) -> None:
         path = self._previews / f"{step:07d}.png"
         atomically(path, lambda staging: picture.save(staging, format="png"))
         if self._board is not None:
-            self._board.add_image("preview", np.asarray(picture), step, dataformats="HWC")
+            self._board.add_image("preview", np.asarray(picture), images_seen, dataformats="HWC")
