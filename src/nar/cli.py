@@ -80,7 +80,16 @@ def sample(
         list[str] | None,
         typer.Option("--class-label", help="Name or number of a class; may be repeated. Default: all, at most ten."),
     ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Pictures of each class.")] = 4,
+    number: Annotated[
+        int, typer.Option("--number", "-n", min=1, help="Pictures of each class; in all with --labels.")
+    ] = 4,
+    drawn_labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes.",
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Strength of guidance, 1.0 is off. Default: the model's own.")
     ] = None,
@@ -107,6 +116,15 @@ def sample(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
 ) -> None:
     """Draw pictures with a model."""
+    if drawn_labels is not None:
+        given = {
+            "guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "guidance_curve": guidance_curve,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        }  # fmt: skip
+        if class_label or gif:
+            raise ValueError("--labels draws from all classes: it goes with neither --class-label nor --gif")
+        _sample_set(model, output, number, drawn_labels, given, seed, grid, batch_size, device, dtype)
+        return
     _check_output(output)
     from time import perf_counter
 
@@ -167,6 +185,32 @@ def sample(
         typer.echo(f"wrote {path}")
 
 
+def _sample_set(
+    model: str, output: Path, number: int, labels: str, given: dict[str, Any], seed: int, grid: str | None,
+    batch_size: int, device: str | None, dtype: str,
+) -> None:  # fmt: skip
+    import dataclasses
+
+    from nar.folder import digest
+    from nar.pipeline import Pipeline, find_model
+    from nar.samples import sample_set
+    from nar.training.distributed import joined
+
+    with joined(device or "auto") as workers:
+        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype)
+        pipe = pipe if grid is None else pipe.at_grid(_sizes(grid))
+        sampling = dataclasses.replace(
+            pipe.sampling, **{key: value for key, value in given.items() if value is not None}
+        )
+        sample_set(
+            pipe, output, number, labels, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
+            num_processes=workers.count, wait=workers.wait,
+            settings={"model": digest(find_model(model)), "dtype": dtype, "grid": grid or ""},
+        )  # fmt: skip
+        if workers.first:
+            typer.echo(f"{number} pictures, {labels} labels\nwrote {output}")
+
+
 @app.command(epilog="Example: nar train fashion run=runs/mine batch_size=128")
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a YAML file.")],
@@ -178,7 +222,56 @@ def train(
     """Train a tokenizer or a model from a recipe. The same command again resumes; DIR/model is the result."""
     from nar.training.tasks import run_recipe
 
-    typer.echo(f"wrote {run_recipe(recipe, overrides or [], override=override)}")
+    folder = run_recipe(recipe, overrides or [], override=override)
+    typer.echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
+
+
+@app.command(epilog="Example: nar extract runs/tokenizer/model --data pictures/ --size 256 --views flip -o codes/")
+def extract(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_TOKENIZER", help="A tokenizer folder, or a model that has one inside.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", help="A folder, .parquet, .tar, hub id, or the word fashion-mnist or toy.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codes. The same command resumes.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side. Default: the model's own, else 256.")] = None,
+    views: Annotated[str, typer.Option(help="Of each picture: centre, flip (and mirrored) or ten-crop.")] = "centre",
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
+    group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+) -> None:
+    """Turn pictures into the codes of a tokenizer, for training. Under torchrun the processes share the work."""
+    from nar.data import extract as extraction
+    from nar.data.sources import open_source
+    from nar.folder import read_config
+    from nar.pipeline import find_model
+    from nar.training.distributed import joined
+
+    folder = find_model(model)
+    config = read_config(folder)
+    if config.get("kind") == "transformer":
+        folder = folder / "tokenizer"
+        levels = read_config(folder)["tokenizer"].get("channel_multipliers", ())
+        size = size or config["model"]["grid"][-1] * 2 ** (len(levels) - 1)
+    size = size or 256
+    with joined(device or "auto") as workers:
+        extraction.extract(
+            folder, open_source(data, size=size, split=split, label=label, group=group), output, size=size, kind=views,
+            batch_size=batch_size, device=workers.device, threads=threads, rank=workers.rank, count=workers.count,
+            wait=workers.wait,
+        )  # fmt: skip
+        if workers.first:
+            manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+            grid = "x".join(map(str, manifest["grid"]))
+            typer.echo(
+                f"{manifest['num_samples']} pictures, {manifest['num_views']} views of {grid} codes each, "
+                f"{manifest['num_broken']} broken"
+            )
+            typer.echo(f"wrote {output}")
 
 
 @app.command(epilog="Example: nar convert --kind nar-c2i c2i_L_256.pt --tokenizer models/vq-16 -o models/nar-l")

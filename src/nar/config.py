@@ -37,6 +37,8 @@ def find_recipe(name: str) -> Path:
 def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Schema:
     """Merge a recipe and `key=value` overrides (dots reach into groups) into `schema`, a frozen dataclass.
 
+    A recipe may name another one as its `base`, and then holds only what differs.
+
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or what the dataclass's
             own checks refuse.
@@ -50,7 +52,7 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
         if "=" not in override:
             raise ValueError(f"override {override!r} must be key=value, such as batch_size=64")
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.merge(_read(path), OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path.name}: {_first_line(error)}") from error
     values = OmegaConf.to_container(given, resolve=True)
@@ -65,6 +67,16 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
         return cast(Schema, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"recipe {path.stem}: {_first_line(error)}") from error
+
+
+def _read(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.load(path)
+    if "base" not in values:
+        return values
+    base = cast(Any, values).pop("base")
+    return OmegaConf.merge(_read(find_recipe(base)), values)
 
 
 def dataclasses_tree(schema: type) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Knows files and names of tensors; does not know what kind of model they belong t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -83,6 +84,15 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}); copy it again, or use `nar convert` on it"
         ) from error
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 of a model folder's weights: what names a tokenizer in the codes that it made."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the model folder is incomplete, copy it again")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:

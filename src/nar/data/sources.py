@@ -1,24 +1,30 @@
-"""Pictures and labels from what people have: Fashion-MNIST's idx files, folders, parquet; all of it held in memory.
+"""Pictures, labels and captions from what people have: folders, parquet, webdataset tars, the hub, Fashion-MNIST.
 
-Knows file formats and how a picture becomes a uint8 square; does not know models, codes or training.
+Knows file formats and how a picture becomes a uint8 square; does not know models, codes or training. A `Source` is
+random access to encoded pictures; `load_pictures` decodes one into memory.
 Dimensions: N pictures, size x size pixels, 3 channels.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
+import math
 import os
+import re
+import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -33,14 +39,17 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle boot",
 )
+TOY = "toy"
+TOY_CLASSES = ("circle", "square", "triangle", "cross")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
 _IDX_PREFIX = {"train": "train", "t10k": "t10k", "test": "t10k"}
 _FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}
 
-# A picture's name for messages, its label, and what Pillow opens.
-Item = tuple[str, int, Callable[[], Any]]
+_CAPTIONS = ("caption", "text", "prompt")
+# What decoding a broken picture raises.
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -55,47 +64,181 @@ class Pictures:
         return len(self.images)
 
 
-def load_pictures(source: str | Path, *, size: int, split: str = "train") -> Pictures:
-    """Read all pictures of one split as `size` x `size` RGB.
+@dataclass(frozen=True)
+class Source:
+    """Pictures that are decoded when asked for: `open(i)` gives what Pillow opens, or a picture.
 
-    `source` is the word "fashion-mnist", a folder with its idx files (plain or .gz), a folder with one folder of
-    pictures per class, a flat folder of pictures (one class, "picture"), or a parquet file with the columns `image`
-    and, where there are classes, `label` and `label_name`. `split` is "train", "test" or "t10k" (the same as "test");
-    folders may hold `train/` and `test/`, or `train.parquet` and `test.parquet`; a source without splits is "train".
+    `names` are for messages. `groups` are what belongs together when a part is held out (the drawings of one thing,
+    say), by default each picture for itself. `captions` is None where there are none.
+    """
 
-    Pictures are centre-cropped and resized as in ADM, transparency becomes white; 28x28 idx pictures are padded with
-    zeros instead when `size` is larger. A few broken pictures are skipped with a warning, more than 1 % are an error.
+    names: Sequence[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    open: Callable[[int], Any]
+    captions: Sequence[str] | None = None
+    groups: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, index: int) -> Image.Image:
+        """Decode picture `index` to RGB; raises one of `BROKEN` when it can't be."""
+        opened = self.open(index)
+        if isinstance(opened, Image.Image):
+            return opened
+        with Image.open(opened) as picture:
+            return to_rgb(picture)
+
+    def take(self, rows: np.ndarray) -> Source:
+        """The source with only these rows, in this order."""
+        picked = [int(row) for row in rows]
+        return Source(
+            [self.names[row] for row in picked],
+            self.labels[rows],
+            self.class_names,
+            lambda index: self.open(picked[index]),
+            None if self.captions is None else [self.captions[row] for row in picked],
+            None if self.groups is None else [self.groups[row] for row in picked],
+        )
+
+
+def open_source(
+    source: str | Path, *, size: int, split: str = "train", label: str = "label", group: str = ""
+) -> Source:
+    """Find the pictures of one split, without decoding them.
+
+    `source` is one of
+    - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
+    - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
+      beside each picture, or in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`);
+    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`;
+    - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
+    - a data set on the hub, such as `someone/pictures`.
+
+    `split` is "train", "test" or "t10k" (the same as "test"); folders may hold `train/` and `test/`, or `train.parquet`
+    and `test.parquet`; a source without splits is "train". `label` and `group` name columns of tables. 28x28 idx
+    pictures are padded with zeros to `size`.
 
     Raises:
         FileNotFoundError: the source or the split does not exist.
         ValueError: the source holds no pictures or damaged files.
-        ModuleNotFoundError: parquet without pyarrow.
+        ModuleNotFoundError: parquet without pyarrow, or the hub without datasets.
     """
     if size < 1:
         raise ValueError(f"size {size} must be at least 1 pixel")
     if split not in _IDX_PREFIX:
         raise ValueError(f"split {split!r} is not one of {', '.join(_IDX_PREFIX)}")
     path = Path(source).expanduser()
+    if str(source) == TOY and not path.exists():
+        return _of_arrays(_draw_toy(size, split))
     if str(source) == FASHION_MNIST and not path.exists():
         path = _find_fashion_mnist()
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{path} is a file; allowed are a .parquet file or a folder with pictures")
+        if path.suffix not in (".parquet", ".tar"):
+            raise ValueError(f"{path} is a file; allowed are a .parquet file, a .tar file or a folder with pictures")
         _only_train(path, split)
-        return _read_parquet(path, size)
+        return _open_parquet([path], label, group) if path.suffix == ".parquet" else _open_tars([path])
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; give a folder, a .parquet file or the word {FASHION_MNIST!r}")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
+            return _open_hub(str(source), split, label, group)
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder, a .parquet or .tar file, a hub id, or the word {FASHION_MNIST!r}"
+        )
     if any(_idx_file(path, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k")):
-        return _read_idx(path, _IDX_PREFIX[split], size)
+        return _of_arrays(_read_idx(path, _IDX_PREFIX[split], size))
     for name in _FOLDERS[split]:
-        if (path / f"{name}.parquet").is_file():
-            return _read_parquet(path / f"{name}.parquet", size)
+        if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
+            return _open_parquet(tables, label, group)
         if (path / name).is_dir():
-            return _read_folder(path / name, size)
+            return _open_folder(path / name, label, group)
     if (path / "train").is_dir() or (path / "train.parquet").is_file():
         raise FileNotFoundError(f"{path} has a train split but no {split!r}; add {path / 'test'}")
     _only_train(path, split)
-    return _read_folder(path, size)
+    return _open_folder(path, label, group)
+
+
+def load_pictures(source: str | Path | Source, *, size: int, split: str = "train") -> Pictures:
+    """Decode all pictures of a source into memory, as `size` x `size` RGB; see `open_source` for what it may be.
+
+    Pictures are centre-cropped and resized as in ADM, transparency becomes white. A few broken pictures are skipped
+    with a warning, more than 1 % are an error.
+    """
+    if not isinstance(source, Source):
+        source = open_source(source, size=size, split=split)
+    images = np.empty((len(source), size, size, 3), np.uint8)
+    good: list[int] = []
+    broken: list[str] = []
+    for index in range(len(source)):
+        try:
+            images[len(good)] = np.asarray(centre_crop(source.picture(index), size))
+        except BROKEN as error:
+            broken.append(f"{source.names[index]} ({error})")
+            continue
+        good.append(index)
+    check_broken(broken, len(source))
+    return Pictures(images[: len(good)], source.labels[good], source.class_names)
+
+
+def check_broken(broken: Sequence[str], count: int) -> None:
+    """Warn of `broken` pictures among `count`; raises ValueError when they are more than BROKEN_SHARE."""
+    if not broken:
+        return
+    shown = f"{'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' if len(broken) > 3 else ''}"
+    message = f"{len(broken)} of {count} pictures cannot be read: {shown}"
+    if len(broken) > BROKEN_SHARE * count:
+        raise ValueError(f"{message}; at most {BROKEN_SHARE:.0%} may be broken, remove or repair them")
+    warnings.warn(f"{message}; they are skipped", stacklevel=2)
+
+
+def held_out(keys: Sequence[str], share: float) -> np.ndarray:
+    """Which samples (N,) bool are held out, about `share` of them, decided by a hash of their keys.
+
+    Samples with one key stay together, and a sample stays where it is when others come or go. At least one is held out
+    and at least one is not, where there are two keys.
+    """
+    digests = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in set(keys)}
+    ranked = sorted(digests, key=lambda key: digests[key])
+    chosen = {key for key in ranked[1:-1] if digests[key] < share} | set(ranked[:1] if len(ranked) > 1 else ())
+    return np.array([key in chosen for key in keys], dtype=bool)
+
+
+def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
+    """The crops of a picture that codes are made of: "centre", "flip" (and mirrored), or "ten-crop".
+
+    Ten-crop cuts the four corners and the middle out of a centre crop 1.1 times as large, of the picture and of its
+    mirror image, as the published trainers do.
+    """
+    if kind == "ten-crop":
+        large = round(size * 1.1 - 0.5)
+        square = centre_crop(picture, large)
+        middle = round((large - size) / 2)
+        corners = [(0, 0), (large - size, 0), (0, large - size), (large - size, large - size), (middle, middle)]
+        return [
+            side.crop((left, top, left + size, top + size))
+            for side in (square, ImageOps.mirror(square))
+            for left, top in corners
+        ]
+    centre = centre_crop(picture, size)
+    return [centre, ImageOps.mirror(centre)] if kind == "flip" else [centre]
+
+
+VIEWS = {"centre": 1, "flip": 2, "ten-crop": 10}
+
+
+def random_crop(picture: Image.Image, size: int, uniforms: Sequence[float], *, smallest: float = 0.8) -> Image.Image:
+    """A random square of a picture, whose shorter side is first brought to a random length in [size, size / smallest].
+
+    Draws that length, the place and whether the square is mirrored from four numbers in [0, 1).
+    """
+    side = size + int(uniforms[0] * (math.ceil(size / smallest) - size + 1))
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (int(u * (length - size + 1)) for u, length in zip(uniforms[1:3], picture.size, strict=True))
+    square = picture.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(square) if uniforms[3] < 0.5 else square
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -120,6 +263,26 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _only_train(path: Path, split: str) -> None:
     if split != "train":
         raise FileNotFoundError(f"{path} has no split {split!r}, only 'train'; a folder may hold train/ and test/")
+
+
+def _draw_toy(size: int, split: str) -> Pictures:
+    """Coloured shapes of four classes at random places and sizes: always the same ones."""
+    count = 2048 if split == "train" else 256
+    rng = np.random.default_rng((size, count))
+    labels = rng.integers(0, len(TOY_CLASSES), count)
+    centres, radii = rng.uniform(0.35, 0.65, (2, count, 1, 1)), rng.uniform(0.2, 0.35, (count, 1, 1))
+    ground, colour = rng.uniform(160, 255, (count, 1, 1, 3)), rng.uniform(0, 130, (count, 1, 1, 3))
+    places = (np.arange(size) + 0.5) / size
+    x, y = (places[None, None, :] - centres[0]) / radii, (places[None, :, None] - centres[1]) / radii
+    shapes = [
+        x**2 + y**2 < 1,
+        np.maximum(abs(x), abs(y)) < 0.85,
+        (y < 0.8) & (abs(x) < (y + 1) / 1.9),
+        (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1),
+    ]
+    inside = np.choose(labels[:, None, None], [np.broadcast_to(shape, (count, size, size)) for shape in shapes])
+    images = np.where(inside[..., None], colour, ground).round().astype(np.uint8)
+    return Pictures(images, labels.astype(np.int64), TOY_CLASSES)
 
 
 def _find_fashion_mnist() -> Path:
@@ -175,7 +338,21 @@ def _read_idx_array(folder: Path, name: str, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def _read_folder(folder: Path, size: int) -> Pictures:
+def _of_arrays(pictures: Pictures) -> Source:
+    return Source(
+        [f"picture {index}" for index in range(len(pictures))],
+        pictures.labels,
+        pictures.class_names,
+        lambda index: Image.fromarray(pictures.images[index]),
+    )
+
+
+def _open_folder(folder: Path, label: str, group: str) -> Source:
+    for suffix, reader in ((".tar", _open_tars), (".parquet", lambda found: _open_parquet(found, label, group))):
+        if found := sorted(folder.glob(f"*{suffix}")):
+            return reader(found)
+    if (folder / "metadata.jsonl").is_file():
+        return _open_listed(folder, label, group)
     flat = _pictures_in(folder.iterdir())
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if flat and children:
@@ -190,12 +367,121 @@ def _read_folder(folder: Path, size: int) -> Pictures:
             raise ValueError(
                 f"{where} holds no pictures ({', '.join(sorted(SUFFIXES))}); add some or give another folder"
             )
-    items = [
-        (str(path.relative_to(folder)), label, _opener(path))
-        for label, (_, paths) in enumerate(classes)
-        for path in paths
-    ]
-    return _decode(items, len(items), tuple(name for name, _ in classes), folder, size)
+    paths = [path for _, found in classes for path in found]
+    labels = [index for index, (_, found) in enumerate(classes) for _ in found]
+    texts = [path.with_suffix(".txt") for path in paths]
+    has_captions = any(text.is_file() for text in texts)
+    return Source(
+        [str(path.relative_to(folder)) for path in paths],
+        np.array(labels),
+        tuple(name for name, _ in classes),
+        lambda index: paths[index],
+        [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
+        if has_captions
+        else None,
+    )
+
+
+def _open_listed(folder: Path, label: str, group: str) -> Source:
+    """A folder whose `metadata.jsonl` lists its pictures."""
+    path = folder / "metadata.jsonl"
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records.append({**record, "file_name": str(record["file_name"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: needed is a JSON object with file_name ({error!r})") from error
+    if not records:
+        raise ValueError(f"{path} lists no pictures")
+    columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
+    labels, class_names = _classes(columns, len(records), [], path, label)
+    names = [str(name) for name in columns["file_name"]]
+    return Source(
+        names,
+        np.array(labels),
+        class_names,
+        lambda index: folder / names[index],
+        _captions(columns),
+        _groups(columns, group, path),
+    )
+
+
+def _open_tars(paths: Sequence[Path]) -> Source:
+    """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
+    places: list[tuple[Path, int, int]] = []
+    names: list[str] = []
+    records: list[dict[str, Any]] = []
+    for path in paths:
+        samples: dict[str, dict[str, Any]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    stem, _, suffix = member.name.rpartition("/")[2].partition(".")
+                    sample = samples.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
+                    if f".{suffix.lower()}" in SUFFIXES:
+                        sample["place"] = (path, member.offset_data, member.size)
+                    elif suffix in ("txt", "cls", "json") and (file := tar.extractfile(member)):
+                        _add_text(sample, suffix, file.read().decode())
+        except (tarfile.TarError, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
+        for name, sample in samples.items():
+            if "place" in sample:
+                names.append(f"{path.name}:{name.lstrip('/')}")
+                places.append(sample.pop("place"))
+                records.append(sample)
+    if not records:
+        raise ValueError(f"{paths[0]} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+
+    def read(index: int) -> io.BytesIO:
+        path, offset, length = places[index]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(length))
+
+    columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
+    labels, class_names = _classes(columns, len(records), [], paths[0], "label")
+    return Source(names, np.array(labels), class_names, read, _captions(columns))
+
+
+def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
+    if suffix == "json":
+        sample.update(json.loads(text))
+    else:
+        sample["caption" if suffix == "txt" else "label"] = text.strip() if suffix == "txt" else int(text)
+
+
+def _open_hub(name: str, split: str, label: str, group: str) -> Source:
+    """A data set that `datasets` reads, memory-mapped; pictures are decoded here, so that a broken one is only one."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {name} from the hub needs datasets: pip install nar-gen[train]") from error
+    try:
+        table = datasets.load_dataset(name, split="test" if split == "t10k" else split)
+    except (ValueError, OSError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no split {split!r} of {name!r} here or on the hub: {reason}") from error
+    images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
+    table = table.cast_column(images[0], datasets.Image(decode=False))
+    texts = table.remove_columns([key for key in table.column_names if key == images[0]])
+    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_CAPTIONS)}
+    schema_names = getattr(table.features.get(label), "names", None) or []
+    labels, class_names = _classes(columns, len(table), schema_names, name, label)
+    return Source(
+        [f"row {index}" for index in range(len(table))],
+        np.array(labels),
+        class_names,
+        lambda index: _opened(table[index][images[0]], Path()),
+        _captions(columns),
+        _groups(columns, group, name),
+    )
 
 
 def _pictures_in(paths: Iterable[Path]) -> list[Path]:
@@ -204,97 +490,104 @@ def _pictures_in(paths: Iterable[Path]) -> list[Path]:
     )
 
 
-def _opener(path: Path) -> Callable[[], Any]:
-    return lambda: path
-
-
-def _decode(items: Iterable[Item], count: int, class_names: tuple[str, ...], source: Path, size: int) -> Pictures:
-    """Decode `count` items into one array; the broken ones are reported and left out."""
-    images = np.empty((count, size, size, 3), np.uint8)
-    labels = np.empty(count, np.int64)
-    broken: list[str] = []
-    num_good = 0
-    for name, label, open_item in items:
-        try:
-            with Image.open(open_item()) as picture:
-                images[num_good] = np.asarray(centre_crop(to_rgb(picture), size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(f"{name} ({error})")
-            continue
-        labels[num_good] = label
-        num_good += 1
-    if broken:
-        shown = f"{'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' if len(broken) > 3 else ''}"
-        message = f"{len(broken)} of {count} pictures in {source} cannot be read: {shown}"
-        if len(broken) > BROKEN_SHARE * count:
-            raise ValueError(f"{message}; at most {BROKEN_SHARE:.0%} may be broken, remove or repair them")
-        warnings.warn(f"{message}; they are skipped", stacklevel=2)
-    return Pictures(images[:num_good], labels[:num_good], class_names)
-
-
-def _read_parquet(path: Path, size: int) -> Pictures:
+def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {path} needs pyarrow: pip install nar-gen[train]") from error
+        raise ModuleNotFoundError(f"reading {paths[0]} needs pyarrow: pip install nar-gen[train]") from error
+    columns: dict[str, list[Any]] = {}
+    places: list[tuple[int, int, int]] = []  # file, row group, row in it
+    schema_names: list[str] = []
+    for number, path in enumerate(paths):
+        try:
+            file = pq.ParquetFile(path)
+            known = file.schema_arrow.names
+            if "image" not in known:
+                raise ValueError(
+                    f"{path} has the columns {', '.join(known)}; needed is `image`, and `label` for classes"
+                )
+            wanted = [key for key in (label, "label_name", group, *_CAPTIONS) if key in known]
+            table = file.read(wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
+        for key in wanted:
+            columns.setdefault(key, []).extend(table.column(key).to_pylist())
+        for row_group in range(file.num_row_groups):
+            places += [(number, row_group, row) for row in range(file.metadata.row_group(row_group).num_rows)]
+        schema_names = schema_names or _schema_names(file.schema_arrow.metadata or {}, label)
+    if not places:
+        raise ValueError(f"{paths[0]} holds no pictures")
+    labels, class_names = _classes(columns, len(places), schema_names, paths[0], label)
+
+    @lru_cache(maxsize=8)
+    def cells(number: int, row_group: int) -> Any:
+        return pq.ParquetFile(paths[number]).read_row_group(row_group, columns=["image"]).column(0)
+
+    def read(index: int) -> Any:
+        number, row_group, row = places[index]
+        return _opened(cells(number, row_group)[row].as_py(), paths[number].parent)
+
+    return Source(
+        [f"row {index}" for index in range(len(places))],
+        np.array(labels),
+        class_names,
+        read,
+        _captions(columns),
+        _groups(columns, group, paths[0]),
+    )
+
+
+def _opened(cell: Any, folder: Path) -> Any:
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if isinstance(name, str):
+        return folder / name
+    raise ValueError("neither bytes nor a path")
+
+
+def _captions(columns: dict[str, list[Any]]) -> list[str] | None:
+    for key in _CAPTIONS:
+        if key in columns:
+            return [str(value or "") for value in columns[key]]
+    return None
+
+
+def _groups(columns: dict[str, list[Any]], group: str, path: Path | str) -> list[str] | None:
+    if not group:
+        return None
+    if group not in columns:
+        raise ValueError(f"{path} has no column {group!r} to group by; it has {', '.join(sorted(columns)) or 'none'}")
+    return [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
+
+
+def _schema_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
+    """Names of classes in the Hugging Face schema of a parquet file."""
     try:
-        file = pq.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if "image" not in columns:
-            raise ValueError(f"{path} has the columns {', '.join(columns)}; needed is `image`, and `label` for classes")
-        table = file.read([name for name in ("label", "label_name") if name in columns])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
-    count = int(file.metadata.num_rows)
-    if count == 0:
-        raise ValueError(f"{path} holds no pictures")
-    read_column = {name: table.column(name).to_pylist() for name in table.column_names}
-    labels, class_names = _parquet_classes(read_column, count, file.schema_arrow.metadata or {}, path)
-    return _decode(_parquet_items(file, labels, path.parent), count, class_names, path, size)
+        names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return []
+    return [str(name) for name in names]
 
 
-def _parquet_items(file: Any, labels: list[int], folder: Path) -> Iterator[Item]:
-    index = 0
-    for batch in file.iter_batches(batch_size=256, columns=["image"]):
-        for cell in batch.column(0).to_pylist():
-            yield f"row {index}", labels[index], _cell_opener(cell, folder)
-            index += 1
-
-
-def _cell_opener(cell: Any, folder: Path) -> Callable[[], Any]:
-    def open_cell() -> Any:
-        data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if isinstance(data, bytes):
-            return io.BytesIO(data)
-        if isinstance(name, str):
-            return folder / name
-        raise ValueError("neither bytes nor a path")
-
-    return open_cell
-
-
-def _parquet_classes(
-    columns: dict[str, list[Any]], count: int, metadata: dict[bytes, bytes], path: Path
+def _classes(
+    columns: dict[str, list[Any]], count: int, schema_names: Sequence[str], path: Path | str, label: str
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Return labels 0..K-1 and K names: from `label_name`, else the Hugging Face schema, else the numbers."""
-    values = columns.get("label")
+    """Return labels 0..K-1 and K names: from `label_name`, else the schema, else the numbers."""
+    values = columns.get(label)
     if values is None:
         return [0] * count, ("picture",)
     if any(value is None for value in values):
         raise ValueError(f"{path}: row {values.index(None)} has no label; every row needs one")
     if all(isinstance(value, str) for value in values):
         texts = sorted(set(values))
-        index = {name: label for label, name in enumerate(texts)}
+        index = {name: number for number, name in enumerate(texts)}
         return [index[value] for value in values], tuple(texts)
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise ValueError(f"{path}: labels must be integers from 0 or strings, not {values[0]!r}, ...")
-    try:
-        names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, json.JSONDecodeError):
-        names = []
-    class_names = [str(name) for name in names]
-    class_names += [str(label) for label in range(len(class_names), max(values) + 1)]
-    for label, name in zip(values, columns.get("label_name", []), strict=False):
-        class_names[label] = str(name)
+    class_names = [*schema_names]
+    class_names += [str(number) for number in range(len(class_names), max(values) + 1)]
+    for number, name in zip(values, columns.get("label_name", []), strict=False):
+        class_names[number] = str(name)
     return list(values), tuple(class_names)

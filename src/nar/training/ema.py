@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
+
+from nar.training.distributed import local
 
 
-def average_of(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of `module` that `update_parameters(module)` moves towards it.
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """Move the parameters of `average`, a copy of `module`, towards those of `module`, after step number `step`.
 
-    The decay is min(decay, (1 + n) / (10 + n)) at update n, so that the start is forgotten in short trainings too.
+    The decay is min(decay, (1 + step) / (10 + step)), so that the start is forgotten in short trainings too; step 0
+    copies. Buffers are copied.
     """
-
-    def blend(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        count = float(num_averaged)
-        torch._foreach_lerp_(list(averaged), list(current), 1.0 - min(decay, (1 + count) / (10 + count)))
-
-    multi_avg_fn: Callable[[Any, Any, Tensor | int], None] = torch.no_grad()(blend)
-    return AveragedModel(module, multi_avg_fn=multi_avg_fn)
+    weight = 1.0 - min(decay, (1 + step) / (10 + step)) if step else 1.0
+    pairs = zip(average.parameters(), module.parameters(), strict=True)
+    averages, currents = zip(*((local(mean), local(now)) for mean, now in pairs), strict=True)
+    torch._foreach_lerp_(list(averages), list(currents), weight)
+    for mean, now in zip(average.buffers(), module.buffers(), strict=True):
+        local(mean).copy_(local(now))

@@ -1,0 +1,119 @@
+"""Extracted codes on disk: Arrow tables, memory-mapped and read in batches, with a manifest that says what made them.
+
+Knows files and arrays; does not know pixels, tokenizers or training. A folder of codes is also a data set that
+`datasets.load_from_disk` opens. Legend: `M` samples, `v` views of each, `N` codes of a view.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of M samples in `v` views each, with labels (M,), and captions where there are any.
+
+    `rows` picks samples of the folder, None all of them.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    labels: np.ndarray
+    groups: tuple[str, ...]
+    captions: tuple[str, ...] | None
+    _shards: tuple[np.ndarray, ...]
+    _ends: tuple[int, ...]
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Codes:
+        """Map a folder that `nar extract` has completed.
+
+        Raises:
+            FileNotFoundError: it is not one, or the extraction has not ended.
+            ValueError: a shard is damaged or missing.
+        """
+        try:
+            import pyarrow as pa
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("reading codes needs pyarrow: pip install nar-gen[train]") from error
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no finished codes (no {MANIFEST}); run the same `nar extract` command to its end"
+            )
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        width = manifest["num_views"] * int(np.prod(manifest["grid"]))
+        shards, labels, groups, captions = [], [], list[str](), list[str]()
+        for name in manifest["shards"]:
+            try:
+                with pa.memory_map(str(folder / name)) as source:
+                    table = pa.ipc.open_stream(source).read_all().combine_chunks()
+                flat = table.column("codes").combine_chunks().flatten().to_numpy()
+                shards.append(flat.reshape(len(table), width))
+                labels.append(table.column("label").to_numpy())
+                groups += table.column("group").to_pylist()
+                captions += table.column("caption").to_pylist()
+            except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"shard {folder / name} can't be read ({reason}); delete it and run the same `nar extract` again"
+                ) from error
+        ends = tuple(np.cumsum([len(shard) for shard in shards]).tolist())
+        if not ends or ends[-1] != manifest["num_samples"]:
+            raise ValueError(
+                f"{folder} has {ends[-1] if ends else 0} samples but {MANIFEST} says {manifest['num_samples']}; "
+                "run the same `nar extract` again"
+            )
+        written = tuple(captions) if manifest["captions"] else None
+        return cls(
+            folder, manifest, np.concatenate(labels).astype(np.int64), tuple(groups), written, tuple(shards), ends
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Codes per axis of a view."""
+        return tuple(self.manifest["grid"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that the labels index."""
+        return tuple(self.manifest["class_names"])
+
+    def read(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """Codes (b, *grid) int64 of some samples; `views` (b,) in [0, 1) picks one of each sample's, None the first."""
+        rows = np.asarray(indices if self.rows is None else self.rows[indices])
+        order = np.argsort(rows, kind="stable")
+        count, length = self.manifest["num_views"], int(np.prod(self.grid))
+        starts = np.zeros(len(rows), np.int64) if views is None else (np.asarray(views) * count).astype(np.int64)
+        columns = starts[:, None] * length + np.arange(length)
+        made = np.empty((len(rows), length), np.int64)
+        begin = 0
+        while begin < len(rows):  # one gather for each shard, not for each sample
+            shard = bisect.bisect_right(self._ends, rows[order[begin]])
+            end = int(np.searchsorted(rows[order], self._ends[shard]))
+            part = order[begin:end]
+            first = self._ends[shard - 1] if shard else 0
+            made[part] = self._shards[shard][(rows[part] - first)[:, None], columns[part]]
+            begin = end
+        return made.reshape(len(rows), *self.grid)
+
+    def take(self, rows: np.ndarray) -> Codes:
+        """The samples at these rows, still on disk."""
+        captions = None if self.captions is None else tuple(self.captions[row] for row in rows)
+        return Codes(
+            self.folder, self.manifest, self.labels[rows], tuple(self.groups[row] for row in rows), captions,
+            self._shards, self._ends, rows if self.rows is None else self.rows[rows],
+        )  # fmt: skip

@@ -1,0 +1,226 @@
+"""Pictures to codes on disk, in shards: in parallel, resumable, with all views of a picture and a list of broken ones.
+
+Knows sources, tokenizers and the files of `nar.data.codes`; does not know models or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nar import __version__
+from nar.data.codes import MANIFEST
+from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken, views
+from nar.folder import digest
+from nar.tokenizer import load_tokenizer
+
+SHARD_SIZE = 4096
+_SETTINGS = "extraction.json"
+
+
+def extract(
+    tokenizer_folder: str | Path,
+    source: Source,
+    folder: str | Path,
+    *,
+    size: int,
+    kind: str = "centre",
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    threads: int = 4,
+    rank: int = 0,
+    count: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    quiet: bool = False,
+) -> Path:
+    """Encode all pictures of `source` into `folder`; returns it. What is there already is kept.
+
+    Process `rank` of `count` makes every `count`-th shard; `wait` must return once all processes have called it, and
+    then the first one writes the manifest. The tokenizer is copied into the folder, which so needs nothing else.
+
+    Raises:
+        ValueError: the folder holds codes of another tokenizer, source or setting, or more than 1 % of the pictures are
+            broken.
+    """
+    if kind not in VIEWS:
+        raise ValueError(f"views must be one of {', '.join(VIEWS)}, not {kind!r}")
+    if not len(source):
+        raise ValueError("there are no pictures to extract codes from")
+    folder = Path(folder)
+    settings = {
+        "tokenizer": digest(tokenizer_folder),
+        "size": size,
+        "views": kind,
+        "source": _fingerprint(source),
+        "shard_size": SHARD_SIZE,
+    }
+    _claim(folder, settings)
+    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    starts = range(0, len(source), SHARD_SIZE)
+    names = [f"data-{index:05d}-of-{len(starts):05d}.arrow" for index in range(len(starts))]
+    mine = [index for index in range(rank, len(starts), count) if not (folder / names[index]).is_file()]
+    ends = {index: min(starts[index] + SHARD_SIZE, len(source)) for index in mine}
+    broken: list[str] = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(
+            total=sum(ends[index] - starts[index] for index in mine), desc="extracting codes", unit="img",
+            disable=True if quiet or rank else None,
+        ) as bar,
+    ):  # fmt: skip
+        for index in mine:
+            rows, pieces, found = [], list[np.ndarray](), list[str]()
+            for start in range(starts[index], ends[index], batch_size):
+                batch = range(start, min(start + batch_size, ends[index]))
+                decoded = list(pool.map(lambda row: _decode(source, row, size, kind), batch))
+                bar.update(len(batch))
+                found += [piece for piece in decoded if isinstance(piece, str)]
+                good = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
+                if good:
+                    rows += [row for row, _ in good]
+                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device))
+            broken += found
+            if len(broken) > BROKEN_SHARE * len(source):
+                check_broken(broken, len(source))
+            codes = np.concatenate(pieces) if pieces else np.empty((0, VIEWS[kind], 1), np.int64)
+            _write_shard(folder / names[index], codes, source, rows, found, tokenizer.config.vocab_size)
+    wait()
+    if rank == 0:
+        _finish(folder, names, settings, source, tokenizer_folder, tokenizer, size)
+    wait()
+    return folder
+
+
+def _decode(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
+    """The views (v, size, size, 3) uint8 of a picture, or why it is broken."""
+    try:
+        return np.stack([np.asarray(view) for view in views(source.picture(row), size, kind)])
+    except BROKEN as error:
+        return f"{source.names[row]} ({error})"
+
+
+@torch.inference_mode()
+def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """Codes (b, v, *grid) of images (b, v, size, size, 3) uint8."""
+    pixels = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+    codes: Tensor = tokenizer.encode(pixels)
+    made: np.ndarray = codes.unflatten(0, images.shape[:2]).cpu().numpy()
+    return made
+
+
+def _fingerprint(source: Source) -> str:
+    """What must stay the same for an extraction to go on: which pictures, in which order, with which labels."""
+    hashed = hashlib.sha256("\n".join(source.names).encode())
+    hashed.update(source.labels.tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds codes made with another {' and another '.join(changed)}; "
+                "give a new folder, or delete this one"
+            )
+    elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
+        raise ValueError(f"{folder} is not empty and holds no codes; give a new folder")
+    else:
+        _write_text(path, json.dumps(settings, indent=1))
+
+
+def _write_shard(
+    path: Path, codes: np.ndarray, source: Source, rows: list[int], broken: list[str], vocab_size: int
+) -> None:
+    import pyarrow as pa
+
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    width = int(np.prod(codes.shape[1:]))
+    flat = pa.array(codes.reshape(-1).astype(dtype))
+    columns = {
+        "codes": pa.FixedSizeListArray.from_arrays(flat, width),
+        "label": pa.array(source.labels[rows].astype(np.int32)),
+        "caption": pa.array([source.captions[row] if source.captions is not None else "" for row in rows], pa.string()),
+        "group": pa.array([(source.groups or source.names)[row] for row in rows], pa.string()),
+    }
+    metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    staging = path.with_name(f".{path.name}")
+    with pa.OSFile(str(staging), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    staging.replace(path)
+
+
+def _finish(
+    folder: Path, names: list[str], settings: dict[str, Any], source: Source, tokenizer_folder: str | Path,
+    tokenizer: Any, size: int,
+) -> None:  # fmt: skip
+    """Write what makes the shards a whole: the tokenizer, the list of broken pictures, and last the manifest."""
+    import pyarrow as pa
+
+    broken: list[str] = []
+    num_samples, grid, kept = 0, list[int](), list[str]()
+    for name in names:
+        with pa.memory_map(str(folder / name)) as file:
+            reader = pa.ipc.open_stream(file)
+            metadata, rows = reader.schema.metadata, sum(len(batch) for batch in reader)
+        broken += json.loads(metadata[b"broken"])
+        if rows:
+            grid = json.loads(metadata[b"grid"])
+            num_samples += rows
+            kept.append(name)
+    check_broken(broken, len(source))
+    if broken:
+        _write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
+    if not (folder / "tokenizer").is_dir():
+        staging = folder / ".tokenizer"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(tokenizer_folder, staging)
+        staging.replace(folder / "tokenizer")
+    values = [{"dtype": "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32", "_type": "Value"}]
+    width = VIEWS[settings["views"]] * int(np.prod(grid))
+    features = {
+        "codes": {"feature": values[0], "length": width, "_type": "List"},
+        "label": {"dtype": "int32", "_type": "Value"},
+        "caption": {"dtype": "string", "_type": "Value"},
+        "group": {"dtype": "string", "_type": "Value"},
+    }
+    files = [{"filename": name} for name in kept]
+    _write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=1))
+    state = {"_data_files": files, "_fingerprint": settings["source"], "_format_columns": None,
+             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}  # fmt: skip
+    _write_text(folder / "state.json", json.dumps(state, indent=1))
+    manifest = {
+        "version": __version__,
+        "tokenizer": settings["tokenizer"],
+        "vocab_size": tokenizer.config.vocab_size,
+        "size": size,
+        "views": settings["views"],
+        "num_views": VIEWS[settings["views"]],
+        "grid": grid,
+        "num_samples": num_samples,
+        "num_broken": len(broken),
+        "captions": source.captions is not None,
+        "class_names": list(source.class_names),
+        "shards": kept,
+    }
+    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(text + "\n", encoding="utf-8")
+    staging.replace(path)

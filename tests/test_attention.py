@@ -1,0 +1,65 @@
+"""The pieces of a block against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nar.attention import Cache, RMSNorm, rotate, rotations
+
+
+def test_pairs_are_split_evenly_with_the_remainder_to_the_last_axes() -> None:
+    """Eight pairs over three axes: 2, 3, 3; an axis with p pairs has frequencies base ** (-j / p)."""
+    phases = rotations(torch.tensor([[5, 7, 11]]), 16, 10000.0)[0]
+    angles = [5 * 10000 ** (-j / 2) for j in range(2)]
+    angles += [7 * 10000 ** (-j / 3) for j in range(3)] + [11 * 10000 ** (-j / 3) for j in range(3)]
+    expected = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles])
+    torch.testing.assert_close(phases, expected, atol=1e-5, rtol=0)
+
+
+def test_rotation_turns_adjacent_pairs() -> None:
+    x = torch.randn(1, 3, 2, 4)
+    phases = rotations(torch.tensor([[0], [1], [2]]), 4, 100.0)
+    turned = torch.view_as_complex(x.unflatten(-1, (2, 2))) * torch.view_as_complex(phases)[:, None]
+    torch.testing.assert_close(rotate(x, phases), torch.view_as_real(turned).flatten(-2))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_scores_depend_on_the_offset_only(axes: int) -> None:
+    query, key = torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 24)
+
+    def score(at: list[int], other: list[int]) -> float:
+        turned = [rotate(x, rotations(torch.tensor([p]), 24, 100.0)) for x, p in ((query, at), (key, other))]
+        return float((turned[0] * turned[1]).sum())
+
+    here, there = [3] * axes, [1, 4, 2][:axes]
+    moved = [[value + 5 for value in place] for place in (here, there)]
+    assert score(here, there) == pytest.approx(score(*moved), abs=1e-4)
+    assert score(here, there) != pytest.approx(score(here, here), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_casts_before_the_weight(dtype: torch.dtype) -> None:
+    norm = RMSNorm(8, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8).to(dtype)
+    scaled = (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()).to(dtype)
+    torch.testing.assert_close(norm(x), scaled * norm.weight)
+
+
+def test_cache_is_an_append_only_prefix() -> None:
+    cache = Cache(2, 4, 1, 6, 3)
+    first, second = torch.randn(4, 1, 2, 3), torch.randn(4, 1, 3, 3)
+    for layer in range(2):
+        keys, values = cache.extend(layer, first, -first)
+        assert torch.equal(keys, first)
+        assert torch.equal(values, -first)
+    cache.commit(2)
+    keys, _ = cache.extend(1, second, second)
+    assert torch.equal(keys, torch.cat([first, second], 2))
+    cache.keep(2)
+    assert cache.batch_size == 2
+    keys, _ = cache.extend(0, second[:2], second[:2])
+    assert torch.equal(keys, torch.cat([first[:2], second[:2]], 2))

@@ -1,0 +1,242 @@
+"""Pictures to codes on disk, and training from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nar.data import extract as extraction
+from nar.data.codes import Codes
+from nar.data.extract import extract
+from nar.data.sources import Source, held_out, open_source, random_crop, views
+from nar.tokenizer import load_tokenizer
+from nar.training.tasks import run_recipe
+from training_runs import nar, random_tokenizer, recipe, start
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_tokenizer(tmp_path_factory.mktemp("tokenizer") / "model")
+
+
+@pytest.fixture
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "SHARD_SIZE", 64)
+
+
+def noise(folder: Path, count: int, size: int = 24) -> Path:
+    """`count` pictures of noise in two class folders."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / ("ant" if index % 2 else "bee") / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def test_the_command_writes_codes_that_datasets_opens_too(tmp_path: Path, tokenizer: Path) -> None:
+    pictures = noise(tmp_path / "pictures", 10)
+    said = nar(
+        "extract", tokenizer, "--data", pictures, "--size", 16, "--views", "ten-crop", "-o", tmp_path / "codes",
+        processes=2,
+    )  # fmt: skip
+    assert "10 pictures, 10 views of 4x4 codes each, 0 broken" in said
+    codes = Codes.open(tmp_path / "codes")
+    assert codes.class_names == ("ant", "bee")
+    assert codes.labels.tolist() == [0] * 5 + [1] * 5
+    table = datasets.load_from_disk(str(tmp_path / "codes"))
+    assert table.features["codes"].feature.dtype == "uint16"
+    source, model = open_source(pictures, size=16), load_tokenizer(tokenizer)
+    for row in (0, 7):
+        expected = torch.stack(
+            [
+                torch.from_numpy(np.array(view)).permute(2, 0, 1).float() / 127.5 - 1
+                for view in views(source.picture(row), 16, "ten-crop")
+            ]
+        )
+        made = model.encode(expected)
+        assert table[row]["codes"] == made.flatten().tolist()
+        for number in (0, 9):
+            read = codes.read(np.array([row]), np.array([number / 10 + 0.01]))
+            np.testing.assert_array_equal(read[0], made[number])
+
+
+def test_views_are_where_the_published_trainers_cut_them() -> None:
+    picture = Image.fromarray((np.arange(22 * 22 * 3) % 251).astype(np.uint8).reshape(22, 22, 3))
+    array = np.asarray(picture)
+    made = [np.asarray(view) for view in views(picture, 20, "ten-crop")]
+    for view, (top, left) in zip(made[:5], [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)], strict=True):
+        np.testing.assert_array_equal(view, array[top : top + 20, left : left + 20])
+    np.testing.assert_array_equal(made[9], made[4][:, ::-1])
+    np.testing.assert_array_equal(made[5], made[1][:, ::-1])
+    centre, mirrored = (np.asarray(view) for view in views(picture, 22, "flip"))
+    np.testing.assert_array_equal(mirrored, centre[:, ::-1])
+    for draw in np.random.default_rng(0).random((50, 4)):
+        assert random_crop(picture, 16, draw.tolist()).size == (16, 16)
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_a_killed_extraction_goes_on(tmp_path: Path, tokenizer: Path) -> None:
+    source = open_source("toy", size=16)
+    whole = Codes.open(extract(tokenizer, source, tmp_path / "whole", size=16))
+    process = start("extract", tokenizer, "--data", "toy", "--size", 16, "--batch-size", 8, "-o", tmp_path / "killed")
+    while process.is_alive() and not list((tmp_path / "killed").glob("*.json")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    with pytest.raises(FileNotFoundError, match="holds no finished codes"):
+        Codes.open(tmp_path / "killed")
+    extract(tokenizer, source.take(np.arange(100)), tmp_path / "part", size=16)
+    with pytest.raises(ValueError, match="made with another source; give a new folder"):
+        extract(tokenizer, source, tmp_path / "part", size=16)
+    # Half of the shards, as if the other process had been killed; then all.
+    extract(tokenizer, source, tmp_path / "half", size=16, rank=1, count=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "half").glob("*.arrow")}
+    codes = Codes.open(extract(tokenizer, source, tmp_path / "half", size=16))
+    assert len(before) == 16
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    rows = np.random.default_rng(0).permutation(len(source))
+    np.testing.assert_array_equal(codes.read(rows), whole.read(rows))
+    np.testing.assert_array_equal(codes.take(rows).read(np.arange(50)), whole.read(rows[:50]))
+    assert not list((tmp_path / "half").glob(".*"))
+
+
+def test_broken_pictures_are_counted_listed_and_limited(tmp_path: Path, tokenizer: Path) -> None:
+    pictures = noise(tmp_path / "pictures", 100, size=16)
+    (pictures / "ant" / "001.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"1 of 100 pictures cannot be read: ant/001.png"):
+        folder = extract(tokenizer, open_source(pictures, size=16), tmp_path / "codes", size=16)
+    assert (folder / "broken.txt").read_text().startswith("ant/001.png (")
+    codes = Codes.open(folder)
+    assert len(codes) == codes.manifest["num_samples"] == 99
+    assert codes.manifest["num_broken"] == 1
+    (pictures / "ant" / "003.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"2 of 100 .* at most 1% may be broken"):
+        extract(tokenizer, open_source(pictures, size=16), tmp_path / "others", size=16)
+
+
+def test_training_takes_extracted_codes_and_refuses_those_of_another_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
+    codes = extract(tokenizer, open_source("toy", size=16), tmp_path / "codes", size=16, kind="flip")
+    path = recipe(tmp_path, num_images=64, tokenizer_path="")
+    model = run_recipe(str(path), [f"run={tmp_path / 'run'}", f"data.codes={codes}"])
+    assert model is not None
+    config = json.loads((model / "config.json").read_text())
+    assert config["class_names"] == ["circle", "square", "triangle", "cross"]
+    other = random_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"were made by another tokenizer than .*other .*; extract them again"):
+        run_recipe(str(path), [f"run={tmp_path / 'run2'}", f"data.codes={codes}", f"tokenizer_path={other}"])
+    shard = next(codes.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*; delete it and run the same"):
+        run_recipe(str(path), [f"run={tmp_path / 'run3'}", f"data.codes={codes}"])
+
+
+def test_groups_are_held_out_together() -> None:
+    keys = [f"thing {index // 3}" for index in range(3000)]
+    out = held_out(keys, 0.05)
+    assert 60 < out.sum() < 240
+    assert all(len(set(out[start : start + 3])) == 1 for start in range(0, 3000, 3))
+    np.testing.assert_array_equal(held_out(keys[:1500], 0.05)[3:1500], out[3:1500])
+    assert held_out(["a", "b"], 0.01).sum() == 1
+
+
+def test_captions_from_text_files_lists_and_tars(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, text in enumerate(["a red dot", "a blue dot"]):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(flat / f"{index}.png")
+        (flat / f"{index}.txt").write_text(text + "\n")
+    assert open_source(flat, size=8).captions == ["a red dot", "a blue dot"]
+
+    lines = [
+        {"file_name": "1.png", "text": "second", "label": "x"},
+        {"file_name": "0.png", "text": "first", "label": "y"},
+    ]
+    (flat / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    listed = open_source(flat, size=8)
+    assert listed.captions == ["second", "first"]
+    assert listed.class_names == ("x", "y")
+    assert listed.picture(0).getpixel((0, 0)) == (1, 0, 0)
+    (flat / "metadata.jsonl").write_text('{"file_name": "1.png"}\n{"name": 3}')
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2: needed is a JSON object with file_name"):
+        open_source(flat, size=8)
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        with tarfile.open(shards / f"{shard}.tar", "w") as tar:
+            for index in range(3):
+                value = 3 * shard + index
+                data = io.BytesIO()
+                Image.new("RGB", (8, 8), (value, 0, 0)).save(data, "png")
+                json_text = json.dumps({"prompt": f"number {value}"}).encode()
+                for suffix, content in (("png", data.getvalue()), ("json", json_text), ("cls", b"%d" % (value % 2))):
+                    member = tarfile.TarInfo(f"deep/{index:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    tars = open_source(shards, size=8)
+    assert tars.captions == [f"number {value}" for value in range(6)]
+    assert tars.labels.tolist() == [0, 1] * 3
+    assert [tars.picture(index).getpixel((0, 0)) for index in (5, 0)] == [(5, 0, 0), (0, 0, 0)]
+    (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"shard .*1.tar can't be read"):
+        open_source(shards, size=8)
+
+
+def test_the_hub_is_read_without_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(data, "png")
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}
+    )
+    rows = {
+        "img": [{"bytes": data.getvalue(), "path": None}, {"bytes": b"broken", "path": None}],
+        "label": [1, 0], "text": ["a dog", "a cat"],
+    }  # fmt: skip
+    table = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("someone/pets", "train"): table}[name, split])
+    source = open_source("someone/pets", size=8)
+    assert isinstance(source, Source)
+    assert (source.class_names, source.labels.tolist(), source.captions) == (("cat", "dog"), [1, 0], ["a dog", "a cat"])
+    assert source.picture(0).getpixel((0, 0)) == (9, 0, 0)
+    with pytest.raises(OSError, match="cannot identify"):
+        source.picture(1)
+
+
+@pytest.mark.slow
+def test_codes_are_read_fast(tmp_path: Path, tokenizer: Path) -> None:
+    """At least 20,000 samples a second on one core, in batches of 256 with random views, 256 codes a view."""
+    import pyarrow as pa
+
+    folder = extract(tokenizer, open_source("toy", size=16), tmp_path / "codes", size=16, kind="ten-crop")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rng = np.random.default_rng(0)
+    names = [f"big-{index}.arrow" for index in range(10)]
+    for name in names:
+        codes = pa.FixedSizeListArray.from_arrays(pa.array(rng.integers(0, 16384, 4096 * 2560, dtype=np.uint16)), 2560)
+        texts = pa.array([""] * 4096)
+        table = pa.table(
+            {"codes": codes, "label": pa.array(np.zeros(4096, np.int32)), "caption": texts, "group": texts}
+        )
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    manifest |= {"shards": names, "grid": [16, 16], "num_samples": 40960}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    big = Codes.open(folder)
+    order = rng.permutation(len(big))
+    began = time.perf_counter()
+    for start_at in range(0, len(big) - 256, 256):
+        big.read(order[start_at : start_at + 256], rng.random(256))
+    rate = len(big) / (time.perf_counter() - began)
+    print(f"{rate:,.0f} samples/s")
+    assert rate > 20_000

@@ -1,0 +1,122 @@
+"""Recipes: that all of them load, say what they make, and are the published models; and the small ones, run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nar.config import load, recipe_names
+from nar.data.sources import load_pictures
+from nar.model import ModelConfig, Transformer
+from nar.presets import PRESETS
+from nar.training.optim import learning_rate_factor
+from nar.training.tasks import Recipe, run_recipe
+from training_runs import nar
+
+PUBLISHED = {
+    **{f"c2i-{size}": f"NAR-{size}" for size in ("B", "M", "L", "XL", "XXL")},
+    **{f"c2i-{size}-raster": f"LlamaGen-{size}" for size in ("B", "L", "XL", "XXL")},
+    "t2i-XL-stage1": "NAR-XL-t2i",
+    **{f"c2v-{size}-{kind}": f"NAR-video-{size}" for size in ("L", "LP") for kind in ("paper", "script")},
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_says_what_it_makes(name: str) -> None:
+    recipe = load(Recipe, name)
+    assert len(recipe.about) > 60
+    assert recipe.run.startswith("runs/")
+
+
+@pytest.mark.parametrize(("recipe", "preset"), PUBLISHED.items())
+def test_published_models_have_their_sizes(recipe: str, preset: str) -> None:
+    model, known = load(Recipe, recipe).model, PRESETS[preset]
+    assert model == ModelConfig(**known.config)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in Transformer(model).parameters()) == known.num_parameters
+
+
+@pytest.mark.parametrize("size", ["B", "M", "L", "XL", "XXL"])
+def test_raster_and_par_versions_differ_in_nothing_else(size: str) -> None:
+    base = load(Recipe, f"c2i-{size}")
+    for version, steps in (("raster", 256), ("par", 67)):
+        other = load(Recipe, f"c2i-{size}-{version}")
+        with torch.device("meta"):
+            assert Transformer(other.model).layout.schedule.num_steps == steps
+        for field in ("optim", "dropout", "condition_dropout", "batch_size", "epochs", "ema_decay", "data"):
+            assert getattr(other, field) == getattr(base, field)
+
+
+def test_learning_rates_follow_the_published_curves() -> None:
+    image = load(Recipe, "c2i-B").optim
+    assert [learning_rate_factor(image, epoch, 300) for epoch in (1, 149, 151, 201, 251)] == pytest.approx(
+        [1, 1, 0.2, 0.04, 0.008]
+    )
+    video = load(Recipe, "c2v-L-script")
+    per_epoch = 9537 // video.batch_size
+    for step in (1, 4 * per_epoch, 4 * per_epoch + 1, 500 * per_epoch, 1000 * per_epoch):
+        warm, end = 4 * per_epoch, 1000 * per_epoch
+        expected = (
+            0.01 + 0.99 * step / warm
+            if step <= warm
+            else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (end - warm)))
+        )
+        made = learning_rate_factor(video.optim, step * video.batch_size, end * video.batch_size)
+        assert made == pytest.approx(expected, abs=2e-3)  # the recipe's warm-up is 4 x 9,537 clips, not 4 x 298 x 32
+
+
+def test_unknown_keys_are_answered_with_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown key 'engine.paralel' in recipe toy \(did you mean 'engine.parallel'"
+    ):
+        load(Recipe, "toy", ["engine.paralel=ddp"])
+    with pytest.raises(ValueError, match=r"engine\.parallel must be one of none, ddp, fsdp, not 'dpp'"):
+        load(Recipe, "toy", ["engine.parallel=dpp"])
+    (tmp_path / "mine.yaml").write_text("base: toyy\n")
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'toyy' \(did you mean 'toy'"):
+        load(Recipe, str(tmp_path / "mine.yaml"))
+    with pytest.raises(ValueError, match=r"this recipe needs pictures: data\.source=FOLDER"):
+        run_recipe("my-pictures", [f"run={tmp_path / 'run'}"])
+
+
+def own_folder(folder: Path) -> Path:
+    """Pictures of two sizes in two class folders, as people have them."""
+    pictures = load_pictures("toy", size=40)
+    for index in range(24):
+        path = folder / ("cats" if index % 2 else "dogs") / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures.images[index]).resize((90, 70 + index)).save(path)
+    return folder
+
+
+def test_own_pictures_in_one_command(tmp_path: Path) -> None:
+    data, run = own_folder(tmp_path / "data"), tmp_path / "run"
+    (tmp_path / "tokenizer.yaml").write_text("base: my-pictures-tokenizer\nepochs: 0\nnum_images: 64\n")
+    short = [f"tokenizer_recipe={tmp_path / 'tokenizer.yaml'}", "epochs=0", "num_images=64", "data.size=32"]
+    command = ("train", "my-pictures", f"data={data}", f"run={run}", *short)
+    assert f"wrote {run / 'model'}" in nar(*command)
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["class_names"] == ["cats", "dogs"]
+    assert config["training"]["heldout"]["bits_per_token"] > 0
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    nar(*command)  # again: it is finished
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+    nar("sample", run / "model", "--class-label", "cats", "-n", "2", "-o", tmp_path / "out.npz")
+    assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_toy_trains_in_a_minute(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    began = time.perf_counter()
+    run_recipe("toy", [f"run={tmp_path / 'run'}"])
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.0f} s")
+    assert seconds < 60

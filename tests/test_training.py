@@ -1,0 +1,183 @@
+"""What the trainer computes: its loss, its settings that must not change it, and models that start from others."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nar.data.sources import load_pictures
+from nar.model import Transformer
+from nar.pipeline import Pipeline
+from nar.training.distributed import Workers
+from nar.training.loop import Plan, Task, _pieces
+from nar.training.tasks import ModelTask, run_recipe, token_losses
+from test_golden_models import Case, fixtures
+from training_runs import equal, losses, recipe, weights
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """The run of the tiny recipe with these settings, two steps."""
+    run = folder / "-".join(["run", *overrides]).replace("/", "_")[-100:]
+    assert run_recipe(str(recipe(folder)), [f"run={run}", "num_images=64", *overrides])
+    return run
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("fixture", fixtures("nar-c2i", "nar-t2i"), ids=str)
+@pytest.mark.parametrize("chunk", [7, 16384])
+def test_the_loss_is_the_recorded_one_in_chunks_too(fixture: object, chunk: int) -> None:
+    case = Case(fixture)
+    with torch.enable_grad():  # chunks are computed again in the backward pass
+        made = token_losses(case.model(), case.codes, case.condition, chunk=chunk).mean()
+    torch.testing.assert_close(made, case.recorded("train.loss", "train.loss").reshape(()), atol=1e-5, rtol=1e-5)
+
+
+def test_settings_of_the_engine_do_not_change_what_is_learned(tmp_path: Path) -> None:
+    plain = trained(tmp_path)
+    recomputed = trained(tmp_path, "engine.activation_checkpointing=true")
+    assert losses(plain) == losses(recomputed)
+    assert equal(weights(plain), weights(recomputed))
+    pieces = trained(tmp_path, "engine.accumulate=4")
+    np.testing.assert_allclose(losses(pieces), losses(plain), rtol=1e-5)
+    half = trained(tmp_path, "engine.precision=bfloat16")
+    np.testing.assert_allclose(losses(half), losses(plain), rtol=1e-2)
+    assert losses(half) != losses(plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(tmp_path: Path) -> None:
+    plain, compiled = trained(tmp_path), trained(tmp_path, "engine.compile=true")
+    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 4), (3, 2)])
+def test_pieces_of_all_processes_make_the_batch_of_one(processes: int, accumulate: int) -> None:
+    plan = Plan(batch_size=24, num_images=1)
+    whole = _pieces(plan, 100, ALONE, 5)[0]
+    spread = Plan(batch_size=24, num_images=1, engine=type(plan.engine)(accumulate=accumulate))
+    pieces = [
+        piece for rank in range(processes) for piece in _pieces(spread, 100, Workers(rank, processes, ALONE.device), 5)
+    ]
+    assert len(pieces) == processes * accumulate
+    rows = np.concatenate([piece.indices for piece in pieces])
+    uniforms = np.concatenate([piece.uniforms for piece in pieces])
+    assert sorted(rows) == sorted(whole.indices)
+    by_row = dict(zip(whole.indices, whole.uniforms, strict=True))
+    assert all((by_row[row] == draws).all() for row, draws in zip(rows, uniforms, strict=True))
+
+
+def test_an_epoch_sees_every_sample_once_and_a_small_set_is_repeated() -> None:
+    plan = Plan(batch_size=8, num_images=1)
+    seen = np.concatenate([_pieces(plan, 35, ALONE, step)[0].indices for step in range(4)])
+    assert len(set(seen)) == 32
+    few = _pieces(plan, 3, ALONE, 0)[0].indices
+    assert len(few) == 8
+    assert set(few) == {0, 1, 2}
+
+
+def test_plans_end_after_images_or_epochs() -> None:
+    assert Plan(batch_size=10, num_images=95).num_steps(7) == 10
+    assert Plan(batch_size=10, epochs=3).num_steps(100) == 30
+    assert Plan(batch_size=10, epochs=3, images_between=(500, 900)).num_steps(100) == 50
+    assert Plan(batch_size=10, epochs=3, images_between=(500, 900)).num_steps(1000) == 90
+    with pytest.raises(ValueError, match="either num_images or epochs must be set"):
+        Plan(num_images=5, epochs=5)
+
+
+def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:
+    def colourful(module: nn.Module, task: Task) -> dict[str, float]:
+        assert isinstance(module, Transformer)
+        assert isinstance(task, ModelTask)
+        return {"answer": 42.0}
+
+    path = recipe(tmp_path, num_images=64)
+    run_recipe(str(path), [f"run={tmp_path / 'run'}"], metrics=colourful)
+    assert losses(tmp_path / "run", "metric_answer") == [42.0]
+    assert min(losses(tmp_path / "run", "memory_bytes")) > 1e7
+    assert min(losses(tmp_path / "run", "images_per_second")) > 0
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert {"loss", "learning_rate", "gradient_norm", "memory_bytes", "heldout_loss"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["images"] == ["preview"]
+
+
+def test_a_model_starts_from_another_one_at_a_larger_grid_and_with_other_classes(tmp_path: Path) -> None:
+    first = trained(tmp_path)
+    start = f"init={first / 'model'}"
+    same = trained(tmp_path, start, "optim.learning_rate=1e-12", "optim.weight_decay=0", "tokenizer_path=''")
+    for name, tensor in weights(same).items():
+        torch.testing.assert_close(tensor, weights(first)[name], atol=1e-6, rtol=0)
+    larger = trained(tmp_path, start, "data.size=24")
+    assert json.loads((larger / "model" / "config.json").read_text())["model"]["grid"] == [6, 6]
+    pictures = load_pictures("toy", size=16)
+    for index in range(8):
+        folder = tmp_path / "pictures" / ("left" if index % 2 else "right")
+        folder.mkdir(parents=True, exist_ok=True)
+        from PIL import Image
+
+        Image.fromarray(pictures.images[index]).save(folder / f"{index}.png")
+    own = trained(tmp_path, start, f"data={tmp_path / 'pictures'}", "optim.learning_rate=1e-12")
+    assert weights(own)["classes.weight"].shape[0] == 3
+    torch.testing.assert_close(weights(own)["output.weight"], weights(first)["output.weight"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="lora_rank needs init=FOLDER"):
+        trained(tmp_path, "lora_rank=4")
+
+
+def test_low_rank_additions_are_merged_into_a_plain_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first = trained(tmp_path)
+    adapted = trained(tmp_path, f"init={first / 'model'}", "lora_rank=4", "optim.warmup_images=0")
+    before, after = weights(first), weights(adapted)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "blocks.0.attention.qkv.weight" in changed
+    assert not changed & {"tokens.weight", "output.weight", "head_norms.0.weight"}
+    delta = after["blocks.0.attention.qkv.weight"] - before["blocks.0.attention.qkv.weight"]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 4
+    assert len(Pipeline.from_pretrained(adapted / "model")(["circle"], seed=0).images) == 1
+
+
+@pytest.mark.slow
+def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
+    """Within 5 % of forward, backward and step of the same model, on CPU."""
+    from nar.condition import ClassCondition
+    from nar.training.optim import build_optimizer
+
+    options = ["model.dim=256", "model.num_heads=4", "model.num_layers=6", "model.hidden_dim=704", "batch_size=32"]
+    task = None
+
+    def keep(_: nn.Module, it: Task) -> dict[str, float]:
+        nonlocal task
+        task = it
+        return {}
+
+    torch.set_num_threads(1)
+    path = recipe(tmp_path, num_images=60 * 32, checkpoint_every=1000, log_every=10, preview_every=1000)
+    run_recipe(str(path), [f"run={tmp_path / 'run'}", *options], metrics=keep)
+    assert isinstance(task, ModelTask)
+    looped = float(np.median(losses(tmp_path / "run", "images_per_second")[1:]))
+    optimizer = build_optimizer(task.module, task.recipe.optim)
+    codes = torch.from_numpy(task.train_codes.read(np.arange(32)))
+    condition = ClassCondition(torch.from_numpy(task.train_codes.labels[:32]))
+    rates = []
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(10):
+            loss = token_losses(task.module, codes, condition).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
+            optimizer.step()
+        rates.append(320 / (time.perf_counter() - began))
+    bare = float(np.median(rates))
+    print(f"loop {looped:.1f} images/s, bare {bare:.1f} images/s")
+    assert looped > 0.95 * bare
