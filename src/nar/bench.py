@@ -68,6 +68,7 @@ class Row:
     dtype: str
     device: str
     threads: int
+    compiled: bool
     guidance_scale: float
     warmups: int
     repetitions: int
@@ -83,6 +84,7 @@ class Setup:
     dtype: str = "float32"
     device: str = "cpu"
     pixels: bool = True
+    compiled: bool = False
     warmups: int = 1
     repetitions: int = 3
 
@@ -270,7 +272,7 @@ def _bench(
         weights, products = _work(model, sampling)
         model = convert(model, setup.dtype, device)
         steps = model.layout.schedule.num_steps
-        session = Session(model)
+        session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
             condition = _condition(model.config, batch)
             _reset_peak(device)
@@ -300,6 +302,7 @@ def _bench(
                 dtype=setup.dtype,
                 device=_device_name(device),
                 threads=torch.get_num_threads(),
+                compiled=setup.compiled,
                 guidance_scale=scale,
                 warmups=setup.warmups,
                 repetitions=setup.repetitions,

@@ -369,6 +369,9 @@ def bench(
         float | None, typer.Option(help="1.0 is off. Default: the model's own; 2.0 for image presets, 1.25 for video.")
     ] = None,
     guidance_interval: Annotated[int | None, typer.Option(help="End guidance after this number of tokens.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the feed-forward layers (torch.compile; for GPUs).")
+    ] = False,
     pixels: Annotated[bool, typer.Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
     warmups: Annotated[int, typer.Option(min=0, help="Generations before the clock starts.")] = 1,
     repetitions: Annotated[int, typer.Option(min=1, help="Generations timed; the median counts.")] = 3,
@@ -401,6 +404,7 @@ def bench(
         dtype=dtype,
         device=_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"),
         pixels=pixels,
+        compiled=compiled,
         warmups=warmups,
         repetitions=repetitions,
     )

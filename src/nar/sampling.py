@@ -297,7 +297,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int =
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution (..., V) in float32 after temperature, then top-k (ties kept), then top-p."""
-    logits = logits.float() / max(temperature, SMALLEST_TEMPERATURE)
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / max(temperature, SMALLEST_TEMPERATURE)
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
