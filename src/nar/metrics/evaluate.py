@@ -42,7 +42,7 @@ from nar.metrics.inception import load_inception
 from nar.metrics.pictures import Source, batches, count, digest
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
-KERNEL_ROWS = 10_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
+KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
 KERNEL_RESAMPLINGS = 100
 SPLIT = 5000  # of the Inception Score
 PATCHES = 8  # along a side: what the calibration exchanges
@@ -358,14 +358,14 @@ def _scores(
 
     def put(name: str, value: float, contributions: Iterable[Callable[[], np.ndarray]] = ()) -> None:
         numbers[named(name)] = float(value)
-        if resamplings:
+        sides = list(contributions)
+        if resamplings and sides:
             moves = np.zeros(resamplings)
-            for side in contributions:
+            for side in sides:
                 values = side()
                 moves += _resampled_means(values, resamplings, generator) - values.mean()
-            if moves.any():
-                low, high = np.quantile(value + moves, (0.025, 0.975))
-                intervals[named(name)] = [float(low), float(high)]
+            low, high = np.quantile(value + moves, (0.025, 0.975))
+            intervals[named(name)] = [float(low), float(high)]
 
     put("FD", frechet_distance(real.pooled, fake.pooled), [
         lambda: frechet_influence(real.pooled, fake.pooled, fake.rows),
