@@ -402,3 +402,20 @@ def test_the_command_refuses_in_one_line(toy_folder: Path, tmp_path: Path, run: 
     assert "does not exist" in run("eval", "--fake", tmp_path / "nothing", *real, code=2)[1]
     same = ["--fake", tmp_path / "real.npz", *real]
     assert "pytorch-fid" in run("eval", *same, "--inception", tmp_path / "no.pth", code=2)[1].splitlines()[-1]
+
+
+def test_likelihood_of_models_is_paired_by_picture(
+    toy_folder: Path, tmp_path: Path, run: Callable[..., tuple[str, str]]
+) -> None:
+    for index, name in enumerate(("red apple", "pear", "plum")):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for number, picture in enumerate(pictures(10, index, size=8)):
+            Image.fromarray(picture).save(tmp_path / "real" / name / f"{number}.png")
+    options = ["--real", tmp_path / "real", "--likelihood", "--json", tmp_path / "report.json"]
+    out, _ = run("eval", toy_folder, "--against", toy_folder, *options)
+    assert "held-out bits per token" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["difference"] == 0
+    assert report["bits_per_token"] == report["bits_per_token_against"] > 0
+    assert report["settings"]["num_real"] == 30
+    assert "needs MODEL" in run("eval", "--real", tmp_path / "real", "--likelihood", code=2)[1]

@@ -204,6 +204,12 @@ def evaluate(
         Path | None,
         typer.Option(help="The 2015 Inception weights (.pth of pytorch-fid or torch-fidelity): FID and ADM's numbers."),
     ] = None,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Bits per token of MODEL on --real, and what its fronts cost.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="Another model of the same tokenizer, for --likelihood: paired by picture.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
     write_reference: Annotated[
         Path | None, typer.Option(help="Write the statistics of --real to this .npz, as ADM's, and stop.")
@@ -242,6 +248,12 @@ def evaluate(
         write(write_reference, real_pictures, inception=inception, size=size, seed=seed)
         typer.echo(f"wrote {write_reference}")
         return
+    if likelihood:
+        if model is None:
+            raise ValueError("--likelihood needs MODEL: nar eval MODEL --real PICTURES --likelihood")
+        report = _likelihood(model, against, real, split, number, seed, _device(device), dtype)
+        _report(report, _likelihood_table(report), json_file)
+        return
     if (model is None) == (fake is None):
         raise ValueError("give one of MODEL and --fake: the pictures to judge, or the model that draws them")
     source: Any = fake
@@ -279,11 +291,93 @@ def evaluate(
         )
     for text in report["warnings"]:
         typer.echo(f"warning: {text}", err=True)
-    typer.echo(as_table(report))
+    _report(report, as_table(report), json_file)
+
+
+def _report(report: dict[str, Any], table: str, json_file: Path | None) -> None:
+    typer.echo(table)
     if json_file is not None:
         text = json.dumps(report, indent=2) + "\n"
         _atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
         typer.echo(f"wrote {json_file}")
+
+
+def _likelihood(
+    model: str, against: str | None, real: str, split: str, number: int, seed: int, device: str | None, dtype: str
+) -> dict[str, Any]:
+    """Held-out bits per token of one model, or of two, on the same pictures."""
+    import torch
+
+    from nar.data.sources import load_pictures
+    from nar.folder import WEIGHTS
+    from nar.metrics.evaluate import mean_interval
+    from nar.metrics.pictures import digest
+    from nar.pipeline import Pipeline, find_model
+    from nar.training.likelihood import bits_per_token, independence_cost
+    from nar.training.tasks import as_pixels
+
+    names = [model] if against is None else [model, against]
+    folders = [find_model(name) for name in names]
+    tokenizers = [digest(folder / "tokenizer" / WEIGHTS) for folder in folders if (folder / "tokenizer").is_dir()]
+    if len(set(tokenizers)) > 1:
+        raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
+    pipes = [Pipeline.from_pretrained(folder, device=device, dtype=_dtype(dtype)) for folder in folders]
+    size = pipes[0].model.config.grid[0] * pipes[0].tokenizer.config.patch_size
+    pictures = load_pictures(real, size=size, split=split if _is_fashion(real) else "train")
+    # Numbers of the classes are those of the model: by name where it has names, else by place.
+    classes = [pipes[0].label_index(name) for name in pictures.class_names] if pipes[0].class_names else None
+    labels = torch.from_numpy(pictures.labels[:number])
+    labels = labels if classes is None else torch.tensor(classes)[labels]
+    with torch.inference_mode():
+        starts = range(0, len(labels), 250)
+        place = next(pipes[0].tokenizer.parameters()).device
+        pixels = (as_pixels(pictures.images[start : min(start + 250, len(labels))]).to(place) for start in starts)
+        codes = torch.cat([pipes[0].tokenizer.encode(part).cpu() for part in pixels]).clone()
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))  # sources are often by class
+    codes, labels = codes[order], labels[order]
+    bits = [bits_per_token(pipe.model, codes, labels, progress=True).numpy() for pipe in pipes]
+    cost = independence_cost(pipes[0].model, codes, labels, seed=seed, progress=True).numpy()
+    report: dict[str, Any] = {
+        "bits_per_token": float(bits[0].mean()),
+        "independence_cost": float(cost.mean()),
+        "interval": {
+            "bits_per_token": mean_interval(bits[0], seed=seed), "independence_cost": mean_interval(cost, seed=seed)
+        },
+        "settings": {
+            "model": names[0], "against": against, "num_real": len(codes), "seed": seed, "dtype": dtype,
+            "schedule": [pipe.model.config.schedule for pipe in pipes], "guidance_scale": 1.0,
+            "real": {"name": Path(real).name, "split": split, "codes_of": "the model's own tokenizer"},
+            "weights_sha256": [digest(folder / WEIGHTS) for folder in folders], "tokenizer_sha256": tokenizers[0],
+            "versions": {"nar": __version__, "torch": torch.__version__},
+        },
+    }  # fmt: skip
+    if against is not None:
+        difference = bits[0] - bits[1]
+        report |= {"bits_per_token_against": float(bits[1].mean()), "difference": float(difference.mean())}
+        report["interval"]["bits_per_token_against"] = mean_interval(bits[1], seed=seed)
+        report["interval"]["difference"] = mean_interval(difference, seed=seed)
+    return report
+
+
+def _likelihood_table(report: dict[str, Any]) -> str:
+    rows = [
+        ("bits_per_token", "held-out bits per token"),
+        ("independence_cost", "of which at least, for drawing a front's tokens independently"),
+        ("bits_per_token_against", "the other model's bits per token"),
+        ("difference", "difference, paired by picture"),
+    ]
+    lines = [
+        f"| {text} | {report[name]:.4f} | {low:.4f} to {high:.4f} |"
+        for name, text in rows
+        if name in report
+        for low, high in [report["interval"][name]]
+    ]
+    return "\n".join(["| | value | 95 % |", "|---|---|---|", *lines])
+
+
+def _is_fashion(source: str) -> bool:
+    path = Path(source).expanduser()
+    return source == "fashion-mnist" or (path.is_dir() and any(path.glob("*-idx3-ubyte*")))
 
 
 def _is_model(source: str) -> bool:
@@ -294,9 +388,8 @@ def _is_model(source: str) -> bool:
 
 def _real_pictures(source: str, split: str, size: int | None) -> Any:
     """What `nar.metrics` reads is passed on; Fashion-MNIST, which only `nar.data` knows, is read here."""
-    path = Path(source).expanduser()
-    if source != "fashion-mnist" and not (path.is_dir() and any(path.glob("*-idx3-ubyte*"))):
-        return path
+    if not _is_fashion(source):
+        return Path(source).expanduser()
     from nar.data.sources import load_pictures
 
     return [load_pictures(source, size=size or 32, split=split).images]

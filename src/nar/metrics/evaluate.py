@@ -400,6 +400,12 @@ def _scores(
     return numbers, intervals
 
 
+def mean_interval(values: np.ndarray, *, resamplings: int = 1000, seed: int = 0) -> list[float]:
+    """The 95 % interval of a mean, by resampling its values."""
+    means = _resampled_means(values, resamplings, np.random.default_rng(seed))
+    return [float(end) for end in np.quantile(means, (0.025, 0.975))]
+
+
 def _resampled_means(values: np.ndarray, resamplings: int, generator: np.random.Generator) -> np.ndarray:
     """Means (R,) of R sets drawn from the values with replacement."""
     step = max(1, (1 << 22) // len(values))
