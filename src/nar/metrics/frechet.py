@@ -27,37 +27,56 @@ class Statistics:
     num_samples: int
 
 
-def feature_statistics(batches: Iterable[Features], *, ddof: int = 1) -> Statistics:
-    """Fit a Gaussian to batches of rows (n, D) in one pass; memory does not grow with the number of batches.
+class RunningStatistics:
+    """A Gaussian fitted to batches of rows (n, D) in one pass; memory does not grow with the number of batches.
 
-    `ddof` is what the count is reduced by in the covariance: 1 for FID (as `numpy.cov`), 0 for FVD. Batches are centred
-    before they are merged (Chan et al. 1979): plain sums of x x^T lose half of the digits where the mean is large.
+    Batches are centred before they are merged (Chan et al. 1979): plain sums of x x^T lose half of the digits where the
+    mean is large.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._mean, self._scatter = 0, np.zeros(0), np.zeros((0, 0))
+
+    def add(self, batch: Features) -> None:
+        """Take in rows; raises ValueError for rows of another length or numbers that are not finite."""
+        rows = _as_rows(batch).cpu().double().numpy()
+        if len(rows) == 0:
+            return
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"features {self.count} to {self.count + len(rows)} hold NaN or infinity; check the pictures and dtype"
+            )
+        if self.count == 0:
+            self._mean, self._scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
+        if rows.shape[1] != len(self._mean):
+            raise ValueError(f"a batch has {rows.shape[1]} features a row, the ones before it {len(self._mean)}")
+        centre = rows.mean(axis=0)
+        shift = centre - self._mean
+        total = self.count + len(rows)
+        self._scatter += (rows - centre).T @ (rows - centre)
+        self._scatter += np.outer(shift, shift) * (self.count * len(rows) / total)
+        self._mean = self._mean + shift * (len(rows) / total)
+        self.count = total
+
+    def result(self, *, ddof: int = 1) -> Statistics:
+        """The Gaussian so far; `ddof` is what the count is reduced by in the covariance: 1 for FID, 0 for FVD."""
+        if self.count <= ddof:
+            raise ValueError(
+                f"{self.count} rows do not give a covariance with ddof {ddof}; at least {ddof + 1} are needed"
+            )
+        return Statistics(self._mean, self._scatter / (self.count - ddof), self.count)
+
+
+def feature_statistics(batches: Iterable[Features], *, ddof: int = 1) -> Statistics:
+    """Fit a Gaussian to batches of rows (n, D) in one pass, see `RunningStatistics`.
 
     Raises:
         ValueError: too few rows, rows of different lengths, or numbers that are not finite.
     """
-    count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
+    running = RunningStatistics()
     for batch in batches:
-        rows = _as_rows(batch).cpu().double().numpy()
-        if len(rows) == 0:
-            continue
-        if not np.isfinite(rows).all():
-            raise ValueError(
-                f"features {count} to {count + len(rows)} hold NaN or infinity; check the pictures and dtype"
-            )
-        if count == 0:
-            mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
-        if rows.shape[1] != len(mean):
-            raise ValueError(f"a batch has {rows.shape[1]} features a row, the ones before it {len(mean)}")
-        centre = rows.mean(axis=0)
-        shift = centre - mean
-        total = count + len(rows)
-        scatter += (rows - centre).T @ (rows - centre) + np.outer(shift, shift) * (count * len(rows) / total)
-        mean = mean + shift * (len(rows) / total)
-        count = total
-    if count <= ddof:
-        raise ValueError(f"{count} rows do not give a covariance with ddof {ddof}; at least {ddof + 1} are needed")
-    return Statistics(mean, scatter / (count - ddof), count)
+        running.add(batch)
+    return running.result(ddof=ddof)
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
@@ -83,6 +102,25 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     )
 
 
+def frechet_influence(first: Statistics, second: Statistics, rows: Features) -> np.ndarray:
+    """Return how every row (M,) that `second` was fitted to moves the Frechet distance; their mean is 0.
+
+    This is the distance's derivative (its influence function): the spread of the mean of these numbers is the
+    distance's own sampling spread to first order. A plain bootstrap would be biased, because repeated rows lower the
+    rank of the covariance. Needs more rows than features to mean much.
+    """
+    values, vectors = np.linalg.eigh(first.covariance)
+    root = vectors * np.sqrt(values.clip(min=0))
+    shared, axes = np.linalg.eigh(root.T @ second.covariance @ root)
+    kept = shared > 1e-10 * shared.max(initial=0)
+    half = root @ (axes[:, kept] * shared[kept] ** -0.25)  # half @ half.T is the optimal map from second to first
+    centred = _as_rows(rows).cpu().double().numpy() - second.mean
+    spread = np.square(centred).sum(1) - np.square(centred @ half).sum(1)
+    spread += 2 * centred @ (second.mean - first.mean)
+    influence: np.ndarray = spread - spread.mean()
+    return influence
+
+
 def kernel_distance(real: Features, fake: Features) -> float:
     """Return KID: the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
@@ -103,6 +141,32 @@ def kernel_distance(real: Features, fake: Features) -> float:
 
     cross = kernel_sum(real, fake) / (len(real) * len(fake))
     return mean_of_pairs(real) + mean_of_pairs(fake) - 2 * cross
+
+
+def resampled_kernel_distance(real: Features, fake: Features, weights: tuple[Tensor, Tensor]) -> Tensor:
+    """Return KID (R,) of R resamplings of both sets, given how often each row was drawn: (N, R) and (M, R).
+
+    All ones give `kernel_distance`. Pairs of a row with itself are left out.
+    """
+    real, fake = _as_pair(real, fake)
+    counts_real, counts_fake = (count.to(real.device, torch.float64) for count in weights)
+
+    def mean_of_pairs(left: Tensor, counts: Tensor, right: Tensor, others: Tensor, *, same: bool) -> Tensor:
+        total = torch.zeros(counts.shape[1], dtype=torch.float64, device=left.device)
+        for rows in _blocks(len(left), len(right)):
+            total += (counts[rows] * (_kernel(left[rows], right) @ others)).sum(0)
+        pairs = counts.sum(0) * others.sum(0)
+        if same:
+            own = ((left.double().square().sum(1) / left.shape[1] + 1) ** 3)[:, None]
+            total -= (counts.square() * own).sum(0)
+            pairs = pairs - counts.square().sum(0)
+        return total / pairs
+
+    return (
+        mean_of_pairs(real, counts_real, real, counts_real, same=True)
+        + mean_of_pairs(fake, counts_fake, fake, counts_fake, same=True)
+        - 2 * mean_of_pairs(real, counts_real, fake, counts_fake, same=False)
+    )
 
 
 def inception_score(probabilities: Features, *, split_size: int = 5000) -> float:
@@ -126,15 +190,21 @@ def precision_recall(real: Features, fake: Features, *, k: int = 3) -> tuple[flo
     Precision is the share of fake rows that lie inside the ball of some real row, which reaches to its k-th nearest
     neighbour among the real rows (itself not counted); recall is the same with the roles exchanged.
     """
+    inside, covered = precision_recall_rows(real, fake, k=k)
+    return float(inside.double().mean()), float(covered.double().mean())
+
+
+def precision_recall_rows(real: Features, fake: Features, *, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Return what `precision_recall` averages: whether each fake row (M,) and each real row (N,) is inside."""
     real, fake = _as_pair(real, fake)
     radii_real, radii_fake = _radii(real, k, "real"), _radii(fake, k, "fake")
     covered_real = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    num_inside = 0
+    inside = []
     for rows in _blocks(len(fake), len(real)):
         distances = _squared_distances(fake[rows], real)  # (block, N)
-        num_inside += int((distances <= radii_real).any(1).sum())
+        inside.append((distances <= radii_real).any(1))
         covered_real |= (distances <= radii_fake[rows, None]).any(0)
-    return num_inside / len(fake), float(covered_real.double().mean())
+    return torch.cat(inside), covered_real
 
 
 def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[float, float]:
@@ -144,15 +214,21 @@ def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[flo
     is the share of real balls that hold a fake row. For equal distributions density is 1 and coverage about
     1 - (N / (N + M))^k: 0.97 for N = M and k = 5, but only 0.87 when there are twice as many real rows as fake ones.
     """
+    density, covered = density_coverage_rows(real, fake, k=k)
+    return float(density.mean()), float(covered.double().mean())
+
+
+def density_coverage_rows(real: Features, fake: Features, *, k: int = 5) -> tuple[Tensor, Tensor]:
+    """Return what `density_coverage` averages: density at the fake rows (M,), and which real balls (N,) are hit."""
     real, fake = _as_pair(real, fake)
     radii = _radii(real, k, "real")
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    num_inside = 0
+    density = []
     for rows in _blocks(len(fake), len(real)):
         inside = _squared_distances(fake[rows], real) < radii  # (block, N)
-        num_inside += int(inside.sum())
+        density.append(inside.sum(1).double() / k)
         covered |= inside.any(0)
-    return num_inside / (k * len(fake)), float(covered.double().mean())
+    return torch.cat(density), covered
 
 
 def nearest_distances(rows: Features, references: Features) -> Tensor:
@@ -186,7 +262,10 @@ def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 
 def _kernel(left: Tensor, right: Tensor) -> Tensor:
-    return ((left.double() @ right.double().T) / left.shape[1] + 1) ** 3
+    products = (
+        left @ right.T
+    )  # in the rows' own precision: rounding averages out over the pairs, and float32 is twice as fast
+    return (products.double() / left.shape[1] + 1) ** 3
 
 
 def _squared_distances(left: Tensor, right: Tensor) -> Tensor:

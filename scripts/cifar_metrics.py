@@ -1,0 +1,120 @@
+"""Judge real, spoilt and one-sided sets of CIFAR-10 pictures: the metrics must order them as they should.
+
+    python scripts/cifar_metrics.py --data FOLDER --json FILE
+
+FOLDER holds train.parquet and test.parquet (columns `image`, `label`). The real side is 10,000 training pictures, 1,000
+of each class. The other sides, 10,000 pictures each, are made of the test set: unchanged (the floor), with 5 % of the
+8x8 patches exchanged between pictures, with Gaussian noise, blurred, without horses (whose places other training
+pictures take), and 1,000 pictures ten times over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from nar.metrics import evaluate
+from nar.metrics.evaluate import Detected, EfficientNetDetector, metric_names, swap_patches
+
+HORSE = 7
+
+
+class Remembering:
+    """EfficientNet-Lite0 that looks at every picture once, although the sets share many."""
+
+    def __init__(self) -> None:
+        self.detector = EfficientNetDetector()
+        self.label, self.num_features = self.detector.label, self.detector.num_features
+        self.digest = self.detector.digest
+        self.known: dict[bytes, Tensor] = {}
+        self.num_new, self.seconds = 0, 0.0
+
+    def __call__(self, images: Tensor) -> Detected:
+        keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+        new = [index for index, key in enumerate(keys) if key not in self.known]
+        if new:
+            started = time.process_time()
+            for index, row in zip(new, self.detector(images[new]).pooled, strict=True):
+                self.known[keys[index]] = row.clone()
+            self.seconds += time.process_time() - started
+            self.num_new += len(new)
+        return Detected(torch.stack([self.known[key] for key in keys]))
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All pictures (N, 32, 32, 3) and labels (N,)."""
+    table = pq.read_table(path, columns=["image", "label"])
+    cells = table.column("image").to_pylist()
+    images = [np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")) for cell in cells]
+    return np.stack(images), table.column("label").to_numpy()
+
+
+def balanced(labels: np.ndarray, per_class: int, start: int = 0, classes: range | list[int] = range(10)) -> np.ndarray:
+    """Places of `per_class` pictures of every class, from the `start`-th on."""
+    return np.concatenate([np.flatnonzero(labels == label)[start : start + per_class] for label in classes])
+
+
+def sets(test: np.ndarray, labels: np.ndarray, spare: np.ndarray, scale: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Every set by its name; `spare` are training pictures without horses that fill the horses' places."""
+    generator = np.random.default_rng(0)
+    yield "test set (floor)", test
+    yield "5 % of patches exchanged", swap_patches(test, 0.05, 0)
+    noise = generator.normal(0, 8, test.shape)
+    yield "noised (sd 8 of 255)", (test + noise).round().clip(0, 255).astype(np.uint8)
+    blur = ImageFilter.GaussianBlur(0.7)
+    yield "blurred (Gaussian, 0.7 pixels)", np.stack([np.asarray(Image.fromarray(one).filter(blur)) for one in test])
+    yield "no horses", np.concatenate([test[labels != HORSE], spare])
+    yield "1/10 of the test set, ten times", np.repeat(test[balanced(labels, 100 // scale)], 10, axis=0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--json", type=Path, required=True, help="the reports are written here")
+    parser.add_argument("--scale", type=int, default=1, help="use this fraction of all sets, for a try")
+    arguments = parser.parse_args()
+    scale = arguments.scale
+    train, train_labels = read(arguments.data / "train.parquet")
+    test, labels = read(arguments.data / "test.parquet")
+    part = balanced(labels, 1000 // scale)
+    test, labels = test[part], labels[part]
+    real = train[balanced(train_labels, 1000 // scale)]
+    others = [label for label in range(10) if label != HORSE]
+    spare = train[balanced(train_labels, -(-1000 // scale // 9), 1000, others)][: 1000 // scale]
+    detector, reports = Remembering(), {}
+    for name, fake in sets(test, labels, spare, scale):
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = evaluate([real], [fake], detector=detector, calibration=0, progress=False)
+        reports[name] = report | {"seconds": time.monotonic() - started}
+        if len(reports) == 1:
+            print(f"| | {' | '.join(metric_names(report))} |\n|---|{'---|' * len(metric_names(report))}")
+        cells = (f"{report[key]:.4g} ({low:.4g}..{high:.4g})" for key, (low, high) in report["interval"].items())
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        facts = {
+            "pictures": detector.num_new,
+            "processor_seconds": detector.seconds,
+            "threads": torch.get_num_threads(),
+        }
+        text = json.dumps({"detector": facts, "reports": reports}, indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{detector.num_new} pictures in {detector.seconds:.0f} s of processor time", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,663 @@
+"""Judge pictures against real ones: one call, one report with everything that changes its numbers.
+
+Pictures stream through a network (a *detector*) in batches; what is kept is a Gaussian and a bounded number of feature
+rows. It does not know who made the pictures. Dimensions: N real and M fake pictures, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nar import __version__
+from nar.metrics import efficientnet
+from nar.metrics.frechet import (
+    RunningStatistics,
+    Statistics,
+    density_coverage_rows,
+    feature_statistics,
+    frechet_distance,
+    frechet_influence,
+    inception_score,
+    kernel_distance,
+    precision_recall_rows,
+    resampled_kernel_distance,
+)
+from nar.metrics.inception import load_inception
+from nar.metrics.pictures import Source, batches, count, digest
+
+ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
+KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
+KERNEL_RESAMPLINGS = 100
+SPLIT = 5000  # of the Inception Score
+PATCHES = 8  # along a side: what the calibration exchanges
+_CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a detector makes of B pictures: features (B, D); where it has them spatial ones and probabilities."""
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+class Detector(Protocol):
+    """A network that judges. `label` becomes part of the metrics' names; only the network of FID has none."""
+
+    label: str
+    num_features: int
+    digest: str
+
+    def __call__(self, images: Tensor) -> Detected:
+        """Features of uint8 pictures (B, 3, H, W)."""
+        ...
+
+
+class EfficientNetDetector:
+    """EfficientNet-Lite0, whose weights come with a package: FD-EffLite0, KID-EffLite0."""
+
+    label = "EffLite0"
+    num_features = efficientnet.NUM_FEATURES
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.digest = digest(efficientnet.weights_file())
+        self.network = efficientnet.load_efficientnet().to(device)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Detected:
+        return Detected(self.network.features(images.to(self.device)))
+
+
+class InceptionDetector:
+    """The Inception network of 2015 from a local file: FID, sFID, IS, and precision and recall as ADM computes them."""
+
+    label = ""
+    num_features = 2048
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        self.network = load_inception(path).to(device)
+        self.digest = digest(path)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Detected:
+        output = self.network(images.to(self.device))
+        return Detected(output.pooled[2048], output.spatial, output.logits_unbiased.softmax(1))
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """All that is known of one set of pictures.
+
+    `rows` (n, D) float32 are the features of at most `keep` pictures, drawn at random, `indices` (n,) their places in
+    the source. `score` is the Inception Score, `score_influence` (N,) what each picture contributes to it.
+    """
+
+    num_images: int
+    size: tuple[int, int] | None
+    pooled: Statistics
+    rows: Tensor
+    indices: np.ndarray
+    pixels_sha256: str = ""
+    spatial: Statistics | None = None
+    score: float | None = None
+    score_influence: np.ndarray | None = None
+    cached: bool = field(default=False, compare=False)
+
+    def subset(self, chosen: np.ndarray) -> FeatureSet:
+        """The part given by a mask or by places over the kept rows, with a Gaussian of its own."""
+        rows = self.rows[torch.from_numpy(chosen)]
+        return FeatureSet(len(rows), self.size, feature_statistics(rows.split(1000)), rows, self.indices[chosen])
+
+
+def evaluate(
+    real: Source,
+    fake: Source,
+    *,
+    inception: str | Path | None = None,
+    detector: Detector | None = None,
+    floor: Source | None = None,
+    size: int | None = None,
+    calibration: float = 0.05,
+    keep: int = 50_000,
+    batch_size: int = 64,
+    resamplings: int = 1000,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare fake pictures with real ones; returns the report, plain data with metrics at its top.
+
+    Sources are what `nar.metrics.pictures.batches` reads; `real` may also be a reference in the npz format of ADM
+    (`mu`, `sigma`, and where present `mu_s`, `sigma_s`, `arr_0`). Without `inception` (the weights of pytorch-fid or
+    torch-fidelity) the features are EfficientNet-Lite0's and every name says so.
+
+    The report's `floor` is the score of real pictures at the counts it states: `floor` (other real pictures, as many as
+    there are fake ones), or by default one random half of `real` against the other; `at_floor_counts` is then the score
+    of the fake pictures at the same counts. `calibration` is the share of 8x8 patches that are exchanged between real
+    pictures for a third row, a hint of what a small defect costs; 0 turns it off.
+
+    Args:
+        detector: another network than the two.
+        size: crop the middle of all pictures and resize it.
+        keep: feature rows held of each set; Frechet distances use all pictures, the rest these rows.
+        resamplings: for the confidence intervals, 0 turns them off.
+        cache: folder where the features of files are kept, by hash.
+        settings: how the fake pictures were made, copied into the report.
+
+    Raises:
+        ValueError: pictures or a reference that do not fit; the reason is named.
+    """
+    if not 0 <= calibration < 1:
+        raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
+    if keep < 2:
+        raise ValueError(f"keep {keep} must be at least 2")
+    for source in (real, fake, floor):  # before the first hour of work
+        if isinstance(source, str | Path) and not Path(source).expanduser().exists():
+            raise FileNotFoundError(f"{source} does not exist; give a folder of pictures, an .npz or a .parquet file")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if detector is None:
+        detector = EfficientNetDetector(place) if inception is None else InceptionDetector(inception, place)
+
+    def gather(source: Source, name: str, change: Callable[[np.ndarray, int], np.ndarray] | None = None) -> FeatureSet:
+        variant = "" if change is None else f"swapped {calibration} {name}"
+        return _gather(
+            source, detector, name=name, size=size, keep=keep, batch_size=batch_size, seed=seed, progress=progress,
+            cache=None if cache is None else Path(cache).expanduser(), change=change, variant=variant,
+        )  # fmt: skip
+
+    reference = _is_reference(real)
+    real_set = _read_reference(Path(str(real)), detector, gather) if reference else gather(real, "real")
+    fake_set = gather(fake, "fake")
+    if real_set.size and fake_set.size and real_set.size != fake_set.size:
+        raise ValueError(
+            f"the real pictures are {_extent(real_set.size)}, the fake ones {_extent(fake_set.size)}; compare pictures "
+            "of one size, or give a size to crop and resize both to"
+        )
+    numbers, intervals = _scores(real_set, fake_set, detector.label, resamplings=resamplings, seed=seed)
+    report: dict[str, Any] = {**numbers, "interval": intervals}
+    floor_set = None
+    if floor is not None:
+        floor_set = gather(floor, "floor")
+        floor_set = floor_set.subset(_places(len(floor_set.rows), fake_set.num_images, seed))
+        base, what = real_set, "other real pictures, as many as fake ones, against the real ones"
+    elif len(real_set.rows) >= 4:
+        second = _second_half(real_set.indices, seed)
+        base = real_set.subset(~second)
+        places = np.flatnonzero(second)
+        places = places[_places(len(places), len(fake_set.rows), seed)]
+        floor_set = real_set.subset(places)
+        what = "one random half of the real pictures against the other"
+        same = fake_set.subset(_places(len(fake_set.rows), len(floor_set.rows), seed))
+        report["at_floor_counts"] = _scores(base, same, detector.label)[0] | _counts(base, same)
+    if floor_set is not None:
+        report["floor"] = _scores(base, floor_set, detector.label)[0] | _counts(base, floor_set) | {"what": what}
+        if fake_set.score is not None and real_set.score is not None and floor is None:
+            report["floor"]["IS"] = real_set.score
+        if calibration:
+            source = real if floor is None else floor
+            changed = gather(
+                source, "calibration", lambda images, start: swap_patches(images, calibration, seed + start)
+            )
+            both = np.isin(changed.indices, floor_set.indices)
+            swapped = changed.subset(np.flatnonzero(both))
+            report["calibration"] = (
+                _scores(base, swapped, detector.label)[0]
+                | _counts(base, swapped)
+                | {"what": f"the floor's pictures, {calibration:.0%} of their {PATCHES}x{PATCHES} patches exchanged"}
+            )
+    report["warnings"] = _doubts(real_set, fake_set, detector)
+    frechet = f"FD-{detector.label}" if detector.label else "FID"
+    report["primary"] = frechet if fake_set.num_images >= ENOUGH or not detector.label else f"KID-{detector.label}"
+    report["settings"] = {
+        "num_real": real_set.num_images or None,
+        "num_fake": fake_set.num_images,
+        "rows_real": len(real_set.rows),
+        "rows_fake": len(fake_set.rows),
+        "picture_size": list(fake_set.size or ()),
+        "resized_to": size,
+        "seed": seed,
+        "resamplings": resamplings,
+        "calibration": calibration,
+        "network": detector.label or "Inception 2015",
+        "network_sha256": detector.digest,
+        "real": _provenance(real, real_set),
+        "fake": _provenance(fake, fake_set) | ({"made_with": settings} if settings else {}),
+        "versions": {
+            "nar": __version__, "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip
+    for text in report["warnings"]:
+        warnings.warn(text, stacklevel=2)
+    return report
+
+
+def write_reference(
+    path: str | Path,
+    pictures: Source,
+    *,
+    inception: str | Path | None = None,
+    detector: Detector | None = None,
+    size: int | None = None,
+    num_pictures: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> None:
+    """Write the statistics of all pictures, and `num_pictures` of them at random, in the npz format of ADM.
+
+    Beside ADM's `mu`, `sigma`, `mu_s`, `sigma_s` and `arr_0` the file says which network made it and of how many
+    pictures, so that reading it with another network is refused.
+    """
+    if detector is None:
+        detector = EfficientNetDetector() if inception is None else InceptionDetector(inception)
+    kept = _Reservoir(num_pictures, seed)
+
+    def watch(images: np.ndarray, _: int) -> np.ndarray:
+        kept.add(images)
+        return images
+
+    found = _gather(
+        pictures, detector, name="reference", size=size, keep=2, batch_size=batch_size, seed=seed, progress=progress,
+        cache=None, change=watch, variant="",
+    )  # fmt: skip
+    arrays = {"mu": found.pooled.mean, "sigma": found.pooled.covariance, "arr_0": np.stack(kept.items)}
+    if found.spatial is not None:
+        arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
+    arrays |= {"network": np.array(detector.digest), "num_images": np.array(found.num_images)}
+    _save(Path(path), arrays)
+
+
+def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Exchange `share` of each picture's 8x8 patches with those of other pictures of the batch at the same place.
+
+    Every picture chooses its own places; at each place the pictures that chose it pass their patch on in a circle. So
+    all patches stay real and in place, and only their combination is wrong: what resampling single tokens does.
+    """
+    generator = np.random.default_rng(seed)
+    num_images, height, width = images.shape[:3]
+    wanted = share * PATCHES * PATCHES
+    num_swapped = np.floor(wanted + generator.random((num_images, 1)))  # right on average, whatever the share
+    chosen = generator.random((num_images, PATCHES * PATCHES)).argsort(1).argsort(1) < num_swapped
+    rows, columns = (np.linspace(0, length, PATCHES + 1).round().astype(int) for length in (height, width))
+    swapped = images.copy()
+    for place in range(PATCHES * PATCHES):
+        circle = generator.permutation(np.flatnonzero(chosen[:, place]))
+        if len(circle) == 1:  # nobody else chose this place: any neighbour lends its patch
+            circle = np.array([circle[0], (circle[0] + 1) % num_images])
+            givers = circle[[1]]
+            takers = circle[[0]]
+        else:
+            takers, givers = circle, np.roll(circle, 1)
+        row, column = divmod(place, PATCHES)
+        area = (slice(rows[row], rows[row + 1]), slice(columns[column], columns[column + 1]))
+        swapped[(takers, *area)] = images[(givers, *area)]
+    return swapped
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """The report's numbers as a Markdown table: a metric a row; fake, floor and calibration side by side."""
+    columns = [("fake", report)]
+    columns += [
+        (name, report[key])
+        for key, name in (
+            ("at_floor_counts", "fake at the floor's counts"), ("floor", "floor: real"),
+            ("calibration", "real, patches exchanged"),
+        )
+        if key in report
+    ]  # fmt: skip
+    lines = [
+        f"| | {' | '.join(name for name, _ in columns)} | 95 % of fake |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
+    for name in metric_names(report):
+        cells = [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
+        low_high = report["interval"].get(name)
+        cells.append(f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else "")
+        mark = " (primary)" if name == report["primary"] else ""
+        lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def metric_names(report: dict[str, Any]) -> list[str]:
+    """Which of a report's keys are metrics."""
+    return [name for name, value in report.items() if isinstance(value, float)]
+
+
+def _scores(
+    real: FeatureSet, fake: FeatureSet, label: str, *, resamplings: int = 0, seed: int = 0
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Every number that two sets allow, by its name, and where it is wanted its 95 % interval."""
+    generator = np.random.default_rng(seed)
+    numbers: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+
+    def named(name: str) -> str:
+        if not label:
+            return {"FD": "FID", "sFD": "sFID"}.get(name, name)
+        return f"{name}-{label}"
+
+    def put(name: str, value: float, contributions: Iterable[Callable[[], np.ndarray]] = ()) -> None:
+        numbers[named(name)] = float(value)
+        sides = list(contributions)
+        if resamplings and sides:
+            moves = np.zeros(resamplings)
+            for side in sides:
+                values = side()
+                moves += _resampled_means(values, resamplings, generator) - values.mean()
+            low, high = np.quantile(value + moves, (0.025, 0.975))
+            intervals[named(name)] = [float(low), float(high)]
+
+    put("FD", frechet_distance(real.pooled, fake.pooled), [
+        lambda: frechet_influence(real.pooled, fake.pooled, fake.rows),
+        *([lambda: frechet_influence(fake.pooled, real.pooled, real.rows)] if len(real.rows) else []),
+    ])  # fmt: skip
+    if real.spatial is not None and fake.spatial is not None:
+        put("sFD", frechet_distance(real.spatial, fake.spatial))
+    if fake.score is not None:
+        influence = fake.score_influence
+        put("IS", fake.score, [] if influence is None else [lambda: influence])
+    if len(real.rows) < 2 or len(fake.rows) < 2:
+        return numbers, intervals
+    some_real = real.rows[torch.from_numpy(_places(len(real.rows), KERNEL_ROWS, seed))]
+    some_fake = fake.rows[torch.from_numpy(_places(len(fake.rows), KERNEL_ROWS, seed))]
+    kernel = named("KID")
+    if not resamplings:
+        numbers[kernel] = kernel_distance(some_real, some_fake)
+    else:
+        weights = [_drawn(len(rows), KERNEL_RESAMPLINGS, generator) for rows in (some_real, some_fake)]
+        drawn = resampled_kernel_distance(some_real, some_fake, (weights[0], weights[1]))
+        numbers[kernel] = float(drawn[0])
+        spread = 1.96 * float(drawn[1:].std())
+        intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
+    if min(len(real.rows), len(fake.rows)) > 3:
+        inside, covered = (rows.double().cpu().numpy() for rows in precision_recall_rows(real.rows, fake.rows))
+        put("precision", inside.mean(), [lambda: inside])
+        put("recall", covered.mean(), [lambda: covered])
+    if len(real.rows) > 5:
+        density, hit = (rows.double().cpu().numpy() for rows in density_coverage_rows(real.rows, fake.rows))
+        put("density", density.mean(), [lambda: density])
+        put("coverage", hit.mean(), [lambda: hit])
+    return numbers, intervals
+
+
+def mean_interval(values: np.ndarray, *, resamplings: int = 1000, seed: int = 0) -> list[float]:
+    """The 95 % interval of a mean, by resampling its values."""
+    means = _resampled_means(values, resamplings, np.random.default_rng(seed))
+    return [float(end) for end in np.quantile(means, (0.025, 0.975))]
+
+
+def _resampled_means(values: np.ndarray, resamplings: int, generator: np.random.Generator) -> np.ndarray:
+    """Means (R,) of R sets drawn from the values with replacement."""
+    step = max(1, (1 << 22) // len(values))
+    starts = range(0, resamplings, step)
+    draws = (generator.integers(0, len(values), (min(step, resamplings - start), len(values))) for start in starts)
+    return np.concatenate([values[places].mean(1) for places in draws])
+
+
+def _drawn(num_rows: int, resamplings: int, generator: np.random.Generator) -> Tensor:
+    """How often each row is drawn (n, 1 + R): once each in the first column, then in R resamplings."""
+    counts = [np.ones(num_rows, np.int64)]
+    counts += [np.bincount(generator.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(resamplings)]
+    return torch.from_numpy(np.stack(counts, 1))
+
+
+def _gather(
+    source: Source,
+    detector: Detector,
+    *,
+    name: str,
+    size: int | None,
+    keep: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    cache: Path | None,
+    change: Callable[[np.ndarray, int], np.ndarray] | None,
+    variant: str,
+) -> FeatureSet:
+    """Send all pictures of a source through the detector, or take the result from the cache."""
+    path = None
+    if cache is not None and isinstance(source, str | Path):
+        parts = [_CACHE_FORMAT, digest(source), detector.label, detector.digest, size, keep, seed, batch_size, variant]
+        path = cache / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
+        if path.is_file():
+            return _read_features(path)
+    pooled, spatial = RunningStatistics(), RunningStatistics()
+    rows = _Reservoir(keep, seed)
+    probabilities: list[Tensor] = []
+    scores: list[float] = []
+    influence: list[np.ndarray] = []
+    pixels = hashlib.sha256()
+    extent: tuple[int, int] | None = None
+
+    def finish_split() -> None:
+        part = torch.cat(probabilities).double()
+        scores.append(inception_score(part, split_size=len(part)))
+        single = (torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(0))).sum(1)
+        influence.append(scores[-1] * single.cpu().numpy())
+        probabilities.clear()
+
+    with tqdm(total=count(source), desc=f"{name} pictures", unit="", disable=not progress) as bar:
+        for images in batches(source, batch_size, size=size):
+            extent = (images.shape[1], images.shape[2])
+            images = images if change is None else change(images, pooled.count)
+            images = np.ascontiguousarray(images)
+            pixels.update(images.data)
+            tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+            with torch.inference_mode():
+                found = detector(tensor)
+            if found.pooled.shape != (len(images), detector.num_features):
+                raise ValueError(
+                    f"the detector made {tuple(found.pooled.shape)} features of {len(images)} pictures; "
+                    f"({len(images)}, {detector.num_features}) were expected"
+                )
+            pooled.add(found.pooled)
+            rows.add(found.pooled.float().cpu().numpy())
+            if found.spatial is not None:
+                spatial.add(found.spatial)
+            if found.probabilities is not None:
+                probabilities.extend(found.probabilities.cpu().split(1))
+                while len(probabilities) >= SPLIT:
+                    rest = probabilities[SPLIT:]
+                    del probabilities[SPLIT:]
+                    finish_split()
+                    probabilities.extend(rest)
+            bar.update(len(images))
+    if pooled.count < 2:
+        raise ValueError(f"the {name} source has {pooled.count} pictures; at least 2 are needed for a covariance")
+    if probabilities:
+        finish_split()
+    result = FeatureSet(
+        num_images=pooled.count,
+        size=extent,
+        pooled=pooled.result(),
+        rows=torch.from_numpy(np.stack(rows.items)),
+        indices=np.array(rows.indices),
+        pixels_sha256=pixels.hexdigest(),
+        spatial=spatial.result() if spatial.count else None,
+        score=float(np.mean(scores)) if scores else None,
+        score_influence=np.concatenate(influence) if influence else None,
+    )
+    if path is not None:
+        _write_features(path, result)
+    return result
+
+
+class _Reservoir:
+    """At most `capacity` items of a stream, every one with the same chance; all of them, in order, while they fit."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self.items: list[np.ndarray] = []
+        self.indices: list[int] = []
+        self._seen = 0
+        self._generator = np.random.default_rng(seed)
+
+    def add(self, items: np.ndarray) -> None:
+        for item in items:
+            if len(self.items) < self.capacity:
+                self.items.append(item.copy())  # a view would keep the whole batch alive
+                self.indices.append(self._seen)
+            else:
+                place = int(self._generator.integers(self._seen + 1))
+                if place < self.capacity:
+                    self.items[place] = item.copy()
+                    self.indices[place] = self._seen
+            self._seen += 1
+
+
+def _second_half(indices: np.ndarray, seed: int) -> np.ndarray:
+    """A random half of the pictures as a mask, by their place in the source."""
+    mask: np.ndarray = np.random.default_rng(seed).permutation(int(indices.max()) + 1)[indices] % 2 == 1
+    return mask
+
+
+def _places(num_rows: int, wanted: int, seed: int) -> np.ndarray:
+    """`wanted` of the rows at random, in order; all where there are no more."""
+    if wanted >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:wanted])
+
+
+def _counts(real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
+    return {"num_real": real.num_images, "num_fake": fake.num_images}
+
+
+def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
+    name = f"FD-{detector.label}" if detector.label else "FID"
+    doubts = []
+    for kind, pictures in (("real", real), ("fake", fake)):
+        if 0 < pictures.num_images <= detector.num_features:
+            doubts.append(
+                f"{pictures.num_images} {kind} pictures do not determine the covariance of {detector.num_features} "
+                f"features: {name} is far too high; at least {detector.num_features + 1} are needed, {ENOUGH:,} "
+                "recommended"
+            )
+        elif 0 < pictures.num_images < ENOUGH:
+            doubts.append(
+                f"{name} of {pictures.num_images:,} {kind} pictures is biased upwards, compare it with the floor at "
+                f"the same counts only; {ENOUGH:,} are recommended, and KID is not biased"
+            )
+    return doubts
+
+
+def _provenance(source: Source, found: FeatureSet) -> dict[str, Any]:
+    facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None}
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        facts |= {"name": path.name, "file_sha256": digest(path), "features_from_cache": found.cached}
+        if (path / "samples.json").is_file():  # as `nar sample` writes it
+            records = json.loads((path / "samples.json").read_text(encoding="utf-8"))
+            facts["made_with"] = {k: v for k, v in records[0].items() if k not in ("file", "label", "index")}
+    return facts
+
+
+def _extent(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _is_reference(source: Source) -> bool:
+    if not isinstance(source, str | Path) or Path(source).suffix != ".npz" or not Path(source).is_file():
+        return False
+    try:
+        with zipfile.ZipFile(source) as file:
+            return "mu.npy" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _read_reference(path: Path, detector: Detector, gather: Callable[[Source, str], FeatureSet]) -> FeatureSet:
+    """Statistics as ADM stores them; feature rows of `arr_0`, where that is in the file."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "arr_0"}
+        has_pictures = "arr_0" in file.files
+    made_by = str(arrays.get("network", ""))
+    if made_by and made_by != detector.digest:
+        raise ValueError(
+            f"{path} was made with another network (weights {made_by[:12]}..., here {detector.digest[:12]}...); "
+            "give the same weights, or the reference's pictures in place of its statistics"
+        )
+    num_features = len(arrays["mu"])
+    if num_features != detector.num_features or arrays.get("sigma", np.zeros(0)).shape != (num_features,) * 2:
+        hint = "; give --inception FILE" if num_features == 2048 else ""
+        raise ValueError(
+            f"{path} has statistics of {num_features} features, but {detector.label or 'the Inception network'} makes "
+            f"{detector.num_features}: another network made it{hint}"
+        )
+    number = int(arrays.get("num_images", 0))
+    pictures = gather(path, "reference") if has_pictures else None
+    spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None
+    return FeatureSet(
+        num_images=number,
+        size=pictures.size if pictures else None,
+        pooled=Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), number),
+        rows=pictures.rows if pictures else torch.zeros(0, num_features),
+        indices=pictures.indices if pictures else np.zeros(0, np.int64),
+        pixels_sha256=pictures.pixels_sha256 if pictures else "",
+        spatial=spatial,
+        score=pictures.score if pictures else None,
+    )
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staged = tempfile.mkstemp(suffix=".npz", dir=path.parent)
+    os.close(handle)
+    try:
+        np.savez(staged, allow_pickle=False, **arrays)
+        Path(staged).replace(path)
+    finally:
+        Path(staged).unlink(missing_ok=True)
+
+
+def _write_features(path: Path, found: FeatureSet) -> None:
+    arrays = {
+        "num_images": np.array(found.num_images), "size": np.array(found.size), "rows": found.rows.numpy(),
+        "indices": found.indices, "pixels": np.array(found.pixels_sha256), "mu": found.pooled.mean,
+        "sigma": found.pooled.covariance,
+    }  # fmt: skip
+    if found.spatial is not None:
+        arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
+    if found.score is not None and found.score_influence is not None:
+        arrays |= {"score": np.array(found.score), "score_influence": found.score_influence}
+    _save(path, arrays)
+
+
+def _read_features(path: Path) -> FeatureSet:
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    number = int(arrays["num_images"])
+    height, width = (int(length) for length in arrays["size"])
+    return FeatureSet(
+        num_images=number,
+        size=(height, width),
+        pooled=Statistics(arrays["mu"], arrays["sigma"], number),
+        rows=torch.from_numpy(arrays["rows"]),
+        indices=arrays["indices"],
+        pixels_sha256=str(arrays["pixels"]),
+        spatial=Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None,
+        score=float(arrays["score"]) if "score" in arrays else None,
+        score_influence=arrays.get("score_influence"),
+        cached=True,
+    )

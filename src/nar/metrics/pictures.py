@@ -1,0 +1,208 @@
+"""Pictures as a stream of uint8 arrays, from what people have: folders, npz with `arr_0`, parquet, iterables.
+
+Knows file formats and refuses what would spoil a number: corrupt files, mixed sizes, values that are not 0..255. It
+holds one batch at a time (an npz file is one array and is held whole); it does not know networks or statistics.
+Dimensions: B pictures of a batch, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_HASH_BLOCK = 1 << 20
+
+Source = str | Path | Iterable[Any]
+
+
+def batches(source: Source, batch_size: int, *, size: int | None = None) -> Iterator[np.ndarray]:
+    """Yield uint8 arrays (B, H, W, 3), all of one size.
+
+    `source` is a folder (searched through), an .npz file with `arr_0` (N, H, W, 3), a .parquet file with the column
+    `image`, or an iterable of Pillow pictures, arrays or tensors: a picture (H, W, 3) each, or batches (B, H, W, 3) or
+    (B, 3, H, W). `size` crops the middle and resizes to `size` x `size` with a box and a bicubic filter, as ADM does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a corrupt picture, pictures of different sizes, another dtype than uint8; named.
+        ModuleNotFoundError: parquet without pyarrow.
+    """
+    found: list[np.ndarray] = []
+    first: tuple[str, tuple[int, ...]] | None = None
+    for name, picture in _named(source):
+        picture = picture if size is None else _at_size(picture, size)
+        first = first or (name, picture.shape)
+        if picture.shape != first[1]:
+            raise ValueError(
+                f"{name} has {_extent(picture.shape)} pixels but {first[0]} has {_extent(first[1])}; "
+                "all pictures must have one size: give a size to crop and resize them to"
+            )
+        found.append(picture)
+        if len(found) == batch_size:
+            yield np.stack(found)
+            found = []
+    if found:
+        yield np.stack(found)
+
+
+def count(source: Source) -> int | None:
+    """How many pictures a source has, or None where only reading it tells."""
+    if not isinstance(source, str | Path):
+        return len(source) if isinstance(source, list | tuple) else None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return len(_files(path))
+    if path.suffix == ".parquet" and path.is_file():
+        return int(_parquet(path).metadata.num_rows)
+    return None
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's pictures."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = _files(path)
+        listing = "".join(f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _named(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """Every picture (H, W, 3) with its name for messages."""
+    if not isinstance(source, str | Path):
+        yield from _items(source)
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for file in _files(path):
+            yield str(file), _decode(str(file), file)
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a folder of pictures, an .npz or a .parquet file")
+    elif path.suffix == ".npz":
+        yield from _items([_array(path)], f"{path}: ")
+    elif path.suffix == ".parquet":
+        index = 0
+        for batch in _parquet(path).iter_batches(batch_size=256, columns=["image"]):
+            for cell in batch.column(0).to_pylist():
+                data = cell.get("bytes") if isinstance(cell, dict) else cell
+                name = f"{path}: row {index}"
+                if not isinstance(data, bytes):
+                    raise ValueError(f"{name} holds no encoded picture in its column `image`")
+                yield name, _decode(name, io.BytesIO(data))
+                index += 1
+    else:
+        raise ValueError(f"{path} is none of: a folder of pictures, an .npz file, a .parquet file")
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def _decode(name: str, data: Any) -> np.ndarray:
+    try:
+        with Image.open(data) as picture:
+            return _rgb(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} can't be read as a picture ({error}); remove it or make it again") from error
+
+
+def _rgb(picture: Image.Image) -> np.ndarray:
+    """Any mode to uint8 (H, W, 3), transparency on white."""
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        layered = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        with np.load(path) as file:
+            names = file.files
+            array: np.ndarray | None = file["arr_0"] if "arr_0" in names else None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file ({error}); copy it again") from error
+    if array is None:
+        raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}; pictures are expected as `arr_0` (N, H, W, 3)")
+    return array
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {path} needs pyarrow: pip install nar-gen[eval]") from error
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
+    if "image" not in file.schema_arrow.names:
+        raise ValueError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; needed is `image`")
+    return file
+
+
+def _items(items: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    index = 0
+    for item in items:
+        if isinstance(item, Image.Image):
+            yield f"{prefix}picture {index}", _rgb(item)
+            index += 1
+            continue
+        if not isinstance(item, np.ndarray | Tensor):
+            raise ValueError(
+                f"{prefix}picture {index} is a {type(item).__name__}; allowed are Pillow pictures, arrays and tensors"
+            )
+        if item.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(
+                f"{prefix}picture {index} has dtype {str(item.dtype).removeprefix('torch.')}; pictures must be uint8 "
+                "0..255 (of floats in 0..1: (255 * x).round(), in -1..1: (127.5 * (x + 1)).round())"
+            )
+        array = item.cpu().numpy() if isinstance(item, Tensor) else item
+        pictures = array[None] if array.ndim == 3 else array
+        if pictures.ndim == 4 and pictures.shape[-1] != 3 and pictures.shape[1] == 3:
+            pictures = pictures.transpose(0, 2, 3, 1)
+        if pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise ValueError(
+                f"{prefix}picture {index} has shape {tuple(array.shape)}; allowed are (H, W, 3), (B, H, W, 3) and "
+                "(B, 3, H, W)"
+            )
+        for picture in pictures:
+            yield f"{prefix}picture {index}", picture
+            index += 1
+
+
+def _at_size(picture: np.ndarray, size: int) -> np.ndarray:
+    if picture.shape[:2] == (size, size):
+        return picture
+    image = Image.fromarray(picture)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _extent(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
