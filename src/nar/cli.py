@@ -357,7 +357,7 @@ def evaluate(
         from nar.pipeline import Pipeline, find_model
 
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        pipe = Pipeline.from_pretrained(model or str(fake), device=_device(device), dtype=_dtype(dtype))
+        pipe = Pipeline.from_pretrained(model or str(fake), device=_device(device), dtype=dtype)
         source, made_with = _drawn_pictures(
             pipe, number, labels, seed, batch_size, {name: value for name, value in given.items() if value is not None}
         )
@@ -414,7 +414,7 @@ def _likelihood(
     tokenizers = [digest(folder / "tokenizer" / WEIGHTS) for folder in folders if (folder / "tokenizer").is_dir()]
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
-    pipes = [Pipeline.from_pretrained(folder, device=device, dtype=_dtype(dtype)) for folder in folders]
+    pipes = [Pipeline.from_pretrained(folder, device=device, dtype=dtype) for folder in folders]
     size = pipes[0].model.config.grid[0] * pipes[0].tokenizer.config.patch_size
     pictures = load_pictures(real, size=size, split=split if _is_fashion(real) else "train")
     # Numbers of the classes are those of the model: by name where it has names, else by place.
