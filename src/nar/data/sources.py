@@ -140,7 +140,7 @@ def open_source(
         _only_train(path, split)
         return _open_parquet([path], label, group) if path.suffix == ".parquet" else _open_tars([path])
     if not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
             return _open_hub(str(source), split, label, group)
         raise FileNotFoundError(
             f"{path} does not exist; give a folder, a .parquet or .tar file, a hub id, or the word {FASHION_MNIST!r}"
@@ -467,7 +467,9 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         table = datasets.load_dataset(name, split="test" if split == "t10k" else split)
     except (ValueError, OSError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no split {split!r} of {name!r} here or on the hub: {reason}") from error
+        raise FileNotFoundError(
+            f"no folder {name!r} here, and no split {split!r} of it on the hub: {reason}"
+        ) from error
     images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
     if not images:
         raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
