@@ -29,8 +29,6 @@ from nar.bench import IMAGE_GUIDANCE, VIDEO_GUIDANCE, preset_model
 from nar.precision import convert
 from nar.sampling import Session
 
-OURS = ("float32", "float16", "int8", "bfloat16")
-
 
 class Published:
     """The published decode loop for a class-conditional model, on the weights of `model`."""
@@ -130,7 +128,8 @@ def runner(way: str, preset: str, scale: float):
     if way == "published":
         published = Published(model)
         return lambda batch: published.generate(torch.arange(batch), scale)
-    model = convert(model, way, "cpu")
+    if way != "plain":  # plain: this package's decoding on weights that are not packed
+        model = convert(model, way, "cpu")
     session, sampling = Session(model), Sampling(guidance_scale=scale)
     return lambda batch: generate(model, ClassCondition(torch.arange(batch)), sampling, session=session)
 
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread on a busy machine")
-    parser.add_argument("--ways", default="published,float32,float16,int8")
+    parser.add_argument("--ways", default="published,plain,float32,float16,int8")
     parser.add_argument("--only", help="build one way, draw once, print the process's peak memory in MB")
     given = parser.parse_args()
     scale = VIDEO_GUIDANCE if "video" in given.preset else IMAGE_GUIDANCE
