@@ -38,7 +38,7 @@ class Remembering:
     def __init__(self) -> None:
         self.detector = EfficientNetDetector()
         self.label, self.num_features = self.detector.label, self.detector.num_features
-        self.digest = self.detector.digest
+        self.digest, self.ddof, self.name = self.detector.digest, self.detector.ddof, self.detector.name
         self.known: dict[bytes, Tensor] = {}
         self.num_new, self.seconds = 0, 0.0
 

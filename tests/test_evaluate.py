@@ -38,6 +38,10 @@ class Colours:
     label = "Colours"
     num_features = 24
     digest = "colours-1"
+    ddof = 1
+
+    def name(self, metric: str) -> str:
+        return f"{metric}-Colours"
 
     def __call__(self, images: Tensor) -> Detected:
         x = images.float() / 255
@@ -123,8 +127,8 @@ def test_what_would_spoil_a_number_is_refused(tmp_path: Path) -> None:
     for fake, text in [
         (good / 255.0, "dtype float64; pictures must be uint8"),
         (torch.rand(4, 3, 8, 8), "dtype float32"),
-        ([good[:5], pictures(5, size=8)], r"picture 5 has 8x8 pixels but picture 0 has 16x16"),
-        (pictures(10, size=8), "the real pictures are 16x16, the fake ones 8x8"),
+        ([good[:5], pictures(5, size=8)], r"picture 5 has 8x8 pixels but picture 0 has 16x16 pixels"),
+        (pictures(10, size=8), "the real side has 16x16 pixels, the fake one 8x8 pixels"),
         (good[..., :1], r"shape \(16, 16, 1\)"),
         (["a"], "is a str"),
         (good[:1], "1 pictures; at least 2"),
@@ -215,7 +219,8 @@ def test_reference_files_are_written_read_and_checked(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:FID")
 def test_the_network_of_fid_gives_the_names_and_numbers_of_adm(tmp_path: Path) -> None:
     class Small(Colours):
-        label = ""
+        def name(self, metric: str) -> str:
+            return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
 
         def __call__(self, images: Tensor) -> Detected:
             rows = super().__call__(images).pooled

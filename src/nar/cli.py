@@ -303,6 +303,14 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another model of the same tokenizer, for --likelihood: paired by picture.")
     ] = None,
+    video: Annotated[bool, typer.Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
+    i3d: Annotated[
+        Path | None, typer.Option(help="The published i3d_torchscript.pt: FVD of clips, covariances divided by n.")
+    ] = None,
+    i3d_variant: Annotated[
+        str, typer.Option(help="How clips are prepared for I3D: stylegan-v (also LARP's way) or videogpt.")
+    ] = "stylegan-v",
+    num_frames: Annotated[int | None, typer.Option(min=2, help="Cut clips into pieces of this many frames.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
     write_reference: Annotated[
         Path | None, typer.Option(help="Write the statistics of --real to this .npz, as ADM's, and stop.")
@@ -366,12 +374,20 @@ def evaluate(
         made_with["training"] = read_config(folder).get("training")
         patch = pipe.tokenizer.config.patch_size
         size = size or pipe.model.config.grid[0] * patch
+    detector = None
+    if i3d is not None or video:
+        from nar.metrics.video import I3DDetector, TransNetDetector
+
+        place = _device(device) or "cpu"
+        detector = TransNetDetector(place) if i3d is None else I3DDetector(i3d, i3d_variant, place)
     with warnings.catch_warnings(record=True):  # they are in the report, and printed below
         warnings.simplefilter("always")
         report = judge(
             _real_pictures(real, split, size),
             source,
             inception=inception,
+            detector=detector,
+            num_frames=num_frames,
             floor=None if floor is None else _real_pictures(floor, split, size),
             size=size,
             calibration=calibration,

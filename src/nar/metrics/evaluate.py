@@ -39,14 +39,14 @@ from nar.metrics.frechet import (
     resampled_kernel_distance,
 )
 from nar.metrics.inception import load_inception
-from nar.metrics.pictures import Source, batches, count, digest
+from nar.metrics.pictures import Source, batches, count, digest, extent
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
 KERNEL_RESAMPLINGS = 100
 SPLIT = 5000  # of the Inception Score
 PATCHES = 8  # along a side: what the calibration exchanges
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,19 @@ class Detected:
 
 
 class Detector(Protocol):
-    """A network that judges. `label` becomes part of the metrics' names; only the network of FID has none."""
+    """A network that judges. `label` says which, `name` how its metrics are called: FD-X for the Frechet distance.
+
+    `ddof` is what the count is reduced by in the covariance: 1, but 0 for FVD. `digest` is the hash of the weights.
+    """
 
     label: str
     num_features: int
     digest: str
+    ddof: int
+
+    def name(self, metric: str) -> str:
+        """What a metric is called with this network: metric is FD, sFD, IS, KID, precision, ..."""
+        ...
 
     def __call__(self, images: Tensor) -> Detected:
         """Features of uint8 pictures (B, 3, H, W)."""
@@ -75,11 +83,15 @@ class EfficientNetDetector:
 
     label = "EffLite0"
     num_features = efficientnet.NUM_FEATURES
+    ddof = 1
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.digest = digest(efficientnet.weights_file())
         self.network = efficientnet.load_efficientnet().to(device)
         self.device = device
+
+    def name(self, metric: str) -> str:
+        return f"{metric}-{self.label}"
 
     def __call__(self, images: Tensor) -> Detected:
         return Detected(self.network.features(images.to(self.device)))
@@ -88,13 +100,17 @@ class EfficientNetDetector:
 class InceptionDetector:
     """The Inception network of 2015 from a local file: FID, sFID, IS, and precision and recall as ADM computes them."""
 
-    label = ""
+    label = "Inception 2015"
     num_features = 2048
+    ddof = 1
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.network = load_inception(path).to(device)
         self.digest = digest(path)
         self.device = device
+
+    def name(self, metric: str) -> str:
+        return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
 
     def __call__(self, images: Tensor) -> Detected:
         output = self.network(images.to(self.device))
@@ -110,7 +126,7 @@ class FeatureSet:
     """
 
     num_images: int
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
     pooled: Statistics
     rows: Tensor
     indices: np.ndarray
@@ -118,12 +134,20 @@ class FeatureSet:
     spatial: Statistics | None = None
     score: float | None = None
     score_influence: np.ndarray | None = None
+    ddof: int = 1
     cached: bool = field(default=False, compare=False)
 
     def subset(self, chosen: np.ndarray) -> FeatureSet:
         """The part given by a mask or by places over the kept rows, with a Gaussian of its own."""
         rows = self.rows[torch.from_numpy(chosen)]
-        return FeatureSet(len(rows), self.size, feature_statistics(rows.split(1000)), rows, self.indices[chosen])
+        return FeatureSet(
+            len(rows),
+            self.size,
+            feature_statistics(rows.split(1000), ddof=self.ddof),
+            rows,
+            self.indices[chosen],
+            ddof=self.ddof,
+        )
 
 
 def evaluate(
@@ -134,6 +158,7 @@ def evaluate(
     detector: Detector | None = None,
     floor: Source | None = None,
     size: int | None = None,
+    num_frames: int | None = None,
     calibration: float = 0.05,
     keep: int = 50_000,
     batch_size: int = 64,
@@ -150,6 +175,8 @@ def evaluate(
     (`mu`, `sigma`, and where present `mu_s`, `sigma_s`, `arr_0`). Without `inception` (the weights of pytorch-fid or
     torch-fidelity) the features are EfficientNet-Lite0's and every name says so.
 
+    Clips work as pictures do, with a detector for them: see `nar.metrics.video`.
+
     The report's `floor` is the score of real pictures at the counts it states: `floor` (other real pictures, as many as
     there are fake ones), or by default one random half of `real` against the other; `at_floor_counts` is then the score
     of the fake pictures at the same counts. `calibration` is the share of 8x8 patches that are exchanged between real
@@ -158,6 +185,7 @@ def evaluate(
     Args:
         detector: another network than the two.
         size: crop the middle of all pictures and resize it.
+        num_frames: cut clips into pieces of this length.
         keep: feature rows held of each set; Frechet distances use all pictures, the rest these rows.
         resamplings: for the confidence intervals, 0 turns them off.
         cache: folder where the features of files are kept, by hash.
@@ -180,8 +208,9 @@ def evaluate(
     def gather(source: Source, name: str, change: Callable[[np.ndarray, int], np.ndarray] | None = None) -> FeatureSet:
         variant = "" if change is None else f"swapped {calibration} {name}"
         return _gather(
-            source, detector, name=name, size=size, keep=keep, batch_size=batch_size, seed=seed, progress=progress,
-            cache=None if cache is None else Path(cache).expanduser(), change=change, variant=variant,
+            source, detector, name=name, size=size, num_frames=num_frames, keep=keep, batch_size=batch_size,
+            seed=seed, progress=progress, cache=None if cache is None else Path(cache).expanduser(), change=change,
+            variant=variant,
         )  # fmt: skip
 
     reference = _is_reference(real)
@@ -189,10 +218,10 @@ def evaluate(
     fake_set = gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         raise ValueError(
-            f"the real pictures are {_extent(real_set.size)}, the fake ones {_extent(fake_set.size)}; compare pictures "
-            "of one size, or give a size to crop and resize both to"
+            f"the real side has {extent(real_set.size)}, the fake one {extent(fake_set.size)}; compare "
+            "one size, or give a size to crop and resize both to"
         )
-    numbers, intervals = _scores(real_set, fake_set, detector.label, resamplings=resamplings, seed=seed)
+    numbers, intervals = _scores(real_set, fake_set, detector, resamplings=resamplings, seed=seed)
     report: dict[str, Any] = {**numbers, "interval": intervals}
     floor_set = None
     if floor is not None:
@@ -207,9 +236,9 @@ def evaluate(
         floor_set = real_set.subset(places)
         what = "one random half of the real pictures against the other"
         same = fake_set.subset(_places(len(fake_set.rows), len(floor_set.rows), seed))
-        report["at_floor_counts"] = _scores(base, same, detector.label)[0] | _counts(base, same)
+        report["at_floor_counts"] = _scores(base, same, detector)[0] | _counts(base, same)
     if floor_set is not None:
-        report["floor"] = _scores(base, floor_set, detector.label)[0] | _counts(base, floor_set) | {"what": what}
+        report["floor"] = _scores(base, floor_set, detector)[0] | _counts(base, floor_set) | {"what": what}
         if fake_set.score is not None and real_set.score is not None and floor is None:
             report["floor"]["IS"] = real_set.score
         if calibration:
@@ -220,13 +249,13 @@ def evaluate(
             both = np.isin(changed.indices, floor_set.indices)
             swapped = changed.subset(np.flatnonzero(both))
             report["calibration"] = (
-                _scores(base, swapped, detector.label)[0]
+                _scores(base, swapped, detector)[0]
                 | _counts(base, swapped)
                 | {"what": f"the floor's pictures, {calibration:.0%} of their {PATCHES}x{PATCHES} patches exchanged"}
             )
     report["warnings"] = _doubts(real_set, fake_set, detector)
-    frechet = f"FD-{detector.label}" if detector.label else "FID"
-    report["primary"] = frechet if fake_set.num_images >= ENOUGH or not detector.label else f"KID-{detector.label}"
+    published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
+    report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
     report["settings"] = {
         "num_real": real_set.num_images or None,
         "num_fake": fake_set.num_images,
@@ -234,10 +263,12 @@ def evaluate(
         "rows_fake": len(fake_set.rows),
         "picture_size": list(fake_set.size or ()),
         "resized_to": size,
+        "cut_to_frames": num_frames,
+        "covariance_ddof": detector.ddof,
         "seed": seed,
         "resamplings": resamplings,
         "calibration": calibration,
-        "network": detector.label or "Inception 2015",
+        "network": detector.label,
         "network_sha256": detector.digest,
         "real": _provenance(real, real_set),
         "fake": _provenance(fake, fake_set) | ({"made_with": settings} if settings else {}),
@@ -294,7 +325,7 @@ def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
     all patches stay real and in place, and only their combination is wrong: what resampling single tokens does.
     """
     generator = np.random.default_rng(seed)
-    num_images, height, width = images.shape[:3]
+    num_images, (height, width) = len(images), images.shape[-3:-1]
     wanted = share * PATCHES * PATCHES
     num_swapped = np.floor(wanted + generator.random((num_images, 1)))  # right on average, whatever the share
     chosen = generator.random((num_images, PATCHES * PATCHES)).argsort(1).argsort(1) < num_swapped
@@ -309,7 +340,7 @@ def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
         else:
             takers, givers = circle, np.roll(circle, 1)
         row, column = divmod(place, PATCHES)
-        area = (slice(rows[row], rows[row + 1]), slice(columns[column], columns[column + 1]))
+        area = (..., slice(rows[row], rows[row + 1]), slice(columns[column], columns[column + 1]), slice(None))
         swapped[(takers, *area)] = images[(givers, *area)]
     return swapped
 
@@ -344,20 +375,15 @@ def metric_names(report: dict[str, Any]) -> list[str]:
 
 
 def _scores(
-    real: FeatureSet, fake: FeatureSet, label: str, *, resamplings: int = 0, seed: int = 0
+    real: FeatureSet, fake: FeatureSet, detector: Detector, *, resamplings: int = 0, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Every number that two sets allow, by its name, and where it is wanted its 95 % interval."""
     generator = np.random.default_rng(seed)
     numbers: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
 
-    def named(name: str) -> str:
-        if not label:
-            return {"FD": "FID", "sFD": "sFID"}.get(name, name)
-        return f"{name}-{label}"
-
     def put(name: str, value: float, contributions: Iterable[Callable[[], np.ndarray]] = ()) -> None:
-        numbers[named(name)] = float(value)
+        numbers[detector.name(name)] = float(value)
         sides = list(contributions)
         if resamplings and sides:
             moves = np.zeros(resamplings)
@@ -365,7 +391,7 @@ def _scores(
                 values = side()
                 moves += _resampled_means(values, resamplings, generator) - values.mean()
             low, high = np.quantile(value + moves, (0.025, 0.975))
-            intervals[named(name)] = [float(low), float(high)]
+            intervals[detector.name(name)] = [float(low), float(high)]
 
     put("FD", frechet_distance(real.pooled, fake.pooled), [
         lambda: frechet_influence(real.pooled, fake.pooled, fake.rows),
@@ -380,7 +406,7 @@ def _scores(
         return numbers, intervals
     some_real = real.rows[torch.from_numpy(_places(len(real.rows), KERNEL_ROWS, seed))]
     some_fake = fake.rows[torch.from_numpy(_places(len(fake.rows), KERNEL_ROWS, seed))]
-    kernel = named("KID")
+    kernel = detector.name("KID")
     if not resamplings:
         numbers[kernel] = kernel_distance(some_real, some_fake)
     else:
@@ -427,6 +453,7 @@ def _gather(
     *,
     name: str,
     size: int | None,
+    num_frames: int | None = None,
     keep: int,
     batch_size: int,
     seed: int,
@@ -438,7 +465,18 @@ def _gather(
     """Send all pictures of a source through the detector, or take the result from the cache."""
     path = None
     if cache is not None and isinstance(source, str | Path):
-        parts = [_CACHE_FORMAT, digest(source), detector.label, detector.digest, size, keep, seed, batch_size, variant]
+        parts = [
+            _CACHE_FORMAT,
+            digest(source),
+            detector.label,
+            detector.digest,
+            size,
+            num_frames,
+            keep,
+            seed,
+            batch_size,
+            variant,
+        ]
         path = cache / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if path.is_file():
             return _read_features(path)
@@ -448,7 +486,7 @@ def _gather(
     scores: list[float] = []
     influence: list[np.ndarray] = []
     pixels = hashlib.sha256()
-    extent: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
 
     def finish_split() -> None:
         part = torch.cat(probabilities).double()
@@ -458,12 +496,12 @@ def _gather(
         probabilities.clear()
 
     with tqdm(total=count(source), desc=f"{name} pictures", unit="", disable=not progress) as bar:
-        for images in batches(source, batch_size, size=size):
-            extent = (images.shape[1], images.shape[2])
+        for images in batches(source, batch_size, size=size, num_frames=num_frames):
+            shape = images.shape[1:-1]
             images = images if change is None else change(images, pooled.count)
             images = np.ascontiguousarray(images)
             pixels.update(images.data)
-            tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+            tensor = torch.from_numpy(images).movedim(-1, 1)
             with torch.inference_mode():
                 found = detector(tensor)
             if found.pooled.shape != (len(images), detector.num_features):
@@ -489,14 +527,15 @@ def _gather(
         finish_split()
     result = FeatureSet(
         num_images=pooled.count,
-        size=extent,
-        pooled=pooled.result(),
+        size=shape,
+        pooled=pooled.result(ddof=detector.ddof),
         rows=torch.from_numpy(np.stack(rows.items)),
         indices=np.array(rows.indices),
         pixels_sha256=pixels.hexdigest(),
         spatial=spatial.result() if spatial.count else None,
         score=float(np.mean(scores)) if scores else None,
         score_influence=np.concatenate(influence) if influence else None,
+        ddof=detector.ddof,
     )
     if path is not None:
         _write_features(path, result)
@@ -544,7 +583,7 @@ def _counts(real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
 
 
 def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
-    name = f"FD-{detector.label}" if detector.label else "FID"
+    name = detector.name("FD")
     doubts = []
     for kind, pictures in (("real", real), ("fake", fake)):
         if 0 < pictures.num_images <= detector.num_features:
@@ -572,10 +611,6 @@ def _provenance(source: Source, found: FeatureSet) -> dict[str, Any]:
     return facts
 
 
-def _extent(size: tuple[int, int]) -> str:
-    return f"{size[1]}x{size[0]}"
-
-
 def _is_reference(source: Source) -> bool:
     if not isinstance(source, str | Path) or Path(source).suffix != ".npz" or not Path(source).is_file():
         return False
@@ -601,7 +636,7 @@ def _read_reference(path: Path, detector: Detector, gather: Callable[[Source, st
     if num_features != detector.num_features or arrays.get("sigma", np.zeros(0)).shape != (num_features,) * 2:
         hint = "; give --inception FILE" if num_features == 2048 else ""
         raise ValueError(
-            f"{path} has statistics of {num_features} features, but {detector.label or 'the Inception network'} makes "
+            f"{path} has statistics of {num_features} features, but {detector.label} makes "
             f"{detector.num_features}: another network made it{hint}"
         )
     number = int(arrays.get("num_images", 0))
@@ -633,7 +668,8 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _write_features(path: Path, found: FeatureSet) -> None:
     arrays = {
-        "num_images": np.array(found.num_images), "size": np.array(found.size), "rows": found.rows.numpy(),
+        "num_images": np.array(found.num_images), "ddof": np.array(found.ddof), "size": np.array(found.size),
+        "rows": found.rows.numpy(),
         "indices": found.indices, "pixels": np.array(found.pixels_sha256), "mu": found.pooled.mean,
         "sigma": found.pooled.covariance,
     }  # fmt: skip
@@ -648,10 +684,9 @@ def _read_features(path: Path) -> FeatureSet:
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     number = int(arrays["num_images"])
-    height, width = (int(length) for length in arrays["size"])
     return FeatureSet(
         num_images=number,
-        size=(height, width),
+        size=tuple(int(length) for length in arrays["size"]),
         pooled=Statistics(arrays["mu"], arrays["sigma"], number),
         rows=torch.from_numpy(arrays["rows"]),
         indices=arrays["indices"],
@@ -659,5 +694,6 @@ def _read_features(path: Path) -> FeatureSet:
         spatial=Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None,
         score=float(arrays["score"]) if "score" in arrays else None,
         score_influence=arrays.get("score_influence"),
+        ddof=int(arrays["ddof"]),
         cached=True,
     )

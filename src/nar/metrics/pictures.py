@@ -1,8 +1,8 @@
-"""Pictures as a stream of uint8 arrays, from what people have: folders, npz with `arr_0`, parquet, iterables.
+"""Pictures or clips as a stream of uint8 arrays, from what people have: folders, npz, parquet, iterables.
 
 Knows file formats and refuses what would spoil a number: corrupt files, mixed sizes, values that are not 0..255. It
 holds one batch at a time (an npz file is one array and is held whole); it does not know networks or statistics.
-Dimensions: B pictures of a batch, H x W pixels.
+Dimensions: B pictures or clips of a batch, T frames, H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
+SUFFIXES = VIDEO_SUFFIXES | {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _HASH_BLOCK = 1 << 20
 
 Source = str | Path | Iterable[Any]
 
 
-def batches(source: Source, batch_size: int, *, size: int | None = None) -> Iterator[np.ndarray]:
-    """Yield uint8 arrays (B, H, W, 3), all of one size.
+def batches(
+    source: Source, batch_size: int, *, size: int | None = None, num_frames: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield uint8 arrays (B, H, W, 3) of pictures or (B, T, H, W, 3) of clips, all of one size.
 
     `source` is a folder (searched through), an .npz file with `arr_0` (N, H, W, 3), a .parquet file with the column
     `image`, or an iterable of Pillow pictures, arrays or tensors: a picture (H, W, 3) each, or batches (B, H, W, 3) or
-    (B, 3, H, W). `size` crops the middle and resizes to `size` x `size` with a box and a bicubic filter, as ADM does.
+    (B, 3, H, W). Clips are animated pictures and video files in a folder, `arr_0` or arrays with one axis more, or a
+    parquet column `strip` of frames below one another.
+
+    `num_frames` cuts clips into all whole pieces of that length, one after another, and drops the rest. `size` crops
+    the middle and resizes to `size` x `size` with a box and a bicubic filter, as ADM does.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,20 +46,33 @@ def batches(source: Source, batch_size: int, *, size: int | None = None) -> Iter
     """
     found: list[np.ndarray] = []
     first: tuple[str, tuple[int, ...]] | None = None
-    for name, picture in _named(source):
-        picture = picture if size is None else _at_size(picture, size)
-        first = first or (name, picture.shape)
-        if picture.shape != first[1]:
-            raise ValueError(
-                f"{name} has {_extent(picture.shape)} pixels but {first[0]} has {_extent(first[1])}; "
-                "all pictures must have one size: give a size to crop and resize them to"
-            )
-        found.append(picture)
-        if len(found) == batch_size:
-            yield np.stack(found)
-            found = []
+    for name, item in _named(source):
+        for piece in [item] if num_frames is None else _pieces(name, item, num_frames):
+            piece = piece if size is None else _at_size(piece, size)
+            first = first or (name, piece.shape)
+            if piece.shape != first[1]:
+                raise ValueError(
+                    f"{name} has {extent(piece.shape[:-1])} but {first[0]} has {extent(first[1][:-1])}; all must have "
+                    "one size: give a size to crop and resize them to (and a number of frames to cut clips to)"
+                )
+            found.append(piece)
+            if len(found) == batch_size:
+                yield np.stack(found)
+                found = []
     if found:
         yield np.stack(found)
+
+
+def extent(shape: tuple[int, ...]) -> str:
+    """Sizes (H, W) or (T, H, W) in words."""
+    frames = "".join(f"{length} frames of " for length in shape[:-2])
+    return f"{frames}{shape[-1]}x{shape[-2]} pixels"
+
+
+def _pieces(name: str, clip: np.ndarray, num_frames: int) -> list[np.ndarray]:
+    if clip.ndim != 4:
+        raise ValueError(f"{name} is a picture, not a clip: it can't be cut into pieces of {num_frames} frames")
+    return [clip[start : start + num_frames] for start in range(0, len(clip) - num_frames + 1, num_frames)]
 
 
 def count(source: Source) -> int | None:
@@ -96,13 +116,16 @@ def _named(source: Source) -> Iterator[tuple[str, np.ndarray]]:
         yield from _items([_array(path)], f"{path}: ")
     elif path.suffix == ".parquet":
         index = 0
-        for batch in _parquet(path).iter_batches(batch_size=256, columns=["image"]):
+        file = _parquet(path)
+        column = "image" if "image" in file.schema_arrow.names else "strip"
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 data = cell.get("bytes") if isinstance(cell, dict) else cell
                 name = f"{path}: row {index}"
                 if not isinstance(data, bytes):
-                    raise ValueError(f"{name} holds no encoded picture in its column `image`")
-                yield name, _decode(name, io.BytesIO(data))
+                    raise ValueError(f"{name} holds no encoded picture in its column `{column}`")
+                picture = _decode(name, io.BytesIO(data))
+                yield name, picture if column == "image" else _unstacked(name, picture)
                 index += 1
     else:
         raise ValueError(f"{path} is none of: a folder of pictures, an .npz file, a .parquet file")
@@ -120,11 +143,37 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _decode(name: str, data: Any) -> np.ndarray:
+    if isinstance(data, Path) and data.suffix.lower() in VIDEO_SUFFIXES:
+        return _decode_video(data)
     try:
         with Image.open(data) as picture:
-            return _rgb(picture)
+            frames = [_rgb(frame) for frame in ImageSequence.Iterator(picture)]
+            return frames[0] if len(frames) == 1 else np.stack(frames)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} can't be read as a picture ({error}); remove it or make it again") from error
+
+
+def _decode_video(path: Path) -> np.ndarray:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {path} needs PyAV: pip install av") from error
+    try:
+        with av.open(str(path)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    except (OSError, ValueError, IndexError) as error:  # av's own errors derive from these
+        raise ValueError(f"{path} can't be read as a video ({error}); remove it or make it again") from error
+
+
+def _unstacked(name: str, strip: np.ndarray) -> np.ndarray:
+    """A strip of square frames, below or beside one another, to a clip (T, H, W, 3)."""
+    height, width = strip.shape[:2]
+    side = min(height, width)
+    if max(height, width) % side:
+        raise ValueError(f"{name} is a strip of {width}x{height} pixels, which are not whole square frames")
+    if height >= width:
+        return strip.reshape(height // side, side, side, 3)
+    return strip.reshape(side, width // side, side, 3).swapaxes(0, 1)
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
@@ -157,8 +206,9 @@ def _parquet(path: Path) -> Any:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
-    if "image" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; needed is `image`")
+    if not {"image", "strip"} & set(file.schema_arrow.names):
+        names = ", ".join(file.schema_arrow.names)
+        raise ValueError(f"{path} has the columns {names}; needed is `image`, or `strip` for clips")
     return file
 
 
@@ -180,12 +230,12 @@ def _items(items: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, np.nda
             )
         array = item.cpu().numpy() if isinstance(item, Tensor) else item
         pictures = array[None] if array.ndim == 3 else array
-        if pictures.ndim == 4 and pictures.shape[-1] != 3 and pictures.shape[1] == 3:
-            pictures = pictures.transpose(0, 2, 3, 1)
-        if pictures.ndim != 4 or pictures.shape[-1] != 3:
+        if pictures.ndim in (4, 5) and pictures.shape[-1] != 3 and pictures.shape[1] == 3:
+            pictures = np.moveaxis(pictures, 1, -1)
+        if pictures.ndim not in (4, 5) or pictures.shape[-1] != 3:
             raise ValueError(
                 f"{prefix}picture {index} has shape {tuple(array.shape)}; allowed are (H, W, 3), (B, H, W, 3) and "
-                "(B, 3, H, W)"
+                "(B, 3, H, W), for clips (B, T, H, W, 3) and (B, 3, T, H, W)"
             )
         for picture in pictures:
             yield f"{prefix}picture {index}", picture
@@ -193,8 +243,10 @@ def _items(items: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, np.nda
 
 
 def _at_size(picture: np.ndarray, size: int) -> np.ndarray:
-    if picture.shape[:2] == (size, size):
+    if picture.shape[-3:-1] == (size, size):
         return picture
+    if picture.ndim == 4:
+        return np.stack([_at_size(frame, size) for frame in picture])
     image = Image.fromarray(picture)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -202,7 +254,3 @@ def _at_size(picture: np.ndarray, size: int) -> np.ndarray:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def _extent(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]}"
