@@ -128,6 +128,8 @@ def sample(
     _check_output(output)
     from time import perf_counter
 
+    from tqdm import tqdm
+
     from nar.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device=_device(device), dtype=dtype)
@@ -137,9 +139,8 @@ def sample(
     fronts: dict[int, list[Any]] = {}
     animated = gif or output.suffix == ".gif"
     started = perf_counter()
-    with typer.progressbar(
-        length=len(labels) * number * pipe.model.layout.schedule.num_steps, label="drawing", file=sys.stderr
-    ) as bar:
+    steps = len(labels) * number * pipe.model.layout.schedule.num_steps
+    with tqdm(total=steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
 
         def report(_: Pipeline, front: int, codes: Any) -> None:
             bar.update(len(codes))
@@ -767,7 +768,8 @@ def _facts(model: str) -> dict[str, Any]:
         )
     training = config.get("training", {})
     if training:
-        facts["training"] = f"{training['images_seen']:,} images, {training['hours']} h, held-out {training['heldout']}"
+        heldout = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["heldout"].items())
+        facts["training"] = f"{training['images_seen']:,} images, {training['hours']} h; held-out: {heldout}"
     else:
         source = config.get("converted_from")
         facts["training"] = f"not recorded; converted from {source}" if source else "not recorded"
