@@ -140,6 +140,11 @@ def peak_memory(way: str, preset: str, batch: int) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+def high_water() -> float:
+    """Peak memory of this process in MB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
 def check(preset: str) -> None:
     """The two ways must agree on the logits: compared on the same tokens, front by front."""
     model = preset_model(preset).requires_grad_(False)
@@ -173,9 +178,10 @@ def main() -> None:
     scale = VIDEO_GUIDANCE if "video" in given.preset else IMAGE_GUIDANCE
     batches = [int(part) for part in given.batch_sizes.split(",")]
     if given.only:
-        runner(given.only, given.preset, scale)(batches[0])
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6)
+        run, built = runner(given.only, given.preset, scale), high_water()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        run(batches[0])
+        print("building, drawing, both:", built, high_water(), max(built, high_water()))
         return
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     check(given.preset)

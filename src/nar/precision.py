@@ -68,8 +68,11 @@ class PackedLinear(nn.Module):
 
 
 def _packed(model: Module, precision: str) -> Module:
-    """Replace every linear layer without bias; the original weights go one by one, so that memory never holds both."""
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+    """Replace every linear layer without bias; the original weights go one by one, so that memory never holds both.
+
+    The model's own layers come last: the output is the largest, and is copied when the others have shrunk.
+    """
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)][::-1]:
         for name in [name for name, _ in parent.named_children()]:
             layer = getattr(parent, name)
             if isinstance(layer, nn.Linear) and layer.bias is None:
