@@ -262,10 +262,7 @@ def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 
 def _kernel(left: Tensor, right: Tensor) -> Tensor:
-    products = (
-        left @ right.T
-    )  # in the rows' own precision: rounding averages out over the pairs, and float32 is twice as fast
-    return (products.double() / left.shape[1] + 1) ** 3
+    return ((left.double() @ right.double().T) / left.shape[1] + 1) ** 3
 
 
 def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
