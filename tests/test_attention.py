@@ -63,3 +63,9 @@ def test_cache_is_an_append_only_prefix() -> None:
     assert cache.batch_size == 2
     keys, _ = cache.extend(0, second[:2], second[:2])
     assert torch.equal(keys, torch.cat([first[:2], second[:2]], 2))
+
+
+def test_a_compiler_sees_the_same_rotation() -> None:
+    """Compilers get real products, because they have no code for complex ones."""
+    x, phases = torch.randn(2, 5, 2, 3, 8), rotations(torch.arange(5)[:, None], 8, 100.0)
+    torch.testing.assert_close(torch.compile(rotate, backend="eager", fullgraph=True)(x, phases), rotate(x, phases))

@@ -54,6 +54,10 @@ def rotate(x: Tensor, phases: Tensor) -> Tensor:
 
     As a product of complex numbers: one kernel in place of seven, and the same bits.
     """
+    if torch.compiler.is_compiling():  # which fuses real products and has no code for complex ones
+        cos, sin = phases.view(len(phases), *(1,) * (x.ndim - 3), -1, 2).unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, ..., P)
     turn = torch.view_as_complex(phases).view(len(phases), *(1,) * (x.ndim - 3), -1)
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
