@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,6 @@ def _finish(
 
 
 def _write_text(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}")
+    staging = path.with_name(f".{path.name}.{os.getpid()}")  # the processes of one extraction may write it at once
     staging.write_text(text + "\n", encoding="utf-8")
     staging.replace(path)
