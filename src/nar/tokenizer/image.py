@@ -26,7 +26,10 @@ class ImageTokenizerConfig:
     """Sizes of an image tokenizer; the defaults are LlamaGen's VQ-16 (71.9 M parameters).
 
     `channel_multipliers` has one entry a resolution, finest first; each step down halves height and width, so the
-    patch size is 2 ** (len - 1). `norm_groups` must divide every channel count.
+    patch size is `pixel_shuffle` * 2 ** (len - 1). `norm_groups` must divide every channel count.
+
+    `pixel_shuffle` folds that many pixels a side into channels before the first convolution and unfolds them after the
+    last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
     """
 
     vocab_size: int = 16384
@@ -37,10 +40,12 @@ class ImageTokenizerConfig:
     latent_channels: int = 256
     l2_norm: bool = True
     norm_groups: int = NORM_GROUPS
+    pixel_shuffle: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        for name in ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups"):
+        sizes = ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups", "pixel_shuffle")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.channel_multipliers:
@@ -54,7 +59,7 @@ class ImageTokenizerConfig:
     @property
     def patch_size(self) -> int:
         """Pixels a side that one code stands for."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
+        return self.pixel_shuffle * int(2 ** (len(self.channel_multipliers) - 1))
 
 
 class Reconstruction(NamedTuple):
@@ -153,7 +158,8 @@ class _Encoder(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.pixel_shuffle = config.pixel_shuffle
+        self.conv_in = nn.Conv2d(3 * config.pixel_shuffle**2, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
         width = config.channels
         for index, target in enumerate(widths):
@@ -166,7 +172,7 @@ class _Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.pixel_shuffle))
         for index, level in enumerate(self.levels):
             x = level(x)
             if index < len(self.downsamples):
@@ -187,7 +193,8 @@ class _Decoder(nn.Module):
             width = target
         self.upsamples = nn.ModuleList(_Upsample(width) for width in widths[:-1])
         self.norm_out = _norm(width, config.norm_groups)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.pixel_shuffle = config.pixel_shuffle
+        self.conv_out = nn.Conv2d(width, 3 * config.pixel_shuffle**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
@@ -195,7 +202,7 @@ class _Decoder(nn.Module):
             x = level(x)
             if index < len(self.upsamples):
                 x = self.upsamples[index](x)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.pixel_shuffle)
 
 
 class _Level(nn.Module):
@@ -241,8 +248,8 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (
-            layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
-        )  # (B, 1, h*w, C)
+            layer(y).flatten(2).mT.contiguous().unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )  # (B, 1, h*w, C); contiguous, or a CPU takes the slow path
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
         return cast(Tensor, x + self.proj(y))
 

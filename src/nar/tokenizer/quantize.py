@@ -45,7 +45,8 @@ class VectorQuantizer(nn.Module):
         if self.l2_norm:
             points = F.normalize(points, dim=-1)
         codebook = self.codebook().float()
-        codes = _nearest(points.detach(), codebook.detach())
+        with torch.autocast(latents.device.type, enabled=False):
+            codes = _nearest(points.detach(), codebook.detach())
         entries = F.embedding(codes, codebook)
         straight_through = points + (entries - points).detach()
         return Quantized(

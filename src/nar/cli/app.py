@@ -1,0 +1,93 @@
+"""The command `nar` itself, and what its verbs share: options, one-line errors, files written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nar import __version__
+
+app = typer.Typer(
+    name="nar",
+    help="Fast autoregressive image and video generation. Every command has --help with an example.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (fashion), a model folder, or a hub id.")]
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2, with a traceback only under --debug."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped", err=True)
+        code = 130
+    except Exception as error:
+        # typer's own usage errors, whichever click they come from, know how to describe themselves.
+        describe = getattr(error, "format_message", None)
+        expected = describe is not None or isinstance(error, ValueError | OSError | ImportError | ArithmeticError)
+        if debug or not expected:
+            raise
+        typer.echo(f"nar: {' '.join((describe() if describe else str(error)).split())}", err=True)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[  # noqa: ARG001 main() reads it, wherever it stands
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"grid {text!r} must be whole numbers joined by x, such as 16x16 or 4x16x16")
+    return tuple(map(int, sizes))
+
+
+def usable_device(name: str | None) -> str | None:
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
+    return name
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` on a temporary name beside `path`, then move it there: `path` is whole or untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".nar-", dir=path.parent))
+    try:
+        staged = staging / path.name
+        write(staged)
+        if path.is_dir():
+            path.rmdir()
+        staged.replace(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""`nar bench`: the speed of models, as a table and JSON rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nar.cli.app import app, atomically, usable_device
+
+
+@app.command(
+    epilog="Example: nar bench --preset NAR-B --dtype float16 --repetitions 2 --json bench.json --plot bench.png"
+)
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A bundled name, a model folder, or a hub id.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published size with random weights instead; see nar info --presets.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Pictures at once.")] = "1",
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="raster, par (four regions) or manhattan; may be repeated. Default: all for a preset, "
+            "a model's own otherwise; its others run on random weights."
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1.0 is off. Default: the model's own; 2.0 for image presets, 1.25 for video.")
+    ] = None,
+    guidance_interval: Annotated[int | None, typer.Option(help="End guidance after this number of tokens.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the feed-forward layers (torch.compile; for GPUs).")
+    ] = False,
+    pixels: Annotated[bool, typer.Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
+    warmups: Annotated[int, typer.Option(min=0, help="Generations before the clock starts.")] = 1,
+    repetitions: Annotated[int, typer.Option(min=1, help="Generations timed; the median counts.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw latency, memory, throughput over batch sizes (.png).")
+    ] = None,
+) -> None:
+    """Measure how fast models draw: schedules side by side, beside what the machine could do at best."""
+    if (model is None) == (preset is None):
+        raise ValueError("give either MODEL or --preset NAME (see nar info --presets), not both and not neither")
+    try:
+        sizes = tuple(int(part) for part in batch_sizes.split(","))
+    except ValueError:
+        raise ValueError(f"--batch-sizes must be numbers such as 1,8, not {batch_sizes!r}") from None
+    if plot_file is not None and plot_file.suffix != ".png":
+        raise ValueError(f"--plot {plot_file} must end in .png")
+    import dataclasses
+
+    import torch
+
+    from nar import bench as measure
+
+    setup = measure.Setup(
+        batch_sizes=sizes,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        dtype=dtype,
+        device=usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"),
+        pixels=pixels,
+        compiled=compiled,
+        warmups=warmups,
+        repetitions=repetitions,
+    )
+
+    def report(row: measure.Row) -> None:
+        typer.echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
+
+    if preset is not None:
+        rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
+    else:
+        rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
+    first = rows[0]
+    typer.echo(
+        f"{first.model}: {first.dtype} on {first.device}, {first.threads} threads, guidance {first.guidance_scale}, "
+        f"medians of {first.repetitions} after {first.warmups + 1} warm-ups"
+    )
+    typer.echo(measure.table(rows))
+    for line in measure.compare(rows):
+        typer.echo(line)
+    if json_file is not None:
+        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+        atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    if plot_file is not None:
+        atomically(plot_file, lambda path: measure.plot(rows, path))

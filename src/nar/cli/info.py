@@ -1,0 +1,96 @@
+"""`nar info`: what a model is, and the published sizes."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from nar import __version__
+from nar.cli.app import app
+
+
+@app.command(epilog="Example: nar info fashion")
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")
+    ] = None,
+    presets: Annotated[bool, typer.Option("--presets", help="List the published sizes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model is: parameters, grid, steps, tokenizer, how it was trained."""
+    if presets:
+        from nar.presets import PRESETS
+
+        if as_json:
+            typer.echo(json.dumps({name: vars(preset) for name, preset in PRESETS.items()}, indent=2, default=list))
+            return
+        for name, preset in PRESETS.items():
+            grid = "x".join(map(str, preset.config.get("grid", ()))) or "any"
+            typer.echo(f"{name:<16} {preset.kind:<15} {preset.num_parameters:>13,} parameters  grid {grid}")
+        return
+    if model is None:
+        from nar.config import recipe_names
+        from nar.pipeline import bundled_names
+
+        typer.echo(
+            f"nar {__version__}\nbundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
+        )
+        return
+    facts = _facts(model)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def _facts(model: str) -> dict[str, Any]:
+    from nar.folder import read_config
+    from nar.model import Transformer
+    from nar.pipeline import find_model
+    from nar.tokenizer import load_tokenizer
+    from nar.tokenizer.video import VideoTokenizerConfig
+
+    folder = find_model(model)
+    config = read_config(folder)
+    facts: dict[str, Any] = {"folder": str(folder), "kind": config.get("kind")}
+    if config.get("kind") == "transformer":
+        transformer = Transformer.from_pretrained(folder)
+        shape, schedule = transformer.config, transformer.layout.schedule
+        facts |= {
+            "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+            "grid": "x".join(map(str, shape.grid)),
+            "schedule": shape.schedule,
+            "steps": f"{schedule.num_steps} for {schedule.num_positions} tokens",
+            "vocabulary": shape.vocab_size,
+            "layers": f"{shape.num_blocks} blocks of width {shape.dim}, {shape.num_heads} attention heads",
+        }
+        if shape.num_classes:
+            facts["classes"] = ", ".join(config.get("class_names", [])[:40]) or shape.num_classes
+        if shape.text_dim:
+            facts["text"] = f"{shape.text_length} features of width {shape.text_dim}"
+        if shape.prefix_grid:
+            facts["given codes"] = f"{'x'.join(map(str, shape.prefix_grid))}, {shape.prefix_attention}"
+        folder = folder / "tokenizer"
+        facts["tokenizer"] = f"none: copy a converted tokenizer to {folder} for pictures"
+    if folder.is_dir():
+        tokenizer = load_tokenizer(folder)
+        sizes = tokenizer.config
+        patch = [sizes.patch_size] * 2
+        if isinstance(sizes, VideoTokenizerConfig):
+            patch = [sizes.temporal_patch_size, *patch]
+        facts["tokenizer"] = (
+            f"{read_config(folder).get('kind')}, {sum(p.numel() for p in tokenizer.parameters()):,} parameters, "
+            f"patch {'x'.join(map(str, patch))}, {sizes.vocab_size} codes"
+        )
+    training = config.get("training", {})
+    if training:
+        heldout = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["heldout"].items())
+        facts["training"] = f"{training['images_seen']:,} images, {training['hours']} h; held-out: {heldout}"
+    else:
+        source = config.get("converted_from")
+        facts["training"] = f"not recorded; converted from {source}" if source else "not recorded"
+    return facts

@@ -1,0 +1,74 @@
+"""`nar train` and `nar extract`: recipes to models, pictures to codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nar.cli.app import app
+
+
+@app.command(epilog="Example: nar train fashion run=runs/mine batch_size=128")
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the recipe's.")
+    ] = None,
+    override: Annotated[bool, typer.Option("--override", help="Go on with a run whose settings have changed.")] = False,
+) -> None:
+    """Train a tokenizer or a model from a recipe. The same command again resumes; DIR/model is the result."""
+    from nar.training.tasks import run_recipe
+
+    folder = run_recipe(recipe, overrides or [], override=override)
+    typer.echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
+
+
+@app.command(epilog="Example: nar extract runs/tokenizer/model --data pictures/ --size 256 --views flip -o codes/")
+def extract(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_TOKENIZER", help="A tokenizer folder, or a model that has one inside.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", help="A folder, .parquet, .tar, hub id, or the word fashion-mnist or toy.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codes. The same command resumes.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side. Default: the model's own, else 256.")] = None,
+    views: Annotated[str, typer.Option(help="Of each picture: centre, flip (and mirrored) or ten-crop.")] = "centre",
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
+    group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+) -> None:
+    """Turn pictures into the codes of a tokenizer, for training. Under torchrun the processes share the work."""
+    from nar.data import extract as extraction
+    from nar.data.sources import open_source
+    from nar.folder import read_config
+    from nar.pipeline import find_model
+    from nar.training.distributed import joined
+
+    folder = find_model(model)
+    config = read_config(folder)
+    if config.get("kind") == "transformer":
+        folder = folder / "tokenizer"
+        levels = read_config(folder)["tokenizer"].get("channel_multipliers", ())
+        size = size or config["model"]["grid"][-1] * 2 ** (len(levels) - 1)
+    size = size or 256
+    with joined(device or "auto") as workers:
+        extraction.extract(
+            folder, open_source(data, size=size, split=split, label=label, group=group), output, size=size, kind=views,
+            batch_size=batch_size, device=workers.device, threads=threads, rank=workers.rank, count=workers.count,
+            wait=workers.wait,
+        )  # fmt: skip
+        if workers.first:
+            manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+            grid = "x".join(map(str, manifest["grid"]))
+            typer.echo(
+                f"{manifest['num_samples']} pictures, {manifest['num_views']} views of {grid} codes each, "
+                f"{manifest['num_broken']} broken"
+            )
+            typer.echo(f"wrote {output}")
