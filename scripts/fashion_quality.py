@@ -49,7 +49,7 @@ from nar.metrics.frechet import (
     frechet_distance,
     nearest_distances,
 )
-from nar.training.tasks import token_losses
+from nar.training.models import token_losses
 
 SIZE = 32
 PATCH = 4

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from nar.training.loop import Task
-from nar.training.tasks import ModelTask, run_recipe
+from nar.training.models import ModelTask
+from nar.training.tasks import run_recipe
 from training_runs import equal, losses, nar, recipe, start, tokenizer_recipe, weights
 
 DROPOUT = {"token": 0.1, "residual": 0.1, "path": 0.1}

@@ -17,7 +17,8 @@ from nar.data.sources import load_pictures
 from nar.model import ModelConfig, Transformer
 from nar.presets import PRESETS
 from nar.training.optim import learning_rate_factor
-from nar.training.tasks import Recipe, run_recipe
+from nar.training.recipe import Recipe
+from nar.training.tasks import run_recipe
 from training_runs import nar
 
 PUBLISHED = {

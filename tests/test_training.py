@@ -17,7 +17,8 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task, _pieces
-from nar.training.tasks import ModelTask, run_recipe, token_losses
+from nar.training.models import ModelTask, token_losses
+from nar.training.tasks import run_recipe
 from test_golden_models import Case, fixtures
 from training_runs import equal, losses, recipe, weights
 

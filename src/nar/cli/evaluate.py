@@ -164,8 +164,8 @@ def _likelihood(
     from nar.metrics.evaluate import mean_interval
     from nar.metrics.pictures import digest
     from nar.pipeline import Pipeline, find_model
+    from nar.tokenizer.pixels import as_pixels
     from nar.training.likelihood import bits_per_token, independence_cost
-    from nar.training.tasks import as_pixels
 
     names = [model] if against is None else [model, against]
     folders = [find_model(name) for name in names]

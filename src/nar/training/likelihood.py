@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nar.condition import ClassCondition
 from nar.model import Transformer
-from nar.training.tasks import token_losses
+from nar.training.models import token_losses
 
 RANK = 16
 STEPS = 120

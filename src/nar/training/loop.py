@@ -300,6 +300,12 @@ def train(
     return run / "model"
 
 
+def share(count: int, size: int, workers: Workers) -> list[slice]:
+    """This process's share of `count` held-out samples, in slices of `size` at most."""
+    starts = range(workers.rank * size, count, workers.count * size)
+    return [slice(start, min(start + size, count)) for start in starts]
+
+
 class _State:
     """Everything that training changes: the module, its running average, the optimizer, the task's own tensors."""
 
