@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
-from nar.tokenizer.quantize import VectorQuantizer
+from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32
 
@@ -27,6 +27,9 @@ class ImageTokenizerConfig:
 
     `channel_multipliers` has one entry a resolution, finest first; each step down halves height and width, so the
     patch size is `pixel_shuffle` * 2 ** (len - 1). `norm_groups` must divide every channel count.
+
+    `quantizer` is "vq", a codebook of vocab_size x code_dim (compared by direction with `l2_norm`); "fsq" with
+    `levels`, one a dimension; or "lfq" or "bsq", one bit a dimension. See docs/tokenizers.md.
 
     `pixel_shuffle` folds that many pixels a side into channels before the first convolution and unfolds them after the
     last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
@@ -41,9 +44,12 @@ class ImageTokenizerConfig:
     l2_norm: bool = True
     norm_groups: int = NORM_GROUPS
     pixel_shuffle: int = 1
+    quantizer: str = "vq"
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        object.__setattr__(self, "levels", tuple(self.levels))
         sizes = ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups", "pixel_shuffle")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -55,6 +61,7 @@ class ImageTokenizerConfig:
                 raise ValueError(
                     f"channels {self.channels} x {multiplier} is not a multiple of norm_groups {self.norm_groups}"
                 )
+        check_quantizer(self.quantizer, self.vocab_size, self.code_dim, self.levels)
 
     @property
     def patch_size(self) -> int:
@@ -80,7 +87,9 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
-        self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
+        self.quantizer = build_quantizer(
+            config.quantizer, config.vocab_size, config.code_dim, l2_norm=config.l2_norm, levels=config.levels
+        )
         self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 

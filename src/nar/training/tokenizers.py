@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,13 +21,17 @@ from nar.data.sources import (
     random_crop,
 )  # fmt: skip
 from nar.folder import load_state, read_weights
+from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
 from nar.tokenizer.image import ImageTokenizer
+from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.tokenizer.pixels import as_pictures, as_pixels
+from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
+from nar.training.codebook import Codebook
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
-from nar.training.recipe import Recipe
+from nar.training.recipe import Recipe, TokenizerLossConfig
 
 
 class TokenizerTask:
@@ -52,8 +55,11 @@ class TokenizerTask:
         self.num_samples = len(self.source or self.pictures or ())
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
-        self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool, device=workers.device)
-        self._latents: list[Tensor] = []
+        self.codebook = Codebook(self.module.quantizer, recipe.tokenizer_loss, workers)
+        # Measured where there is a network for it, also when it is not part of the loss.
+        self.distance = _distance(recipe.tokenizer_loss)
+        if self.distance is not None:
+            self.distance.to(workers.device)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         return ()
@@ -98,62 +104,55 @@ class TokenizerTask:
         made = self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
+        values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
+        if weights.perceptual:
+            assert self.distance is not None
+            perceptual = self.distance(pixels, made.pixels).mean()
+            loss = loss + weights.perceptual * perceptual
+            values["perceptual"] = perceptual.detach()
         if self.adversary is not None:
             last = self.module.decoder.conv_out.weight
             assert isinstance(last, Tensor)
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, last, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
-        self._latents.append(made.latents.detach())
-        codes = made.codes.unique()
-        self.used[codes] = True
-        return loss, {
-            "psnr": psnr(error.detach()),
-            "commitment": made.commitment_loss.detach(),
-            "codes_in_batch": torch.tensor(float(codes.numel()), device=self.workers.device),
-        }
+        quantizer = self.module.quantizer
+        if isinstance(quantizer, BinaryQuantizer) and weights.entropy:
+            single, joint = quantizer.entropies(made.latents, weights.entropy_sharpness, self.workers.mean)
+            loss = loss + weights.entropy * (single - weights.entropy_diversity * joint)
+            values |= {"entropy_single": single.detach(), "entropy_mean": joint.detach()}
+        self.codebook.see(made.latents, made.codes)
+        return loss, values | {"commitment": made.commitment_loss.detach()}
 
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
         if self.adversary is not None:
             self.adversary.update()
-        every = self.recipe.tokenizer_loss.restart_every
-        last = self.recipe.tokenizer_loss.restart_until * num_steps
-        latents, self._latents = self._latents, []
-        if every and step % every == 0 and step <= last:
-            # In the order of the batch, whatever number of processes and pieces computed it.
-            pieces = torch.stack([self.workers.gather(piece) for piece in latents])
-            used = self.workers.sum(self.used.float()) > 0
-            dead = torch.ones_like(used) if step == 0 else ~used  # the first time all: a start on the data
-            self.module.quantizer.restart(pieces.flatten(0, 1), dead, generator)
-            self.used.zero_()
+        return self.codebook.update(step, num_steps, generator)
 
     def state(self) -> dict[str, Tensor]:
-        adversary = {} if self.adversary is None else self.adversary.state()
-        return {"used": self.workers.sum(self.used.float()) > 0, **adversary}
+        return self.codebook.state() | ({} if self.adversary is None else self.adversary.state())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.used = state["used"].to(self.workers.device)
+        self.codebook.load_state(state)
         if self.adversary is not None:
             self.adversary.load_state(state)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         device, vocab_size = self.workers.device, self.recipe.tokenizer.vocab_size
-        squared, codes = torch.zeros(1, device=device), torch.zeros(vocab_size, device=device)
+        sums, codes = torch.zeros(3, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images[:2000]
         for rows in share(len(images), 250, self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
-            squared += (made.pixels.clamp(-1, 1) - pixels).square().flatten(1).mean(1).sum()
+            found = made.pixels.clamp(-1, 1)
+            distance = torch.zeros(1, device=device) if self.distance is None else self.distance(pixels, found)
+            error = squared_error(pixels, found)
+            sums += torch.stack([error.sum(), ssim(pixels + 1, found + 1, peak=2.0).sum(), distance.sum()])
             codes += torch.bincount(made.codes.flatten(), minlength=vocab_size)
-        error = float(self.workers.sum(squared)) / len(images)
-        codes = self.workers.sum(codes)
-        shares = codes / codes.sum()
-        return {
-            "loss": error,
-            "psnr": 10 * math.log10(4 / error),
-            "usage": float((codes > 0).float().mean()),
-            "perplexity": float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())),
-        }
+        error, similarity, distance = (self.workers.sum(sums) / len(images)).tolist()
+        perceptual = {} if self.distance is None else {self.distance.name: distance}
+        use = code_use(self.workers.sum(codes))
+        return {"loss": error, "psnr": psnr(error, peak=2.0), "ssim": similarity, **perceptual, **use}
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
@@ -171,6 +170,18 @@ def _too_large(source: Source, size: int) -> bool:
     return len(source) * size * size * 3 > 2**31
 
 
-def psnr(error: Tensor) -> Tensor:
+def _psnr(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of an error on the -1..1 scale."""
     return 10 * torch.log10(4 / error.square().mean())
+
+
+def _distance(weights: TokenizerLossConfig) -> EfficientNetDistance | Lpips | None:
+    """The network that compares pictures; None where none is asked for and there are no weights to measure with."""
+    if weights.lpips:
+        return load_lpips(weights.lpips)
+    try:
+        return EfficientNetDistance()
+    except ModuleNotFoundError:
+        if weights.perceptual:
+            raise
+        return None
