@@ -114,8 +114,13 @@ class ImageTokenizer(nn.Module):
         """
         return self.quantizer.encode(self.latents(pixels))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped."""
+    def decode(self, codes: Tensor, *, tile: int | None = None, overlap: int = 8) -> Tensor:
+        """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped.
+
+        With `tile`, squares of that many codes a side are decoded one by one, each `overlap` codes into the next, and
+        blended there: memory is then that of a tile. The decoder's norms and attention see a tile only, so that the
+        picture is not quite that of decoding the whole; docs/tokenizers.md has measured differences.
+        """
         if codes.ndim != 3:
             raise ValueError(f"codes must be (batch, height, width), not {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocab_size:
@@ -124,7 +129,29 @@ class ImageTokenizer(nn.Module):
                 f"this tokenizer has 0..{self.config.vocab_size - 1}; "
                 "were they made with another tokenizer?"
             )
+        if tile is not None and not 0 <= overlap < tile:
+            raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
+        if tile is not None and tile < max(codes.shape[1:]):
+            return self._decode_tiles(codes, tile, overlap)
         return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
+
+    def _decode_tiles(self, codes: Tensor, tile: int, overlap: int) -> Tensor:
+        height, width = codes.shape[1:]
+        patch = self.config.patch_size
+        total: Tensor | None = None
+        weights = torch.zeros(height * patch, width * patch, device=codes.device)
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                made = self.decode(codes[:, top : top + tile, left : left + tile])
+                rows, columns = (_ramp(size // patch, overlap, patch, made) for size in made.shape[-2:])
+                weight = rows[:, None] * columns
+                if total is None:
+                    total = made.new_zeros(*made.shape[:2], *weights.shape)
+                area = (slice(top * patch, top * patch + len(rows)), slice(left * patch, left * patch + len(columns)))
+                total[..., area[0], area[1]] += made * weight
+                weights[area] += weight
+        assert total is not None
+        return total / weights
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
@@ -161,6 +188,17 @@ def check_pixels(pixels: Tensor, patch_size: int) -> None:
         low, high = (float(value) for value in torch.aminmax(pixels.detach()))
         if not (low >= -1.5 and high <= 1.5):  # also false for NaN
             raise ValueError(f"picture values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `length` codes and overlap by at least `overlap`."""
+    return sorted({max(0, min(start, length - tile)) for start in range(0, length, tile - overlap)})
+
+
+def _ramp(size: int, overlap: int, patch: int, like: Tensor) -> Tensor:
+    """Weights (size * patch,) of a tile's pixels: 1 in its middle, falling towards both ends within the overlap."""
+    places = torch.arange(size * patch, device=like.device, dtype=like.dtype) + 0.5
+    return (torch.minimum(places, size * patch - places) / max(overlap * patch, 1)).clamp(max=1.0)
 
 
 class _Encoder(nn.Module):
