@@ -26,7 +26,7 @@ ALLOWED = {
     "sampling": {"model", "order", "attention", "condition"},
     "text": set(),
     "efficientnet": set(),
-    "tokenizer": {"tokenizer", "folder", "efficientnet"},
+    "tokenizer": {"tokenizer", "folder", "attention", "efficientnet"},
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics", "efficientnet"},
     "training": {

@@ -90,7 +90,9 @@ def compare(
         ValueError: the two have not one shape, or are not uint8 pictures or clips.
     """
     if real.shape != made.shape or real.ndim not in (4, 5) or real.shape[-1] != 3 or not len(real):
-        raise ValueError(f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {made.shape}")
+        raise ValueError(
+            f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {made.shape}"
+        )
     if real.dtype != np.uint8 or made.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 0..255, not {real.dtype} and {made.dtype}")
     errors, rows, motion = [], [], []
@@ -157,7 +159,9 @@ def nearest_patches(
         sums = torch.zeros_like(entries).index_add_(0, codes, points)
         entries = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], entries)
     found = [
-        _from_patches(entries[_nearest(torch.from_numpy(_patches(picture[None], patch)).float(), entries)], patch, picture)
+        _from_patches(
+            entries[_nearest(torch.from_numpy(_patches(picture[None], patch)).float(), entries)], patch, picture
+        )
         for picture in real
     ]
     return np.stack(found)

@@ -23,7 +23,7 @@ from nar.data.sources import (
 from nar.folder import load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
-from nar.tokenizer.image import ImageTokenizer
+from nar.tokenizer import Tokenizer, new_tokenizer
 from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.tokenizer.pixels import as_pictures, as_pixels
 from nar.tokenizer.quantize import BinaryQuantizer
@@ -35,16 +35,16 @@ from nar.training.recipe import Recipe, TokenizerLossConfig
 
 
 class TokenizerTask:
-    """Train an image tokenizer to reconstruct pictures."""
+    """Train a tokenizer to reconstruct pictures or clips: of which kind it is, the recipe's config says."""
 
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
-        self.module = ImageTokenizer(recipe.tokenizer)
+        self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
             load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
         if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
-            for part in (self.module.encoder, self.module.to_code, self.module.quantizer):
+            for part in self.module.encoder_parts():
                 part.requires_grad_(False)
         self.module.to(workers.device)
         self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
@@ -69,9 +69,10 @@ class TokenizerTask:
             images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.uniforms)))
         else:
             images = self.pictures.images[batch.indices]
-        if self.recipe.data.augment == "flip":
-            mirrored = batch.uniforms[:, 3, None, None, None] < 0.5
-            images = np.where(mirrored, images[:, :, ::-1], images)
+        if self.recipe.data.augment in ("flip", "loop"):
+            images = np.stack([_mirrored(image, u[3]) for image, u in zip(images, batch.uniforms, strict=True)])
+        if self.recipe.data.augment == "loop":
+            images = np.stack([_restarted(clip, *u[:2]) for clip, u in zip(images, batch.uniforms, strict=True)])
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
@@ -107,13 +108,11 @@ class TokenizerTask:
         values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
         if weights.perceptual:
             assert self.distance is not None
-            perceptual = self.distance(pixels, made.pixels).mean()
+            perceptual = self.distance(_frames(pixels), _frames(made.pixels)).mean()
             loss = loss + weights.perceptual * perceptual
             values["perceptual"] = perceptual.detach()
         if self.adversary is not None:
-            last = self.module.decoder.conv_out.weight
-            assert isinstance(last, Tensor)
-            loss = loss + self.adversary.loss(pixels, made.pixels, loss, last, batch.step)
+            loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         quantizer = self.module.quantizer
         if isinstance(quantizer, BinaryQuantizer) and weights.entropy:
@@ -138,31 +137,55 @@ class TokenizerTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        device, vocab_size = self.workers.device, self.recipe.tokenizer.vocab_size
+        device, vocab_size = self.workers.device, self.recipe.tokenizer_config.vocab_size
         sums, codes = torch.zeros(3, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images[:2000]
-        for rows in share(len(images), 250, self.workers):
+        for rows in share(len(images), _batch_size(images), self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
             found = made.pixels.clamp(-1, 1)
-            distance = torch.zeros(1, device=device) if self.distance is None else self.distance(pixels, found)
-            error = squared_error(pixels, found)
-            sums += torch.stack([error.sum(), ssim(pixels + 1, found + 1, peak=2.0).sum(), distance.sum()])
+            pair = _frames(pixels), _frames(found)
+            similarity = ssim(pair[0] + 1, pair[1] + 1, peak=2.0)
+            distance = torch.zeros_like(similarity) if self.distance is None else self.distance(*pair)
+            means = torch.stack([squared_error(*pair), similarity, distance]).mean(1)
+            sums += means * len(pixels)
             codes += torch.bincount(made.codes.flatten(), minlength=vocab_size)
-        error, similarity, distance = (self.workers.sum(sums) / len(images)).tolist()
-        perceptual = {} if self.distance is None else {self.distance.name: distance}
+        loss, similar, different = (self.workers.sum(sums) / len(images)).tolist()
+        perceptual = {} if self.distance is None else {self.distance.name: different}
         use = code_use(self.workers.sum(codes))
-        return {"loss": error, "psnr": psnr(error, peak=2.0), "ssim": similarity, **perceptual, **use}
+        return {"loss": loss, "psnr": psnr(loss, peak=2.0), "ssim": similar, **perceptual, **use}
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
         pixels = as_pixels(self.heldout.images[:16]).to(self.workers.device)
-        pairs = torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1)
-        return contact_sheet(as_pictures(pairs), ["real", "code"] * 16, columns=8)
+        pairs = as_pictures(torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1))
+        columns = max(1, 8 * pairs[0].height // pairs[0].width)  # a clip's frames take a row
+        return contact_sheet(pairs, ["real", "code"] * len(pixels), columns=columns)
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
-        assert isinstance(module, ImageTokenizer)
+        assert isinstance(module, Tokenizer)
         module.save_pretrained(folder, training=training)
+
+
+def _frames(pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as they are; clips (B, 3, T, H, W) as their frames (B * T, 3, H, W)."""
+    return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
+
+
+def _batch_size(images: np.ndarray) -> int:
+    """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
+    return max(1, min(250, 250 * 64 * 64 * 3 // images[0].size))
+
+
+def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
+    """A picture or clip (..., H, W, 3), mirrored when `uniform` is under 0.5."""
+    return image[..., ::-1, :] if uniform < 0.5 else image
+
+
+def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
+    """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
+    turned = np.roll(clip, int(start * len(clip)), axis=0)
+    return turned[::-1] if direction < 0.5 else turned
 
 
 def _too_large(source: Source, size: int) -> bool:
