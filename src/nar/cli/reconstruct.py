@@ -1,4 +1,4 @@
-"""`nar eval --tokenizer`: what a tokenizer leaves of pictures or clips it was not trained on, beside what is easy to tie."""
+"""`nar eval --tokenizer`: what a tokenizer leaves of pictures or clips that it was not trained on, beside baselines."""
 
 from __future__ import annotations
 
