@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,7 +175,7 @@ def _frames(pixels: Tensor) -> Tensor:
 
 def _batch_size(images: np.ndarray) -> int:
     """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
-    return max(1, min(250, 250 * 64 * 64 * 3 // images[0].size))
+    return max(1, min(250, 250 * 64 * 64 * 3 // math.prod(images.shape[1:])))
 
 
 def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
