@@ -241,7 +241,7 @@ def _fold(clips: Tensor, frames: int, side: int) -> Tensor:
     """Pixels (B, 3, t*frames, h*side, w*side) to channels (B, t, h, w, frames*3*side*side)."""
     x = clips.unflatten(4, (-1, side)).unflatten(3, (-1, side))
     x = x.unflatten(2, (clips.shape[2] // frames, frames))  # (B, 3, t, g, h, p, w, p); t may be 0
-    return x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4)
+    return cast(Tensor, x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4))
 
 
 def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
@@ -252,9 +252,9 @@ def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
 
 def _fold_channels(x: Tensor, side: int) -> Tensor:
     """(B, t, h*side, w*side, C) to (B, t, h, w, side*side*C)."""
-    return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4)
+    return cast(Tensor, x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4))
 
 
 def _unfold_channels(x: Tensor, side: int) -> Tensor:
     """The inverse of `_fold_channels`."""
-    return x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return cast(Tensor, x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3))

@@ -52,9 +52,7 @@ class Codebook:
 
     def __init__(self, quantizer: Quantizer, config: CodebookConfig, workers: Workers) -> None:
         self.quantizer, self.config, self._workers = quantizer, config, workers
-        # Kept in use unless its codes are to stay what they are.
-        tended = isinstance(quantizer, VectorQuantizer) and quantizer.embedding.weight.requires_grad
-        self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) and tended else None
+        self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) else None
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._warned = False
         state = {

@@ -29,7 +29,7 @@ from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.tokenizer.pixels import as_pictures, as_pixels
 from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
-from nar.training.codebook import Codebook
+from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.recipe import Recipe, TokenizerLossConfig
@@ -56,7 +56,9 @@ class TokenizerTask:
         self.num_samples = len(self.source or self.pictures or ())
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
-        self.codebook = Codebook(self.module.quantizer, recipe.tokenizer_loss, workers)
+        # Codes that are to stay what they are need no care, only counting.
+        care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
+        self.codebook = Codebook(self.module.quantizer, care, workers)
         # Measured where there is a network for it, also when it is not part of the loss.
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
