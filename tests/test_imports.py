@@ -25,11 +25,13 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "folder"},
     "sampling": {"model", "order", "attention", "condition"},
     "text": set(),
-    "tokenizer": {"tokenizer", "folder", "attention"},
+    "efficientnet": set(),
+    "tokenizer": {"tokenizer", "folder", "attention", "efficientnet"},
     "data": {"data", "tokenizer", "folder"},
-    "metrics": {"metrics"},
+    "metrics": {"metrics", "efficientnet"},
     "training": {
-        "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
+        "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
+        "sheet",
     },
     "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
     "convert": {"model", "tokenizer", "presets", "folder"},

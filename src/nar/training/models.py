@@ -65,8 +65,8 @@ class ModelTask:
         loss = token_losses(self.module, codes, condition, dropout=self.recipe.dropout).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
-        pass
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
+        return None
 
     def state(self) -> dict[str, Tensor]:
         return {}

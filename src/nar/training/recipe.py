@@ -22,6 +22,7 @@ from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.video import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
+from nar.training.codebook import CodebookConfig
 from nar.training.loop import Plan
 
 
@@ -80,19 +81,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerLossConfig:
-    """Weights of the tokenizer's loss, and when unused codes are revived.
+class TokenizerLossConfig(CodebookConfig):
+    """Weights of the parts of a tokenizer's loss; the rest is about its codebook.
 
-    `restart_every` steps, codes that were not used since the last time move onto random latents, until `restart_until`
-    (a fraction of the training); 0 turns it off.
+    Attributes:
+        l1, l2: of the difference of pixels on the -1..1 scale.
+        perceptual: of the distance of features, those of EfficientNet-Lite0 or, with `lpips`, LPIPS.
+        lpips: a folder with VGG16's weights and LPIPS's, see `nar.tokenizer.perceptual.load_lpips`.
+        codebook, commitment: of the distance between latents and their codes, as it moves one or the other.
+        entropy: for lfq and bsq, of the entropy of single latents minus `entropy_diversity` times that of the mean
+            code, in nats; a bit whose latent is at its entry has log-odds of `entropy_sharpness`.
     """
 
     l1: float = 0.0
     l2: float = 1.0
+    perceptual: float = 0.0
+    lpips: str = ""
     codebook: float = 1.0
     commitment: float = 0.25
-    restart_every: int = 0
-    restart_until: float = 0.6
+    entropy: float = 0.02
+    entropy_diversity: float = 1.0
+    entropy_sharpness: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("l1", "l2", "perceptual", "codebook", "commitment", "entropy"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"tokenizer_loss.{name} must be at least 0, not {getattr(self, name)}")
 
 
 def _open_model() -> ModelConfig:
