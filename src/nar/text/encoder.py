@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nar.text.cleaning import prepare_caption
@@ -308,7 +308,7 @@ def _understood(read: Any, folder: Path) -> Any:
     logging.disable_progress_bar()
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"transformers can't read the text encoder in {folder}: {reason}") from error
     finally:
