@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from nar.text import TextEncoder, TextEncoderConfig
+from nar.text import TextEncoder, TextEncoderConfig, cached, found
 from text_encoders import KINDS, tiny_encoder
 
 
@@ -145,3 +145,40 @@ def test_minilm_comes_from_its_package() -> None:
     assert features.shape == (3, 24, 384)
     pooled = torch.nn.functional.normalize((features * mask[..., None]).sum(1), dim=-1)
     assert pooled[0] @ pooled[1] > pooled[0] @ pooled[2] + 0.2, "two captions of one thing are closer"
+
+
+def test_features_on_disk_are_those_of_the_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    captions = ["a red apple", "", "the blue octopus of the", "red"]
+    features = cached(encoder, [*captions, *captions], tmp_path, quiet=True)
+    assert len(features) == 4, "each caption once"
+    read, mask = features.read(["red", *captions])
+    expected, expected_mask = encoder.encode(["red", *captions])
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-3)  # float16
+    sizes = sum(path.stat().st_size for path in tmp_path.rglob("part-*"))
+    assert sizes < 2 * 16 * (5 + 2 + 7 + 3) + 600, "without padding"
+
+
+def test_only_new_captions_are_encoded(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    asked: list[str] = []
+    states = encoder.states
+    monkeypatch.setattr(encoder, "states", lambda captions: asked.extend(captions) or states(captions))
+    monkeypatch.setattr("nar.text.features.PART_SIZE", 2)
+    first = cached(encoder, ["red", "blue", "green"], tmp_path, quiet=True)
+    second = cached(encoder, ["green", "a red apple", "red"], tmp_path, quiet=True)
+    assert asked == ["red", "blue", "green", "a red apple"]
+    assert torch.equal(second.read(["green"])[0], first.read(["green"])[0])
+    other = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=6)
+    assert len(cached(other, ["red"], tmp_path, quiet=True)) == 1, "another length, other features"
+    assert found(other.config, ["red"], tmp_path) is not None
+    anywhere = TextEncoderConfig(str(folders["bert"]), 8)
+    assert len(found(anywhere, ["a red apple", "blue"], tmp_path) or ()) == 4
+    assert found(anywhere, ["square"], tmp_path) is None
+    damaged = next(second.folder.glob("part-*"))
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(ValueError, match="delete it"):
+        cached(encoder, ["red"], tmp_path, quiet=True)

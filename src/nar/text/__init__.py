@@ -2,5 +2,15 @@
 
 from nar.text.cleaning import clean_caption, prepare_caption
 from nar.text.encoder import TextEncoder, TextEncoderConfig, left_pad
+from nar.text.features import Features, cached, found
 
-__all__ = ["TextEncoder", "TextEncoderConfig", "clean_caption", "left_pad", "prepare_caption"]
+__all__ = [
+    "Features",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "cached",
+    "clean_caption",
+    "found",
+    "left_pad",
+    "prepare_caption",
+]
