@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics"},
     "training": {
-        "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
+        "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet", "text"
     },
     "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
     "convert": {"model", "tokenizer", "presets", "folder"},

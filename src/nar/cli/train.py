@@ -40,6 +40,15 @@ def extract(
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
     group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
+    text_encoder: Annotated[
+        str,
+        typer.Option(help="Encode the captions too: with a folder, a hub id, or the word minilm."),
+    ] = "",
+    max_length: Annotated[
+        int, typer.Option(min=0, help="Tokens of a caption. Default: the encoder's, at most 120.")
+    ] = 0,
+    clean: Annotated[bool, typer.Option("--clean", help="Clean captions as for the published text models.")] = False,
+    wording: Annotated[str, typer.Option(help="Of each caption: plain, or varied (with tags and style).")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
@@ -64,6 +73,13 @@ def extract(
             batch_size=batch_size, device=workers.device, threads=threads, rank=workers.rank, count=workers.count,
             wait=workers.wait,
         )  # fmt: skip
+        if workers.first and text_encoder:
+            from nar.data.codes import Codes
+            from nar.text import TextEncoder, TextEncoderConfig, cached
+
+            forms = [form for forms in Codes.open(output).wordings(wording) for form in forms]
+            encoder = TextEncoder.open(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
+            typer.echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
         if workers.first:
             manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
             grid = "x".join(map(str, manifest["grid"]))

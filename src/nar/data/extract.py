@@ -157,6 +157,10 @@ def _write_shard(
         "caption": pa.array([source.captions[row] if source.captions is not None else "" for row in rows], pa.string()),
         "group": pa.array([(source.groups or source.names)[row] for row in rows], pa.string()),
     }
+    if source.tags is not None:
+        columns["tags"] = pa.array([list(source.tags[row]) for row in rows], pa.list_(pa.string()))
+    if source.styles is not None:
+        columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
     table = pa.table(columns).replace_schema_metadata(metadata)
     staging = path.with_name(f".{path.name}")
@@ -193,12 +197,16 @@ def _finish(
         staging.replace(folder / "tokenizer")
     values = [{"dtype": "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32", "_type": "Value"}]
     width = VIEWS[settings["views"]] * int(np.prod(grid))
-    features = {
+    features: dict[str, dict[str, Any]] = {
         "codes": {"feature": values[0], "length": width, "_type": "List"},
         "label": {"dtype": "int32", "_type": "Value"},
         "caption": {"dtype": "string", "_type": "Value"},
         "group": {"dtype": "string", "_type": "Value"},
     }
+    if source.tags is not None:
+        features["tags"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+    if source.styles is not None:
+        features["style"] = {"dtype": "string", "_type": "Value"}
     files = [{"filename": name} for name in kept]
     _write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=1))
     state = {"_data_files": files, "_fingerprint": settings["source"], "_format_columns": None,

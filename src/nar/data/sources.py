@@ -48,6 +48,7 @@ _IDX_PREFIX = {"train": "train", "t10k": "t10k", "test": "t10k"}
 _FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}
 
 _CAPTIONS = ("caption", "text", "prompt")
+_WORDS = (*_CAPTIONS, "tags", "style")
 # What decoding a broken picture raises.
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -69,7 +70,8 @@ class Source:
     """Pictures that are decoded when asked for: `open(i)` gives what Pillow opens, or a picture.
 
     `names` are for messages. `groups` are what belongs together when a part is held out (the drawings of one thing,
-    say), by default each picture for itself. `captions` is None where there are none.
+    say), by default each picture for itself. `captions` is None where there are none, and so are the further words on
+    each picture, `tags` and `styles`.
     """
 
     names: Sequence[str]
@@ -78,6 +80,8 @@ class Source:
     open: Callable[[int], Any]
     captions: Sequence[str] | None = None
     groups: Sequence[str] | None = None
+    tags: Sequence[Sequence[str]] | None = None
+    styles: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,6 +104,8 @@ class Source:
             lambda index: self.open(picked[index]),
             None if self.captions is None else [self.captions[row] for row in picked],
             None if self.groups is None else [self.groups[row] for row in picked],
+            None if self.tags is None else [self.tags[row] for row in picked],
+            None if self.styles is None else [self.styles[row] for row in picked],
         )
 
 
@@ -112,7 +118,8 @@ def open_source(
     - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
     - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
       beside each picture, or in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`);
-    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`;
+    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`, `tags`
+      and `style` (which jsonl and json may have too);
     - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
     - a data set on the hub, such as `someone/pictures`.
 
@@ -201,6 +208,26 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     ranked = sorted(digests, key=lambda key: digests[key])
     chosen = {key for key in ranked[1:-1] if digests[key] < share} | set(ranked[:1] if len(ranked) > 1 else ())
     return np.array([key in chosen for key in keys], dtype=bool)
+
+
+def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> np.ndarray:
+    """Which samples (N,) bool are held out as pairs of group and style: one style of each of `count` groups.
+
+    What is asked of a model then is a thing that it knows in a style that it knows, but not together. Groups with one
+    style only have no such pair. The choice is by hash, as in `held_out`.
+    """
+
+    def rank(key: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"pair {key}".encode()).digest()[:8], "big")
+
+    drawn: dict[str, set[str]] = {}
+    for group, style in zip(groups, styles, strict=True):
+        drawn.setdefault(group, set()).add(style)
+    several = sorted((group for group, found in drawn.items() if len(found) > 1), key=rank)
+    if len(several) < count:
+        raise ValueError(f"{count} pairs of group and style can't be held out: {len(several)} groups have two styles")
+    pairs = {(group, min(drawn[group], key=lambda style: rank(f"{group} {style}"))) for group in several[:count]}
+    return np.array([pair in pairs for pair in zip(groups, styles, strict=True)], dtype=bool)
 
 
 def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
@@ -404,8 +431,8 @@ def _open_listed(folder: Path, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: folder / names[index],
-        _captions(columns),
-        _groups(columns, group, path),
+        groups=_groups(columns, group, path),
+        **_words(columns),
     )
 
 
@@ -445,7 +472,7 @@ def _open_tars(paths: Sequence[Path]) -> Source:
 
     columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
     labels, class_names = _classes(columns, len(records), [], paths[0], "label")
-    return Source(names, np.array(labels), class_names, read, _captions(columns))
+    return Source(names, np.array(labels), class_names, read, **_words(columns))
 
 
 def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
@@ -475,7 +502,7 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
     table = table.cast_column(images[0], datasets.Image(decode=False))
     texts = table.remove_columns([key for key in table.column_names if key == images[0]])
-    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_CAPTIONS)}
+    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_WORDS)}
     schema_names = getattr(table.features.get(label), "names", None) or []
     labels, class_names = _classes(columns, len(table), schema_names, name, label)
     return Source(
@@ -483,8 +510,8 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: _opened(table[index][images[0]], Path()),
-        _captions(columns),
-        _groups(columns, group, name),
+        groups=_groups(columns, group, name),
+        **_words(columns),
     )
 
 
@@ -511,7 +538,7 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
                 raise ValueError(
                     f"{path} has the columns {', '.join(known)}; needed is `image`, and `label` for classes"
                 )
-            wanted = [key for key in (label, "label_name", group, *_CAPTIONS) if key in known]
+            wanted = [key for key in (label, "label_name", group, *_WORDS) if key in known]
             table = file.read(wanted)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
@@ -537,8 +564,8 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         read,
-        _captions(columns),
-        _groups(columns, group, paths[0]),
+        groups=_groups(columns, group, paths[0]),
+        **_words(columns),
     )
 
 
@@ -551,11 +578,19 @@ def _opened(cell: Any, folder: Path) -> Any:
     raise ValueError("neither bytes nor a path")
 
 
-def _captions(columns: dict[str, list[Any]]) -> list[str] | None:
+def _words(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """The fields of a Source that describe its pictures; tags are lists, or words with commas between them."""
+    found: dict[str, Any] = {}
     for key in _CAPTIONS:
         if key in columns:
-            return [str(value or "") for value in columns[key]]
-    return None
+            found["captions"] = [str(value or "") for value in columns[key]]
+            break
+    if "style" in columns:
+        found["styles"] = [str(value or "") for value in columns["style"]]
+    if "tags" in columns:
+        lists = [value.split(",") if isinstance(value, str) else value or () for value in columns["tags"]]
+        found["tags"] = [tuple(str(tag).strip() for tag in tags) for tags in lists]
+    return found
 
 
 def _groups(columns: dict[str, list[Any]], group: str, path: Path | str) -> list[str] | None:

@@ -15,11 +15,14 @@ from nar.data.sources import (
     held_out,
     open_source,
 )  # fmt: skip
+from nar.data.wording import WORDINGS
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
+from nar.text import TextEncoderConfig
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.loop import Plan
+from nar.training.words import TEXT_FEATURES
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class DataConfig:
         views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop").
+        wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
+            caption, tags and style ("varied", see `nar.data.wording`).
+        heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
+        text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
         codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
             the first is held out.
     """
@@ -47,6 +54,9 @@ class DataConfig:
     group: str = ""
     views: str = "centre"
     augment: str = "none"
+    wording: str = "plain"
+    heldout_pairs: int = 0
+    text_features: str = "cached"
     codes: str = ""
     heldout_codes: str = ""
 
@@ -55,6 +65,12 @@ class DataConfig:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
         if self.augment not in ("none", "flip", "crop"):
             raise ValueError(f"data.augment must be none, flip or crop, not {self.augment!r}")
+        if self.wording not in WORDINGS:
+            raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
+        if self.text_features not in TEXT_FEATURES:
+            raise ValueError(
+                f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
+            )
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
 
@@ -108,6 +124,9 @@ class Recipe(Plan):
 
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
+
+    With a `text_encoder` the model learns from captions instead of classes; `prompts` are what its previews show, by
+    default captions that are held out.
     """
 
     about: str = ""
@@ -122,12 +141,15 @@ class Recipe(Plan):
     tokenizer_recipe: str = ""
     lora_rank: int = 0
     model: ModelConfig = field(default_factory=_open_model)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "prompts", tuple(self.prompts))
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
         if self.lora_rank and not (self.init and self.task == "model"):
