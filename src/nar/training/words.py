@@ -82,7 +82,9 @@ class Text:
         if kind == "cached":
             features = next(filter(None, (found(config, self._captions, folder) for folder in folders)), None)
         if features is None:
-            self._encoder = encoder = TextEncoder.open(config, device=workers.device)
+            fast = kind == "on-the-fly" and workers.device.type == "cuda"
+            dtype = torch.bfloat16 if fast else None
+            self._encoder = encoder = TextEncoder.open(config, device=workers.device, dtype=dtype)
             if kind == "cached":
                 if workers.first:
                     cached(encoder, self._captions, folders[-1])
