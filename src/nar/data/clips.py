@@ -6,16 +6,17 @@ Knows where clips lie and which window of each is taken; does not know how a fil
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
 from nar.data.sources import Source, random_crop
-from nar.data.video import SUFFIXES, Windows, read_clip, squared, timeline
+from nar.data.video import Windows, read_clip, squared, timeline
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ClipSource(Source):
     that are windows; None leaves that to `windows`.
     """
 
-    windows: Windows = Windows()
+    windows: Windows = field(default_factory=Windows)
     starts: Sequence[int] | None = None
 
     def array(
@@ -58,11 +59,11 @@ class ClipSource(Source):
     def views(self, index: int, size: int, kind: str) -> np.ndarray:
         """What codes are made of, (v, T, size, size, 3): the window, and mirrored with "flip"."""
         if kind not in ("centre", "flip"):
-            raise TypeError(f"clips have the views centre and flip, not {kind!r}")
+            raise ValueError(f"clips have the views centre and flip, not {kind!r}")
         clip = self.array(index, size)
         return np.stack([clip, clip[:, :, ::-1]] if kind == "flip" else [clip])
 
-    def unrolled(self) -> ClipSource:
+    def unrolled(self) -> Self:
         """One row a window, when `windows` asks for all; windows of one clip are held out together.
 
         Looks into every file for its number of frames.
@@ -79,18 +80,12 @@ class ClipSource(Source):
             rows += [row] * len(found)
         many = self.take(np.array(rows))
         names = [f"{name} from frame {start}" for name, start in zip(many.names, starts, strict=True)]
-        groups = many.groups or many.names
-        return ClipSource(
-            names, many.labels, many.class_names, many.open, many.captions, groups, self.windows, tuple(starts)
-        )
+        return dataclasses.replace(many, names=names, groups=many.groups or many.names, starts=starts)
 
-    def take(self, rows: np.ndarray) -> ClipSource:
+    def take(self, rows: np.ndarray) -> Self:
         """The source with only these rows, in this order."""
-        few = super().take(rows)
         starts = None if self.starts is None else [self.starts[int(row)] for row in rows]
-        return ClipSource(
-            few.names, few.labels, few.class_names, few.open, few.captions, few.groups, self.windows, starts
-        )
+        return dataclasses.replace(super().take(rows), starts=starts)
 
 
 def open_list(paths: Sequence[Path], windows: Windows) -> ClipSource:
@@ -133,13 +128,6 @@ def open_list(paths: Sequence[Path], windows: Windows) -> ClipSource:
     )
 
 
-def clips_in(paths: Sequence[Path]) -> list[Path]:
-    """The clips among `paths`, sorted."""
-    return sorted(
-        path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-
-
 def _found(listing: Path, name: str) -> Path:
     for parent in (Path(), *listing.resolve().parents):
         if (parent / name).is_file():
@@ -157,5 +145,3 @@ def _strip(opened: Any) -> np.ndarray | None:
     if opened.height % side:
         raise ValueError(f"a strip of {opened.height}x{side} pixels is not a whole number of square frames")
     return np.asarray(opened.convert("RGB")).reshape(-1, side, side, 3)
-
-

@@ -10,6 +10,7 @@ are generated. Legend: `B` batch, `T H W` frames and pixels, `t h w` the code gr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +64,10 @@ class CausalTokenizerConfig:
             raise ValueError(f"patch_size {self.patch_size} is not a multiple of fold {self.fold}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of twice num_heads {self.num_heads}")
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Frames, height and width that codes of `grid` (t, h, w) stand for."""
+        return 1 + (grid[0] - 1) * self.frames_per_code, *(self.patch_size * size for size in grid[1:])
 
 
 class CausalTokenizer(nn.Module):
@@ -241,7 +246,7 @@ def _fold(clips: Tensor, frames: int, side: int) -> Tensor:
     """Pixels (B, 3, t*frames, h*side, w*side) to channels (B, t, h, w, frames*3*side*side)."""
     x = clips.unflatten(4, (-1, side)).unflatten(3, (-1, side))
     x = x.unflatten(2, (clips.shape[2] // frames, frames))  # (B, 3, t, g, h, p, w, p); t may be 0
-    return x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4)
+    return cast(Tensor, x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4))
 
 
 def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
@@ -252,9 +257,9 @@ def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
 
 def _fold_channels(x: Tensor, side: int) -> Tensor:
     """(B, t, h*side, w*side, C) to (B, t, h, w, side*side*C)."""
-    return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4)
+    return cast(Tensor, x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4))
 
 
 def _unfold_channels(x: Tensor, side: int) -> Tensor:
     """The inverse of `_fold_channels`."""
-    return x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return cast(Tensor, x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3))

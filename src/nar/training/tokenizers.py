@@ -12,14 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.data.sources import (
-    BROKEN,
-    Source,
-    centre_crop,
-    check_broken,
-    load_pictures,
-    random_crop,
-)  # fmt: skip
+from nar.data.sources import BROKEN, Source, check_broken, load_pictures
 from nar.folder import load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
@@ -31,7 +24,7 @@ from nar.training.adversary import Adversary
 from nar.training.codebook import Codebook
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
-from nar.training.recipe import Recipe, TokenizerLossConfig
+from nar.training.recipe import DataConfig, Recipe, TokenizerLossConfig
 
 
 class TokenizerTask:
@@ -49,7 +42,8 @@ class TokenizerTask:
         self.module.to(workers.device)
         self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
         train, heldout = recipe.data.open()
-        self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
+        fresh = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
+        self.source = train if fresh or _too_large(train, recipe.data) else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
@@ -76,18 +70,15 @@ class TokenizerTask:
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
-        """A picture (size, size, 3) of the source; for a broken one, which is listed in the run, the next."""
+        """A picture or clip (..., size, size, 3) of the source; for a broken one, listed in the run, the next."""
         assert self.source is not None
         for step in range(len(self.source)):
             index = (int(row) + step) % len(self.source)
             try:
-                picture = self.source.picture(index)
+                data = self.recipe.data
+                return self.source.array(index, data.size, uniforms.tolist(), crop=data.augment == "crop")
             except BROKEN as error:
                 self._report(index, error)
-                continue
-            size = self.recipe.data.size
-            crop = self.recipe.data.augment == "crop"
-            return np.asarray(random_crop(picture, size, uniforms.tolist()) if crop else centre_crop(picture, size))
         raise ValueError(f"no picture of {self.recipe.data.source} can be read")
 
     def _report(self, index: int, error: Exception) -> None:
@@ -174,7 +165,7 @@ def _frames(pixels: Tensor) -> Tensor:
 
 def _batch_size(images: np.ndarray) -> int:
     """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
-    return max(1, min(250, 250 * 64 * 64 * 3 // images[0].size))
+    return max(1, min(250, int(250 * 64 * 64 * 3 // images[0].size)))
 
 
 def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
@@ -188,9 +179,9 @@ def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     return turned[::-1] if direction < 0.5 else turned
 
 
-def _too_large(source: Source, size: int) -> bool:
+def _too_large(source: Source, data: DataConfig) -> bool:
     """Whether decoded pictures had better not all be in memory."""
-    return len(source) * size * size * 3 > 2**31
+    return len(source) * max(1, data.num_frames) * data.size * data.size * 3 > 2**31
 
 
 def _psnr(error: Tensor) -> Tensor:
