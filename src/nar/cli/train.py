@@ -66,13 +66,14 @@ def extract(
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
 ) -> None:
-    """Turn pictures or clips into the codes of a tokenizer, for training. Under torchrun the processes share the work."""
+    """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
     from nar.data import extract as extraction
     from nar.data.sources import open_source
     from nar.data.video import Windows
     from nar.folder import read_config
     from nar.pipeline import find_model
-    from nar.tokenizer import ImageTokenizer, load_tokenizer
+    from nar.tokenizer import load_tokenizer
+    from nar.tokenizer.image import ImageTokenizerConfig
     from nar.training.distributed import joined
 
     folder = find_model(model)
@@ -83,13 +84,13 @@ def extract(
     own = tokenizer.config.pixels_of(config["model"]["grid"]) if config.get("kind") == "transformer" else ()
     size = size or (own[-1] if own else 256)
     if frames is None:
-        frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer, ImageTokenizer) else 16
+        frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer.config, ImageTokenizerConfig) else 16
     clips = Windows(frames, stride, frame_rate, windows) if frames else None
     with joined(device or "auto") as workers:
+        source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)
         extraction.extract(
-            folder, open_source(data, size=size, split=split, label=label, group=group, windows=clips), output,
-            size=size, kind=views, batch_size=batch_size, device=workers.device, threads=threads, rank=workers.rank, count=workers.count,
-            wait=workers.wait,
+            folder, source, output, size=size, kind=views, batch_size=batch_size, device=workers.device,
+            threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait,
         )  # fmt: skip
         if workers.first and text_encoder:
             from nar.data.codes import Codes
