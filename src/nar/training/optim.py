@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,23 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     groups = parameter_groups(module, config.weight_decay, config.decay)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
+
+
+def side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and Adam's moments, by name, of a network that is trained beside the one that the loop trains."""
+    values = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, parameter in enumerate(module.parameters()):
+        fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}  # what Adam starts from
+        moments = optimizer.state.get(parameter) or fresh | {"exp_avg_sq": torch.zeros_like(parameter)}
+        values |= {f"{prefix}.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return values
+
+
+def load_side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """The inverse of `side_state`."""
+    module.load_state_dict({name: state[f"{prefix}.{name}"] for name in module.state_dict()})
+    for index, parameter in enumerate(module.parameters()):
+        optimizer.state[parameter] = {
+            name: state[f"{prefix}.{index}.{name}"].to(parameter.device if name != "step" else "cpu")
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }

@@ -28,6 +28,7 @@ from nar.tokenizer.video import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.codebook import CodebookConfig
 from nar.training.loop import Plan
+from nar.training.prior import PriorConfig
 from nar.training.words import TEXT_FEATURES
 
 
@@ -177,6 +178,7 @@ class Recipe(Plan):
     video_tokenizer: VideoTokenizerConfig | None = None
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     init: str = ""
     train_encoder: bool = True
     tokenizer_path: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from nar.training.adversary import Adversary
 from nar.training.codebook import Codebook
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
+from nar.training.prior import Prior
 from nar.training.recipe import DataConfig, Recipe, TokenizerLossConfig
 
 
@@ -47,6 +49,13 @@ class TokenizerTask:
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
+        config = recipe.tokenizer_config
+        self.stochastic = bool(getattr(config, "stochastic", False))
+        self._grid = self._code_grid() if self.stochastic or recipe.prior.weight else ()
+        self.prior = None
+        if recipe.prior.weight:
+            steps = recipe.num_steps(self.num_samples)
+            self.prior = Prior(recipe.prior, math.prod(self._grid), config.code_dim, steps, workers)
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
         self.codebook = Codebook(self.module.quantizer, recipe.tokenizer_loss, workers)
@@ -54,6 +63,20 @@ class TokenizerTask:
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
             self.distance.to(workers.device)
+
+    @torch.no_grad()
+    def _code_grid(self) -> tuple[int, ...]:
+        """The grid of codes of a sample."""
+        pixels = as_pixels(self.heldout.images[:1]).to(self.workers.device)
+        return tuple(self.module.quantizer.encode(self.module.latents(pixels)).shape[1:])
+
+    def _draws(self, batch: Batch) -> Tensor:
+        """Three uniform numbers in [0, 1) for every code of every sample, (b, 3, *grid), the sample's own."""
+        made = torch.empty(len(batch.indices), 3, *self._grid)
+        for row, uniform in enumerate(batch.uniforms[:, 5].tolist()):
+            seed = (batch.step << 24) + int(uniform * 2**24)
+            torch.rand(made[row].shape, generator=torch.Generator().manual_seed(seed), out=made[row])
+        return made
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         return ()
@@ -93,7 +116,8 @@ class TokenizerTask:
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
         pixels = data.to(self.workers.device)
-        made = self.module(pixels)
+        draws = self._draws(batch)
+        made = self.module(pixels, uniforms=draws[:, 0].to(pixels.device)) if self.stochastic else self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
         values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
@@ -106,6 +130,10 @@ class TokenizerTask:
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         quantizer = self.module.quantizer
+        if self.prior is not None:
+            predicted = self.prior.loss(quantizer, made, draws[:, 1:].flatten(2), batch.step)
+            loss = loss + self.recipe.prior.weight * predicted
+            values["prior"] = predicted.detach()
         if isinstance(quantizer, BinaryQuantizer) and weights.entropy:
             single, joint = quantizer.entropies(made.latents, weights.entropy_sharpness, self.workers.mean)
             loss = loss + weights.entropy * (single - weights.entropy_diversity * joint)
@@ -115,16 +143,20 @@ class TokenizerTask:
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
         if self.adversary is not None:
-            self.adversary.update()
+            self.adversary.update(generator)
+        if self.prior is not None:
+            self.prior.update()
         return self.codebook.update(step, num_steps, generator)
 
     def state(self) -> dict[str, Tensor]:
-        return self.codebook.state() | ({} if self.adversary is None else self.adversary.state())
+        beside = [part.state() for part in (self.adversary, self.prior) if part is not None]
+        return self.codebook.state() | {name: tensor for state in beside for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.codebook.load_state(state)
-        if self.adversary is not None:
-            self.adversary.load_state(state)
+        for part in (self.adversary, self.prior):
+            if part is not None:
+                part.load_state(state)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
