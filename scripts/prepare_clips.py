@@ -27,17 +27,22 @@ from nar.data.video import frames, timeline
 NUM_FRAMES, SIZE = 16, 64
 
 
+def key(hexcode: str) -> str:
+    """A hexcode as it is compared: without variation selectors, which tables and packages put in different places."""
+    return hexcode.upper().replace("-FE0F", "")
+
+
 def files(packages: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """Names without suffix, which are hexcodes, and bytes of the WebP files of some packages."""
+    """Hexcodes and bytes of the WebP files of some packages."""
     for package in packages:
         if package.is_dir():
             for path in sorted(package.rglob("*.webp")):
-                yield path.stem.upper(), path.read_bytes()
+                yield key(path.stem), path.read_bytes()
             continue
         with tarfile.open(package) as tar:
             for member in tar:
                 if member.name.endswith(".webp") and (opened := tar.extractfile(member)):
-                    yield Path(member.name).stem.upper(), opened.read()
+                    yield key(Path(member.name).stem), opened.read()
 
 
 def strip(data: bytes) -> tuple[bytes, int, int]:
@@ -59,7 +64,7 @@ def strip(data: bytes) -> tuple[bytes, int, int]:
 
 def rebuild(packages: Sequence[Path], like: pa.Table) -> pa.Table:
     """The table `like` with strips made anew; raises ValueError when a package lacks some of its clips."""
-    wanted = set(like.column("hexcode").to_pylist())
+    wanted = {key(hexcode) for hexcode in like.column("hexcode").to_pylist()}
     made = {}
     for hexcode, data in files(packages):
         if hexcode in wanted and hexcode not in made:
@@ -72,7 +77,7 @@ def rebuild(packages: Sequence[Path], like: pa.Table) -> pa.Table:
     rows = [
         {**row, "strip": {"bytes": data, "path": None}, "num_source_frames": count, "duration_ms": length}
         for row in like.to_pylist()
-        for data, count, length in [made[row["hexcode"]]]
+        for data, count, length in [made[key(row["hexcode"])]]
     ]
     return pa.Table.from_pylist(rows, schema=like.schema)
 

@@ -111,6 +111,8 @@ def evaluate(
             tokenizer, real, size=size, group=group, number=number, pad=pad, seed=seed, batch_size=batch_size,
             device=usable_device(device), inception=inception, sheet=sheet,
         )  # fmt: skip
+        for text in report["warnings"]:
+            typer.echo(f"warning: {text}", err=True)
         _report(report, tokenizer_table(report), json_file)
         return
     if likelihood:

@@ -37,6 +37,8 @@ def judge_tokenizer(
     Raises:
         ValueError: no size is known, or it does not fit the tokenizer.
     """
+    import warnings
+
     import numpy as np
     import torch
 
@@ -67,10 +69,13 @@ def judge_tokenizer(
     counts = torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size)
     report: dict[str, Any] = {**compare(images, made, **measures), **code_use(counts)}
     sides = [side.reshape(-1, *side.shape[-3:]) for side in (images, made)]  # of clips every frame
-    judged = evaluate(
-        [sides[0]], [sides[1]], inception=inception, calibration=0, resamplings=0, seed=seed, batch_size=batch_size,
-        device=place,
-    )  # fmt: skip
+    with warnings.catch_warnings():  # they are in the report
+        warnings.simplefilter("ignore")
+        judged = evaluate(
+            [sides[0]], [sides[1]], inception=inception, calibration=0, resamplings=0, seed=seed,
+            batch_size=batch_size, device=place,
+        )  # fmt: skip
+    report["warnings"] = judged["warnings"]
     distances = [name for name in judged if name.startswith(("FD", "FID")) and isinstance(judged[name], float)]
     report |= {name: judged[name] for name in distances}
     for part in ("floor", "at_floor_counts"):

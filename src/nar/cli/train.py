@@ -65,6 +65,7 @@ def extract(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Repeat edges up to a multiple of the tokenizer's patch.")] = False,
 ) -> None:
     """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
     from nar.data import extract as extraction
@@ -90,7 +91,7 @@ def extract(
         source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)
         extraction.extract(
             folder, source, output, size=size, kind=views, batch_size=batch_size, device=workers.device,
-            threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait,
+            threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait, pad=pad,
         )  # fmt: skip
         if workers.first and text_encoder:
             from nar.data.codes import Codes

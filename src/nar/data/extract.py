@@ -24,7 +24,7 @@ from nar.data.codes import MANIFEST
 from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken
 from nar.folder import digest
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.pixels import as_pixels
+from nar.tokenizer.pixels import as_pixels, pad_to_multiple
 
 SHARD_SIZE = 4096
 _SETTINGS = "extraction.json"
@@ -44,11 +44,13 @@ def extract(
     count: int = 1,
     wait: Callable[[], None] = lambda: None,
     quiet: bool = False,
+    pad: bool = False,
 ) -> Path:
     """Encode all pictures of `source` into `folder`; returns it. What is there already is kept.
 
     Process `rank` of `count` makes every `count`-th shard; `wait` must return once all processes have called it, and
     then the first one writes the manifest. The tokenizer is copied into the folder, which so needs nothing else.
+    With `pad` the edges of pictures are repeated, below and right, up to a multiple of the tokenizer's patch.
 
     Raises:
         ValueError: the folder holds codes of another tokenizer, source or setting, or more than 1 % of the pictures are
@@ -65,6 +67,7 @@ def extract(
         "views": kind,
         "source": _fingerprint(source),
         "shard_size": SHARD_SIZE,
+        "padding": pad,
     }
     _claim(folder, settings)
     tokenizer = load_tokenizer(tokenizer_folder).to(device)
@@ -90,7 +93,7 @@ def extract(
                 good = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
                 if good:
                     rows += [row for row, _ in good]
-                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device))
+                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device, pad))
             broken += found
             if len(broken) > BROKEN_SHARE * len(source):
                 check_broken(broken, len(source))
@@ -112,9 +115,10 @@ def _views(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
 
 
 @torch.inference_mode()
-def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str) -> np.ndarray:
+def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, pad: bool) -> np.ndarray:
     """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8."""
-    codes: Tensor = tokenizer.encode(as_pixels(images.reshape(-1, *images.shape[2:])).to(device))
+    pixels = as_pixels(images.reshape(-1, *images.shape[2:])).to(device)
+    codes: Tensor = tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
     made: np.ndarray = codes.unflatten(0, images.shape[:2]).cpu().numpy()
     return made
 
@@ -131,7 +135,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key]]
+        changed = [
+            key for key in settings if before.get(key, False) != settings[key]
+        ]  # False: padding, which older folders don't state
         if changed:
             raise ValueError(
                 f"{folder} holds codes made with another {' and another '.join(changed)}; "

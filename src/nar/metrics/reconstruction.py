@@ -103,9 +103,13 @@ def compare(
         errors.append(squared_error(first, second))
         if real.ndim == 5:
             motion.append(squared_error(first.float().diff(dim=1), second.float().diff(dim=1)))
-        pictures = [side.reshape(-1, *side.shape[-3:]).movedim(-1, 1).float() for side in (first, second)]
-        scaled = [side / 127.5 - 1 for side in pictures]
-        rows.append(torch.stack([ssim(*pictures), *(distance(*scaled) for distance in (distances or {}).values())], -1))
+        frames = [side.reshape(-1, *side.shape[-3:]).movedim(-1, 1).float() for side in (first, second)]
+        scaled = [side / 127.5 - 1 for side in frames]
+        rows.append(
+            torch.stack(
+                [ssim(frames[0], frames[1]), *(distance(*scaled) for distance in (distances or {}).values())], -1
+            )
+        )
     error, means = torch.cat(errors), torch.cat(rows).mean(0)
     numbers = {"psnr": psnr(error.mean()), "psnr_each": sum(map(psnr, error.tolist())) / len(error)}
     if motion:

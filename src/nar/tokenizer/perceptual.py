@@ -6,6 +6,7 @@ Dimensions: B pictures, H x W pixels, C channels.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,5 +108,5 @@ def _read(path: Path, names: set[str]) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in names}
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or holds other weights ({str(error).splitlines()[0]})") from error

@@ -52,15 +52,13 @@ class Codebook:
 
     def __init__(self, quantizer: Quantizer, config: CodebookConfig, workers: Workers) -> None:
         self.quantizer, self.config, self._workers = quantizer, config, workers
-        # Kept in use unless its codes are to stay what they are.
-        tended = isinstance(quantizer, VectorQuantizer) and quantizer.embedding.weight.requires_grad
-        self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) and tended else None
+        self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) else None
         self._seen: list[tuple[Tensor, Tensor]] = []
-        self._window = 1
         self._warned = False
         state = {
             "idle": torch.full((quantizer.vocab_size,), _NEVER, dtype=torch.int32),  # steps since a code was used
             "recent": torch.zeros(quantizer.vocab_size),  # counts, those of earlier steps fading
+            "window": torch.ones((), dtype=torch.int32),  # steps over which usage is stated
             "peak": torch.zeros(()),  # the highest usage so far
         }
         if self._vectors is not None and config.codebook_decay:
@@ -78,17 +76,17 @@ class Codebook:
         seen, self._seen = self._seen, []
         tokens = sum(codes.numel() for _, codes in seen) * self._workers.count
         # Long enough for each of equally frequent codes to occur, all but 1 in 50.
-        self._window = max(_WINDOW, math.ceil(4 * self.quantizer.vocab_size / tokens))
-        self._count(torch.cat([codes.flatten() for _, codes in seen]))
+        window = max(_WINDOW, math.ceil(4 * self.quantizer.vocab_size / tokens))
+        self._count(torch.cat([codes.flatten() for _, codes in seen]), window)
         if self._vectors is not None:
             self._tend(self._vectors, seen, step, num_steps, generator)
-        return self._warning(step)
+        return self._warning(step, window)
 
     def scalars(self) -> dict[str, Tensor]:
         """What is in use, over a window of at least 50 steps: "usage", "perplexity" and "dead_codes", to be logged."""
         recent = self._state["recent"]
         shares = recent / recent.sum().clamp_min(1e-12)
-        dead = (self._state["idle"] >= self._window).sum().float()
+        dead = (self._state["idle"] >= self._state["window"]).sum().float()
         return {
             "usage": 1 - dead / len(recent),
             "perplexity": torch.exp(-torch.xlogy(shares, shares).sum()),
@@ -104,11 +102,12 @@ class Codebook:
         for name, tensor in self._state.items():
             tensor.copy_(state[f"codebook.{name}"])
 
-    def _count(self, codes: Tensor) -> None:
+    def _count(self, codes: Tensor, window: int) -> None:
         counts = self._workers.sum(torch.bincount(codes, minlength=self.quantizer.vocab_size).float())
         idle, recent = self._state["idle"], self._state["recent"]
         idle.add_(1).clamp_(max=_NEVER).masked_fill_(counts > 0, 0)
-        recent.mul_(1 - 1 / self._window).add_(counts)
+        recent.mul_(1 - 1 / window).add_(counts)
+        self._state["window"].fill_(window)
 
     def _tend(
         self, quantizer: VectorQuantizer, seen: list[tuple[Tensor, Tensor]], step: int, num_steps: int,
@@ -148,20 +147,20 @@ class Codebook:
         alive = means[0] > 1e-3
         quantizer.embedding.weight[alive] = (means[1] / means[0].clamp_min(1e-3)[:, None])[alive]
 
-    def _warning(self, step: int) -> str | None:
-        if self._warned or not self.config.warn_usage or (step + 1) % self._window:
+    def _warning(self, step: int, window: int) -> str | None:
+        if self._warned or not self.config.warn_usage or (step + 1) % window:
             return None
         usage, peak = float(self.scalars()["usage"]), float(self._state["peak"])
         self._state["peak"].fill_(max(usage, peak))
         low, falling = usage < self.config.warn_usage, usage < 0.5 * peak
-        if step + 1 < 2 * self._window or not (low or falling):
+        if step + 1 < 2 * window or not (low or falling):
             return None
         self._warned = True
         size = self.quantizer.vocab_size
         what = f"is only {usage:.1%}" if low else f"has fallen from {peak:.1%} to {usage:.1%}"
         return (
             f"the codebook collapses: usage {what} after {step + 1} steps, {round(usage * size)} of {size} codes "
-            f"in the last {self._window}; {self._advice()}"
+            f"in the last {window}; {self._advice()}"
         )
 
     def _advice(self) -> str:

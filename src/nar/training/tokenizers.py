@@ -22,7 +22,7 @@ from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.tokenizer.pixels import as_pictures, as_pixels
 from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
-from nar.training.codebook import Codebook
+from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.prior import Prior
@@ -58,7 +58,9 @@ class TokenizerTask:
             self.prior = Prior(recipe.prior, math.prod(self._grid), config.code_dim, steps, workers)
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
-        self.codebook = Codebook(self.module.quantizer, recipe.tokenizer_loss, workers)
+        # Codes that are to stay what they are need no care, only counting.
+        care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
+        self.codebook = Codebook(self.module.quantizer, care, workers)
         # Measured where there is a network for it, also when it is not part of the loss.
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
@@ -197,7 +199,7 @@ def _frames(pixels: Tensor) -> Tensor:
 
 def _batch_size(images: np.ndarray) -> int:
     """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
-    return max(1, min(250, int(250 * 64 * 64 * 3 // images[0].size)))
+    return max(1, min(250, 250 * 64 * 64 * 3 // math.prod(images.shape[1:])))
 
 
 def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
