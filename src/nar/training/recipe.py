@@ -19,7 +19,10 @@ from nar.data.wording import WORDINGS
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
 from nar.text import TextEncoderConfig
+from nar.tokenizer import TokenizerConfig
+from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
+from nar.tokenizer.video import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.loop import Plan
 from nar.training.words import TEXT_FEATURES
@@ -29,21 +32,26 @@ from nar.training.words import TEXT_FEATURES
 class DataConfig:
     """What is learned from.
 
-    Attributes:
-        source: pictures, see `nar.data.sources.open_source`.
-        size: pixels a side.
-        validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
-            `heldout_share` of the pictures, by `group`.
-        label, group: columns of tables; samples of one group are held out together.
-        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
-        augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
-            random crop, mirrored half of the time ("crop").
-        wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
-            caption, tags and style ("varied", see `nar.data.wording`).
-        heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
-        text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
-        codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
-            the first is held out.
+        Attributes:
+            source: pictures, see `nar.data.sources.open_source`.
+            size: pixels a side.
+            validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
+                `heldout_share` of the pictures, by `group`.
+            label, group: columns of tables; samples of one group are held out together.
+            views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
+            augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
+    <<<<<<< HEAD
+                random crop, mirrored half of the time ("crop").
+            wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
+                caption, tags and style ("varied", see `nar.data.wording`).
+            heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
+            text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
+    =======
+                random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
+                anywhere and played backwards half of the time.
+    >>>>>>> main
+            codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
+                the first is held out.
     """
 
     source: str = ""
@@ -63,14 +71,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.views not in VIEWS:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
-        if self.augment not in ("none", "flip", "crop"):
-            raise ValueError(f"data.augment must be none, flip or crop, not {self.augment!r}")
         if self.wording not in WORDINGS:
             raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
         if self.text_features not in TEXT_FEATURES:
             raise ValueError(
                 f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
             )
+        if self.augment not in ("none", "flip", "crop", "loop"):
+            raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
 
@@ -119,6 +127,8 @@ def _open_model() -> ModelConfig:
 class Recipe(Plan):
     """A whole training run. `about` says what it makes, on which hardware, in which time, to which number.
 
+    The tokenizer to train is of pictures, unless the sizes of `causal_tokenizer` or `video_tokenizer` are given.
+
     A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
     trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
 
@@ -133,6 +143,8 @@ class Recipe(Plan):
     task: str = "model"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    causal_tokenizer: CausalTokenizerConfig | None = None
+    video_tokenizer: VideoTokenizerConfig | None = None
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     init: str = ""
@@ -152,7 +164,14 @@ class Recipe(Plan):
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
+        if self.causal_tokenizer and self.video_tokenizer:
+            raise ValueError("one tokenizer is trained: give causal_tokenizer or video_tokenizer, not both")
         if self.lora_rank and not (self.init and self.task == "model"):
             raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer" and self.engine.parallel == "fsdp":
             raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
+
+    @property
+    def tokenizer_config(self) -> TokenizerConfig:
+        """The sizes of the tokenizer to train, of whichever kind."""
+        return self.causal_tokenizer or self.video_tokenizer or self.tokenizer
