@@ -32,26 +32,22 @@ from nar.training.words import TEXT_FEATURES
 class DataConfig:
     """What is learned from.
 
-        Attributes:
-            source: pictures, see `nar.data.sources.open_source`.
-            size: pixels a side.
-            validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
-                `heldout_share` of the pictures, by `group`.
-            label, group: columns of tables; samples of one group are held out together.
-            views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
-            augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
-    <<<<<<< HEAD
-                random crop, mirrored half of the time ("crop").
-            wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
-                caption, tags and style ("varied", see `nar.data.wording`).
-            heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
-            text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
-    =======
-                random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
-                anywhere and played backwards half of the time.
-    >>>>>>> main
-            codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
-                the first is held out.
+    Attributes:
+        source: pictures, see `nar.data.sources.open_source`.
+        size: pixels a side.
+        validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
+            `heldout_share` of the pictures, by `group`.
+        label, group: columns of tables; samples of one group are held out together.
+        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
+        augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
+            random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
+            anywhere and played backwards half of the time.
+        wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
+            caption, tags and style ("varied", see `nar.data.wording`).
+        heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
+        text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
+        codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
+            the first is held out.
     """
 
     source: str = ""
