@@ -85,14 +85,16 @@ def rasterised(document: str) -> Image.Image:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """A picture in the middle of a white square."""
-    scale = SIZE / max(picture.size)
-    if scale != 1:
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
-    square = Image.new("RGBA", (SIZE, SIZE), "white")
-    square.alpha_composite(picture.convert("RGBA"), ((SIZE - picture.width) // 2, (SIZE - picture.height) // 2))
-    return square.convert("RGB")
+    """A picture in the middle of a white square, SIZE x SIZE; on white first and then made smaller."""
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture.convert("RGBA"))
+    small = ground.convert("RGB")
+    if max(picture.size) != SIZE:
+        scale = SIZE / max(picture.size)
+        small = small.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (SIZE, SIZE), "white")
+    square.paste(small, ((SIZE - small.width) // 2, (SIZE - small.height) // 2))
+    return square
 
 
 def encoded(picture: Image.Image) -> bytes:
@@ -199,7 +201,7 @@ def main() -> None:
     packages = Packages(options.iconify, options.fluent_3d, options.emojibase)
     drawings = list(listed())
     random.Random(0).shuffle(drawings)
-    rows = [packages.row(drawing) for drawing in tqdm(drawings[: options.limit or None], unit="drawing")]
+    rows = [packages.row(drawing) for drawing in tqdm(drawings[: options.limit or None], unit="drawing", disable=None)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": features})
