@@ -10,6 +10,7 @@ are generated. Legend: `B` batch, `T H W` frames and pixels, `t h w` the code gr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +64,10 @@ class CausalTokenizerConfig:
             raise ValueError(f"patch_size {self.patch_size} is not a multiple of fold {self.fold}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of twice num_heads {self.num_heads}")
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Frames, height and width that codes of `grid` (t, h, w) stand for."""
+        return 1 + (grid[0] - 1) * self.frames_per_code, *(self.patch_size * size for size in grid[1:])
 
 
 class CausalTokenizer(nn.Module):

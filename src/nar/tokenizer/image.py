@@ -7,6 +7,7 @@ Knows pixels and codes; does not know how codes are generated. Legend: `B` batch
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -67,6 +68,10 @@ class ImageTokenizerConfig:
     def patch_size(self) -> int:
         """Pixels a side that one code stands for."""
         return self.pixel_shuffle * int(2 ** (len(self.channel_multipliers) - 1))
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Height and width that codes of `grid` (h, w) stand for."""
+        return tuple(self.patch_size * size for size in grid)
 
 
 class Reconstruction(NamedTuple):

@@ -230,6 +230,13 @@ class BinaryQuantizer(Quantizer):
         return 2 ** torch.arange(self.code_dim, device=like.device)
 
 
+def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """A code (...) for every row of `logits` (..., V): where its cumulative distribution passes `uniforms` (...)."""
+    shares = logits.float().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(shares, (uniforms.float() * shares[..., -1])[..., None], right=True).squeeze(-1)
+    return drawn.clamp_max(logits.shape[-1] - 1)
+
+
 def build_quantizer(
     kind: str, vocab_size: int, code_dim: int, *, l2_norm: bool = True, levels: tuple[int, ...] = ()
 ) -> Quantizer:

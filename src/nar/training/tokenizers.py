@@ -13,14 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.data.sources import (
-    BROKEN,
-    Source,
-    centre_crop,
-    check_broken,
-    load_pictures,
-    random_crop,
-)  # fmt: skip
+from nar.data.sources import BROKEN, Source, check_broken, load_pictures
 from nar.folder import load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
@@ -32,7 +25,8 @@ from nar.training.adversary import Adversary
 from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
-from nar.training.recipe import Recipe, TokenizerLossConfig
+from nar.training.prior import Prior
+from nar.training.recipe import DataConfig, Recipe, TokenizerLossConfig
 
 
 class TokenizerTask:
@@ -50,10 +44,18 @@ class TokenizerTask:
         self.module.to(workers.device)
         self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
         train, heldout = recipe.data.open()
-        self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
+        fresh = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
+        self.source = train if fresh or _too_large(train, recipe.data) else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
+        config = recipe.tokenizer_config
+        self.stochastic = bool(getattr(config, "stochastic", False))
+        self._grid = self._code_grid() if self.stochastic or recipe.prior.weight else ()
+        self.prior = None
+        if recipe.prior.weight:
+            steps = recipe.num_steps(self.num_samples)
+            self.prior = Prior(recipe.prior, math.prod(self._grid), config.code_dim, steps, workers)
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
         # Codes that are to stay what they are need no care, only counting.
@@ -63,6 +65,20 @@ class TokenizerTask:
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
             self.distance.to(workers.device)
+
+    @torch.no_grad()
+    def _code_grid(self) -> tuple[int, ...]:
+        """The grid of codes of a sample."""
+        pixels = as_pixels(self.heldout.images[:1]).to(self.workers.device)
+        return tuple(self.module.quantizer.encode(self.module.latents(pixels)).shape[1:])
+
+    def _draws(self, batch: Batch) -> Tensor:
+        """Three uniform numbers in [0, 1) for every code of every sample, (b, 3, *grid), the sample's own."""
+        made = torch.empty(len(batch.indices), 3, *self._grid)
+        for row, uniform in enumerate(batch.uniforms[:, 5].tolist()):
+            seed = (batch.step << 24) + int(uniform * 2**24)
+            torch.rand(made[row].shape, generator=torch.Generator().manual_seed(seed), out=made[row])
+        return made
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         return ()
@@ -79,18 +95,15 @@ class TokenizerTask:
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
-        """A picture (size, size, 3) of the source; for a broken one, which is listed in the run, the next."""
+        """A picture or clip (..., size, size, 3) of the source; for a broken one, listed in the run, the next."""
         assert self.source is not None
         for step in range(len(self.source)):
             index = (int(row) + step) % len(self.source)
             try:
-                picture = self.source.picture(index)
+                data = self.recipe.data
+                return self.source.array(index, data.size, uniforms.tolist(), crop=data.augment == "crop")
             except BROKEN as error:
                 self._report(index, error)
-                continue
-            size = self.recipe.data.size
-            crop = self.recipe.data.augment == "crop"
-            return np.asarray(random_crop(picture, size, uniforms.tolist()) if crop else centre_crop(picture, size))
         raise ValueError(f"no picture of {self.recipe.data.source} can be read")
 
     def _report(self, index: int, error: Exception) -> None:
@@ -105,7 +118,8 @@ class TokenizerTask:
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
         pixels = data.to(self.workers.device)
-        made = self.module(pixels)
+        draws = self._draws(batch)
+        made = self.module(pixels, uniforms=draws[:, 0].to(pixels.device)) if self.stochastic else self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
         values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
@@ -118,6 +132,10 @@ class TokenizerTask:
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         quantizer = self.module.quantizer
+        if self.prior is not None:
+            predicted = self.prior.loss(quantizer, made, draws[:, 1:].flatten(2), batch.step)
+            loss = loss + self.recipe.prior.weight * predicted
+            values["prior"] = predicted.detach()
         if isinstance(quantizer, BinaryQuantizer) and weights.entropy:
             single, joint = quantizer.entropies(made.latents, weights.entropy_sharpness, self.workers.mean)
             loss = loss + weights.entropy * (single - weights.entropy_diversity * joint)
@@ -127,16 +145,20 @@ class TokenizerTask:
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
         if self.adversary is not None:
-            self.adversary.update()
+            self.adversary.update(generator)
+        if self.prior is not None:
+            self.prior.update()
         return self.codebook.update(step, num_steps, generator)
 
     def state(self) -> dict[str, Tensor]:
-        return self.codebook.state() | ({} if self.adversary is None else self.adversary.state())
+        beside = [part.state() for part in (self.adversary, self.prior) if part is not None]
+        return self.codebook.state() | {name: tensor for state in beside for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.codebook.load_state(state)
-        if self.adversary is not None:
-            self.adversary.load_state(state)
+        for part in (self.adversary, self.prior):
+            if part is not None:
+                part.load_state(state)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -191,9 +213,9 @@ def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     return turned[::-1] if direction < 0.5 else turned
 
 
-def _too_large(source: Source, size: int) -> bool:
+def _too_large(source: Source, data: DataConfig) -> bool:
     """Whether decoded pictures had better not all be in memory."""
-    return len(source) * size * size * 3 > 2**31
+    return len(source) * max(1, data.num_frames) * data.size * data.size * 3 > 2**31
 
 
 def _psnr(error: Tensor) -> Tensor:
