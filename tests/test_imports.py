@@ -25,9 +25,11 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "folder"},
     "sampling": {"model", "order", "attention", "condition"},
     "text": set(),
+    "prompts": set(),
+    "colours": set(),
     "tokenizer": {"tokenizer", "folder"},
-    "data": {"data", "tokenizer", "folder"},
-    "metrics": {"metrics"},
+    "data": {"data", "tokenizer", "folder", "prompts", "colours"},
+    "metrics": {"metrics", "prompts", "colours"},
     "training": {
         "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
     },
