@@ -31,6 +31,7 @@ WEIGHTS = Path(__file__).parent / "fitted" / "composed.safetensors"
 _ENLARGED = 128  # what the network sees: its stages of stride 8, 16 and 32 are then 16, 8 and 4 cells wide
 _TAPS = {4: 40, 10: 112, 15: 320}  # after which block, and how many channels
 _BATCH = 64
+_LEAST = 0.02  # scores below this are not even candidates
 _EXTENT = 32.0  # pixels that the box outputs are scaled by
 
 
@@ -206,19 +207,25 @@ class ComposedJudge:
 
 
 def decoded(found: Tensor, names: Sequence[str]) -> list[list[tuple[str, Box, float]]]:
-    """Peaks of the centre map as objects: the likeliest class, its box in pixels, centre times class as the score."""
+    """Peaks of the centre map as objects: class, box in pixels, and as the score centre times class.
+
+    A peak counts for every class that is likely enough, not only for the likeliest, as in GenEval: what is asked is
+    whether a drawing can be taken for a cat. It matters for drawings of an unseen vendor: 0.89 of them are judged right,
+    against 0.74 with the likeliest class only (and 0.01 against 0.00 with another scene's prompt).
+    """
     chance = found[:, 0].sigmoid()
     peak = chance * (F.max_pool2d(chance[:, None], 3, stride=1, padding=1)[:, 0] == chance)
     cell = SIZE / CELLS
     results = []
     for picture, heat in zip(found, peak, strict=True):
-        objects = []
-        for row, column in (heat > 0.05).nonzero().tolist():
-            sure, index = picture[5:, row, column].softmax(0).max(0)
+        objects: list[tuple[str, Box, float]] = []
+        for row, column in (heat > _LEAST).nonzero().tolist():
+            scores = heat[row, column] * picture[5:, row, column].softmax(0)
             left, top, right, bottom = (picture[1:5, row, column] * _EXTENT).tolist()
             x, y = (column + 0.5) * cell, (row + 0.5) * cell
-            box = tuple(min(max(end, 0.0), float(SIZE)) for end in (x - left, y - top, x + right, y + bottom))
-            objects.append((names[int(index)], box, float(heat[row, column] * sure)))
+            left, top, right, bottom = (min(max(e, 0.0), SIZE) for e in (x - left, y - top, x + right, y + bottom))
+            for index in (scores > _LEAST).nonzero().flatten().tolist():
+                objects.append((names[index], (left, top, right, bottom), float(scores[index])))
         results.append(objects)
     return results
 
