@@ -27,7 +27,7 @@ ALLOWED = {
     "text": set(),
     "prompts": set(),
     "colours": set(),
-    "tokenizer": {"tokenizer", "folder"},
+    "tokenizer": {"tokenizer", "folder", "attention"},
     "data": {"data", "tokenizer", "folder", "prompts", "colours"},
     "metrics": {"metrics", "prompts", "colours"},
     "training": {
