@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +93,13 @@ def test_the_map_learns_what_is_linear(tmp_path: Path) -> None:
     wrong = (retrieval(fitted.of_pictures(features[200:]), asked, ((labels[200:] + 1) % 20).tolist()) == 0).mean()
     assert wrong < 0.05
 
-    CaptionMap(fitted.mean, fitted.spread, fitted.weight, fitted.centre, ("cat", "dog"), {"held_out": "x"}).save(
-        tmp_path / "map.safetensors"
-    )
+    nearest = retrieval(fitted.of_pictures(features[200:]), fitted.prototypes, labels[200:].tolist())
+    assert (nearest == 0).mean() > 0.9
+    replace(fitted, concepts=("cat", "dog"), facts={"held_out": "x"}).save(tmp_path / "map.safetensors")
     loaded = CaptionMap.load(tmp_path / "map.safetensors")
     assert (loaded.concepts, loaded.facts) == (("cat", "dog"), {"held_out": "x"})
-    torch.testing.assert_close(loaded.of_pictures(features), fitted.of_pictures(features), atol=5e-3, rtol=0)
+    assert (loaded.of_pictures(features) * fitted.of_pictures(features)).sum(1).min() > 0.995
+    assert (loaded.prototypes * fitted.prototypes).sum(1).min() > 0.998
     with pytest.raises(FileNotFoundError, match=r"caption_map\.py"):
         CaptionMap.load(tmp_path / "no.safetensors")
 
@@ -121,7 +123,8 @@ def test_the_bundled_map_knows_drawings() -> None:
     pictures, captions = real_emoji()
     report = scorer.score(pictures, captions)
     assert report["num_candidates"] == 1000
-    assert report["R@5"] >= report["R@1"] >= report["concept accuracy"] > 0.2  # by chance 0.001
+    assert report["R@5"] >= report["R@1"] > 0.3  # by chance 0.001
+    assert report["concept accuracy"] > 0.4
     assert scorer.score(pictures[:3], captions[3:6])["R@5"] < 0.5
     assert report["real"]["vendor left out"]["R@1"] > 0.4
     low, high = report["interval"]["R@1"]
