@@ -121,11 +121,11 @@ def test_the_bundled_map_knows_drawings() -> None:
     assert CAPTION_MAP.stat().st_size < 1.5e6
     scorer = RetrievalScorer()
     pictures, captions = real_emoji()
-    report = scorer.score(pictures, captions)
-    assert report["num_candidates"] == 1000
-    assert report["R@5"] >= report["R@1"] > 0.3  # by chance 0.001
+    report = scorer.score(pictures, captions, num_candidates=300)
+    assert report["num_candidates"] == 300
+    assert report["R@5"] >= report["R@1"] > 0.3  # by chance 0.003
     assert report["concept accuracy"] > 0.4
-    assert scorer.score(pictures[:3], captions[3:6])["R@5"] < 0.5
+    assert scorer.score(pictures[:3], captions[3:6], num_candidates=100)["R@5"] < 0.5
     assert report["real"]["vendor left out"]["R@1"] > 0.4
     low, high = report["interval"]["R@1"]
     assert low <= report["R@1"] <= high

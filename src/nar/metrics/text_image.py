@@ -276,14 +276,13 @@ class RetrievalScorer:
         shown = self.map.of_pictures(torch.cat(found))
         asked = list(dict.fromkeys(captions))
         rest = [concept for concept in self.map.concepts if concept not in set(asked)]
-        order = np.random.default_rng(seed).permutation(len(rest))
-        texts = asked + [rest[int(i)] for i in order]
+        order = np.random.default_rng(seed)
+        missing = max(0, min(num_candidates - len(asked), len(rest)))
+        texts = asked + [rest[int(i)] for i in order.permutation(len(rest))[:missing]]
         vectors = self.map.of_captions(self.encoder(texts))
         places = {caption: place for place, caption in enumerate(texts)}
         own = [places[caption] for caption in captions]
-        chosen = np.arange(min(num_candidates, len(texts)))
-        if len(asked) > num_candidates:
-            chosen = np.random.default_rng(seed).permutation(len(asked))[:num_candidates]
+        chosen = order.permutation(len(texts))[:num_candidates]
         ranks = retrieval(shown, vectors, own, candidates=chosen.tolist())
         hits = {"R@1": ranks < 1, "R@5": ranks < 5}
         known = {concept: place for place, concept in enumerate(self.map.concepts)}
