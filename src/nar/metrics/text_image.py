@@ -84,16 +84,24 @@ class ClipScorer:
 
 
 def clip_score(
-    pictures: Source, captions: Sequence[str], clip: ClipScorer, *, prefix: str = "", seed: int = 0
+    pictures: Source,
+    captions: Sequence[str],
+    clip: ClipScorer,
+    *,
+    prefix: str = "",
+    size: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """100 * max(cosine, 0) of every picture and its caption: the mean, its 95 % interval and all values.
 
     `prefix` is put before every caption; published numbers of text-to-image models often use "A photo depicts ".
+    `size` first crops and resizes all pictures, which otherwise must have one size.
 
     Raises:
         ValueError: as many captions as pictures are needed.
     """
-    shown = torch.cat([clip.pictures([Image.fromarray(one) for one in some]) for some in batches(pictures, _BATCH)])
+    shown = torch.cat([clip.pictures([Image.fromarray(one) for one in some])
+                       for some in batches(pictures, _BATCH, size=size)])  # fmt: skip
     _check_numbers(len(shown), captions)
     said = clip.texts([f"{prefix}{caption}" for caption in captions])
     scores = 100 * (shown * said).sum(1).clamp(min=0).double().numpy()
