@@ -210,8 +210,8 @@ def decoded(found: Tensor, names: Sequence[str]) -> list[list[tuple[str, Box, fl
     """Peaks of the centre map as objects: class, box in pixels, and as the score centre times class.
 
     A peak counts for every class that is likely enough, not only for the likeliest, as in GenEval: what is asked is
-    whether a drawing can be taken for a cat. It matters for drawings of an unseen vendor: 0.90 of the scenes are judged
-    right, against 0.74 with the likeliest class only; with another scene's prompt 0.01, against 0.00.
+    whether a drawing can be taken for a cat. It matters for drawings of an unseen vendor: some 0.9 of the scenes are
+    judged right, against 0.74 with the likeliest class only; with another scene's prompt 0.02, against 0.00.
     """
     chance = found[:, 0].sigmoid()
     peak = chance * (F.max_pool2d(chance[:, None], 3, stride=1, padding=1)[:, 0] == chance)
