@@ -64,6 +64,31 @@ def evaluate(
     i3d_variant: Annotated[
         str, typer.Option(help="How clips are prepared for I3D: stylegan-v (also LARP's way) or videogpt.")
     ] = "stylegan-v",
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="CLIP score of --fake and its captions: a local transformers folder of a CLIP model."),
+    ] = None,
+    clip_prefix: Annotated[str, typer.Option(help="Put before captions; published: 'A photo depicts '.")] = "",
+    retrieval: Annotated[
+        bool, typer.Option("--retrieval", help="R@1, R@5 and concept accuracy of --fake, emoji with captions; offline.")
+    ] = False,
+    captions: Annotated[Path | None, typer.Option(help="Captions of --fake, one a line. Default: its own.")] = None,
+    near_copies: Annotated[
+        str | None, typer.Option(help="Training pictures: the share of --fake closer to them than 99 % of --real are.")
+    ] = None,
+    geneval: Annotated[
+        Path | None, typer.Option(help="Judge a folder laid out as GenEval's; needs --detector and --clip.")
+    ] = None,
+    detector_folder: Annotated[
+        Path | None, typer.Option("--detector", help="A local transformers folder of a Mask2Former, for --geneval.")
+    ] = None,
+    composed: Annotated[
+        Path | None, typer.Option(help="Judge composed drawings in a folder laid out as GenEval's; offline.")
+    ] = None,
+    geneval_prompts: Annotated[Path | None, typer.Option(help="Write GenEval's prompts (.jsonl), and stop.")] = None,
+    composed_prompts: Annotated[
+        Path | None, typer.Option(help="Write the prompts of composed drawings (.jsonl), and stop.")
+    ] = None,
     num_frames: Annotated[int | None, typer.Option(min=2, help="Cut clips into pieces of this many frames.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
     write_reference: Annotated[
@@ -92,10 +117,20 @@ def evaluate(
     """Judge pictures against real ones: one table, and a JSON report with all that changes a number."""
     import warnings
 
+    from nar.cli.evaluate_text import TextOptions, text_report
     from nar.metrics.evaluate import as_table
     from nar.metrics.evaluate import evaluate as judge
     from nar.metrics.evaluate import write_reference as write
 
+    words = TextOptions(
+        fake=fake, captions=captions, clip=clip, clip_prefix=clip_prefix, retrieval=retrieval, geneval=geneval,
+        detector=detector_folder, composed=composed, geneval_prompts=geneval_prompts,
+        composed_prompts=composed_prompts, near_copies=near_copies, real=real, size=size, seed=seed, device=device,
+    )  # fmt: skip
+    if words.wanted:
+        report, table = text_report(words)
+        _report(report, table, json_file if report else None)
+        return
     if real is None:
         raise ValueError("give real pictures to compare with: --real FOLDER (or .npz, .parquet)")
     if write_reference is not None:

@@ -1,0 +1,99 @@
+"""Fit the map that the offline retrieval score uses, and measure it on drawings that it was not fitted on.
+
+    python scripts/caption_map.py --data emoji/train.parquet --output captions.safetensors --json report.json
+
+One vendor (`--held-out`) is left out of the fit that is written; R@1, R@5 (among 1,000 captions) and concept accuracy
+(the nearest of all mean drawings) are of that vendor's. A second fit also leaves out a part of the concepts, to tell
+how the score works for words that it never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from nar.data.sources import held_out, to_rgb
+from nar.efficientnet import load_efficientnet
+from nar.metrics.pictures import batches, digest
+from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, fit_caption_map, retrieval
+
+
+def features_of(path: Path, images: list[bytes], cache: Path | None) -> torch.Tensor:
+    """EfficientNet-Lite0's features (N, 1280) at 64x64 pixels, kept in `cache` under the file's hash."""
+    place = None if cache is None else cache / f"caption-map-{digest(path)[:16]}.npy"
+    if place is not None and place.is_file():
+        return torch.from_numpy(np.load(place))
+    network = load_efficientnet()
+    pictures = (np.asarray(to_rgb(Image.open(io.BytesIO(data)))) for data in images)
+    with torch.inference_mode():
+        found = torch.cat([
+            network.features(torch.from_numpy(some).movedim(-1, 1)) for some in batches(pictures, 64, size=PICTURE_SIZE)
+        ])  # fmt: skip
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, found.numpy())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--held-out", default="twemoji")
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/nar/features").expanduser())
+    arguments = parser.parse_args()
+
+    rows = pq.read_table(arguments.data, columns=["image", "caption", "vendor", "hexcode"]).to_pylist()
+    features = features_of(arguments.data, [row["image"]["bytes"] for row in rows], arguments.cache)
+    concepts = sorted({row["caption"] for row in rows})
+    place = {caption: index for index, caption in enumerate(concepts)}
+    labels = torch.tensor([place[row["caption"]] for row in rows])
+    embeddings = SentenceEncoder()(concepts)
+    unseen = np.array([row["vendor"] == arguments.held_out for row in rows])
+    new = held_out([row["hexcode"] or row["caption"] for row in rows], 0.1)
+    pool = np.random.default_rng(0).permutation(len(concepts))[:1000].tolist()
+
+    def measure(fitted: CaptionMap, chosen: np.ndarray, *, known: bool = True) -> dict[str, Any]:
+        some = torch.from_numpy(np.flatnonzero(chosen))
+        shown, asked = fitted.of_pictures(features[some]), fitted.of_captions(embeddings)
+        ranks = retrieval(shown, asked, labels[some].tolist(), candidates=pool)
+        numbers = {"R@1": float((ranks < 1).mean()), "R@5": float((ranks < 5).mean()), "num_pictures": len(some)}
+        if known:  # a concept that was left out has no mean drawing
+            nearest = retrieval(shown, fitted.prototypes, labels[some].tolist())
+            numbers["concept accuracy"] = float((nearest < 1).mean())
+        return numbers
+
+    def fit(chosen: np.ndarray) -> CaptionMap:
+        some = torch.from_numpy(np.flatnonzero(chosen))
+        replace(fit_caption_map(features[some], embeddings, labels[some]), concepts=tuple(concepts)).save(
+            arguments.output
+        )
+        return CaptionMap.load(arguments.output)  # what is measured is what is stored
+
+    partial, fitted = fit(~unseen & ~new), fit(~unseen)
+    report = {
+        "drawings of the fit": measure(fitted, ~unseen),
+        "vendor left out": measure(fitted, unseen),
+        "concepts left out": measure(partial, ~unseen & new, known=False),
+        "vendor and concepts left out": measure(partial, unseen & new, known=False),
+    }
+    facts = {"held_out": arguments.held_out, "data_sha256": digest(arguments.data), "accuracy": report}
+    replace(fitted, facts=facts).save(arguments.output)
+    for name, numbers in report.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

