@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nar.colours import name_colour
-from nar.efficientnet import load_efficientnet
+from nar.efficientnet import EfficientNetLite0, load_efficientnet
 from nar.metrics.geneval import Box, Found, Rules
 from nar.metrics.pictures import digest
 
