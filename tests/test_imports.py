@@ -24,7 +24,7 @@ ALLOWED = {
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder"},
     "sampling": {"model", "order", "attention", "condition"},
-    "text": set(),
+    "text": {"text", "folder"},
     "tokenizer": {"tokenizer", "folder"},
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics"},
