@@ -18,6 +18,7 @@ ALLOWED = {
     "config": set(),
     "folder": set(),
     "sheet": set(),
+    "clips": set(),
     "presets": set(),
     "precision": set(),
     "attention": set(),
@@ -31,12 +32,12 @@ ALLOWED = {
     "training": {
         "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
+    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips"},
     "convert": {"model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition"},
+    "samples": {"pipeline", "sampling", "condition", "tokenizer"},
     "cli": None,
 }  # fmt: skip
 

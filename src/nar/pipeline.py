@@ -28,6 +28,7 @@ from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
 from nar.precision import convert
 from nar.sampling import Sampling, Session, generate_fronts
+from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -39,32 +40,19 @@ Callback = Callable[["Pipeline", int, Tensor], None]
 
 
 class Encoder(Protocol):
-    """What makes features of captions: `nar.text.TextEncoder`, or anything with these two."""
+    """What makes features of captions: `nar.text.TextEncoder`, or anything with these three."""
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features (B, T, F) float32, padded on the left, and their mask (B, T) bool."""
         ...
 
-    def close(self) -> None:
-        """Free the memory."""
+    def blank(self, captions: Sequence[str]) -> Tensor:
+        """Which captions (B,) bool say nothing."""
         ...
 
-
-@dataclass(frozen=True)
-class TextSettings:
-    """The text encoder that a model was trained with, as its `config.json` names it.
-
-    Attributes:
-        source: a folder, a hub id, or "minilm"; empty when the folder names none.
-        max_length: tokens of a caption; 0 takes the model's.
-        clean: whether captions go through the published models' cleaner first.
-        digest: of the encoder's files; another encoder is refused. Empty when not recorded.
-    """
-
-    source: str = ""
-    max_length: int = 0
-    clean: bool = False
-    digest: str = ""
+    def close(self) -> None:
+        """Free the memory; another `encode` takes it again."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ class Pipeline:
     """A model with its tokenizer and, where it reads captions, its text encoder; call it to get pictures or clips.
 
     Args:
-        text: the encoder for prompts: loaded at the first prompt when given as settings.
+        text: the encoder for prompts: loaded at the first prompt when given as its config.
         given_frames: numbers of frames that frame prediction was trained to continue; 0 among them lets it begin
             without any. By default as many as the model's prefix holds, or 5 where that is a whole clip.
         frame_rate: of clips, frames per second.
@@ -143,7 +131,7 @@ class Pipeline:
         class_names: Sequence[str] = (),
         sampling: Sampling | None = None,
         *,
-        text: TextSettings | Encoder | None = None,
+        text: TextEncoderConfig | Encoder | None = None,
         given_frames: Sequence[int] = (),
         frame_rate: float = 8.0,
     ) -> None:
@@ -158,7 +146,6 @@ class Pipeline:
         self.class_names = tuple(class_names)
         self.sampling = sampling or Sampling()
         self.text = text
-        self._encoder: Encoder | None = None
         self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
         self.given_frames = tuple(sorted(given_frames)) or self._usual_frames()
         self.frame_rate = frame_rate
@@ -194,17 +181,14 @@ class Pipeline:
         tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
-        text = from_dict(
-            TextSettings,
-            config.get("text_encoder", {"clean": model.config.null_mask == "caption"}),
-            folder / CONFIG,
-        )
+        text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
+        text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
         return cls(
             convert(model, dtype, place),
             tokenizer.to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
-            text=text if text_encoder is None else dataclasses.replace(text, source=str(text_encoder)),
+            text=from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,
             given_frames=config.get("given_frames", ()),
             frame_rate=config.get("frame_rate", 8.0),
         )
@@ -216,7 +200,7 @@ class Pipeline:
             self.tokenizer,
             self.class_names,
             self.sampling,
-            text=self._encoder or self.text,
+            text=self.text,
             given_frames=self.given_frames,
             frame_rate=self.frame_rate,
         )
@@ -245,50 +229,32 @@ class Pipeline:
         return self.class_names[index] if index < len(self.class_names) else str(index)
 
     def text_encoder(self) -> Encoder:
-        """The encoder for prompts, loaded when it is first asked for.
+        """The encoder for prompts, opened when it is first asked for.
 
         Raises:
             ValueError: the model names none and none was given, or it is another one than the model was trained with.
             ModuleNotFoundError: a package is missing.
         """
-        if self._encoder is not None:
-            return self._encoder
-        if not isinstance(self.text, TextSettings):
-            if self.text is None:
-                raise ValueError("this pipeline has no text encoder; give Pipeline one as text=")
-            return self.text
-        if not self.text.source:
+        if self.text is None or (isinstance(self.text, TextEncoderConfig) and not self.text.source):
             raise ValueError(
                 "this model's folder names no text encoder; give the one that it was trained with: "
                 "--text-encoder FOLDER, or Pipeline.from_pretrained(..., text_encoder=FOLDER) "
                 "(published NAR and LlamaGen text models: google/flan-t5-xl)"
             )
-        from nar.text import TextEncoder
-
-        encoder = TextEncoder.from_pretrained(
-            self.text.source,
-            device=self.model.device,
-            max_length=self.text.max_length or self.model.config.text_length,
-            clean=self.text.clean,
-        )
-        if self.text.digest and encoder.digest != self.text.digest:
-            raise ValueError(
-                f"the model was trained with another text encoder than {self.text.source} "
-                f"({self.text.digest[:12]}..., not {encoder.digest[:12]}...)"
-            )
-        if encoder.dim != self.model.config.text_dim:
-            raise ValueError(
-                f"text encoder {self.text.source} has width {encoder.dim}, the model takes "
-                f"{self.model.config.text_dim}; use the encoder that the model was trained with"
-            )
-        self._encoder = encoder
-        return encoder
+        if isinstance(self.text, TextEncoderConfig):
+            encoder = TextEncoder.open(self.text, device=self.model.device)
+            if encoder.dim != self.model.config.text_dim:
+                raise ValueError(
+                    f"text encoder {self.text.source} has width {encoder.dim}, the model takes "
+                    f"{self.model.config.text_dim}; use the encoder that the model was trained with"
+                )
+            self.text = encoder
+        return self.text
 
     def drop_text_encoder(self) -> None:
         """Free the memory of the text encoder; the next prompt loads it again."""
-        if self._encoder is not None:
-            self._encoder.close()
-            self._encoder = None
+        if self.text is not None and not isinstance(self.text, TextEncoderConfig):
+            self.text.close()
 
     def __call__(
         self,
@@ -357,14 +323,13 @@ class Pipeline:
         made: list[Tensor] = []
         for start in range(0, len(requests), batch_size):
             rows = range(start, min(start + batch_size, len(requests)))
+            batch = requests[rows.start : rows.stop]
             fixed = None if known is None else known[rows.start : rows.stop]
-            batch, drawing = requests[rows.start : rows.stop], (sampling, seed, callback_on_front_end)
+            options: dict[str, Any] = {"seed": seed, "known": fixed, "callback": callback_on_front_end}
             if output_type == "codes":
-                made.extend(self._codes(batch, rows, fixed, *drawing))
-            elif self.makes_clips:
-                made.extend(self._clips(batch, rows, fixed, num_frames, *drawing))
+                made.extend(self._codes(batch, rows, sampling, **options))
             else:
-                made.extend(self.decode(self._codes(batch, rows, fixed, *drawing), exact=True))
+                made.extend(self.draw(batch, rows, sampling, num_frames=num_frames, exact=True, **options))
         result = torch.stack(made) if output_type == "codes" else _as_output(made, output_type)
         return Output(
             None if self.makes_clips else result,
@@ -383,41 +348,70 @@ class Pipeline:
     ) -> list[Request]:
         """What the arguments of a call ask for, one entry each; raises ValueError for what the model does not take."""
         config = self.model.config
-        takes = {
-            "class_labels": config.num_classes, "prompt": config.text_dim, "negative_prompt": config.text_dim,
-            "frames": config.prefix_grid,
-        }  # fmt: skip
-        values: dict[str, Any] = {
-            "class_labels": class_labels, "prompt": prompt, "negative_prompt": negative_prompt, "frames": frames
-        }  # fmt: skip
-        for name, value in values.items():
-            if value is not None and not takes[name]:
-                raise ValueError(f"this model takes no {name}, but {self._inputs()}")
-        labels = None if class_labels is None else [self.label_index(label) for label in _listed(class_labels)]
-        clips = None if frames is None else [self._read(clip) for clip in several(frames)]
-        columns: dict[str, list[Any] | None] = {
-            "label": labels,
-            "prompt": None if prompt is None else _listed(prompt),
-            "negative": None if negative_prompt is None else _listed(negative_prompt),
-            "frames": clips,
-        }
-        if labels is None and prompt is None and frames is None:
-            raise ValueError(f"say what to make: {self._inputs()}")
+        for name, value, taken in (
+            ("class labels", class_labels, config.num_classes), ("prompts", prompt, config.text_dim),
+            ("negative prompts", negative_prompt, config.text_dim), ("frames", frames, config.prefix_grid),
+        ):  # fmt: skip
+            if value is not None and not taken:
+                raise ValueError(f"this model takes no {name}; it takes {self._inputs()}")
+        if class_labels is None and prompt is None and frames is None:
+            raise ValueError(f"say what to make: this model takes {self._inputs()}")
         if config.prefix_grid and frames is None and 0 not in self.given_frames:
             raise ValueError("this model continues clips: give it frames")
-        if config.num_classes and labels is None and not config.null_class:
-            raise ValueError("this model has no null class: give class_labels too")
-        given: dict[str, list[Any]] = {name: column for name, column in columns.items() if column is not None}
-        count = max(map(len, given.values()))
-        if wrong := [f"{len(column)} of {name}" for name, column in given.items() if len(column) not in (1, count)]:
+        if config.num_classes and class_labels is None and not config.null_class:
+            raise ValueError("this model has no null class: give it class labels too")
+        columns: dict[str, list[Any]] = {}
+        if class_labels is not None:
+            columns["label"] = [self.label_index(label) for label in _listed(class_labels)]
+        if prompt is not None:
+            columns["prompt"] = _texts(prompt)
+        if negative_prompt is not None:
+            columns["negative"] = _texts(negative_prompt)
+        if frames is not None:
+            columns["frames"] = [self._read(clip) for clip in several(frames)]
+        count = max(map(len, columns.values()))
+        if wrong := [f"{len(column)} of {name}" for name, column in columns.items() if len(column) not in {1, count}]:
             raise ValueError(f"{', '.join(wrong)} for {count} results: give one, or as many")
-        for texts in (columns["prompt"] or [], columns["negative"] or []):
-            if strange := [text for text in texts if not isinstance(text, str)]:
-                raise ValueError(f"a prompt must be a string, not {type(strange[0]).__name__}")
+        if not count:
+            raise ValueError("nothing is asked for: the list is empty")
         return [
-            dataclasses.replace(Request(), **{name: column[index % len(column)] for name, column in given.items()})
-            for index in range(count)
+            Request(**{name: column[index % len(column)] for name, column in columns.items()}) for index in range(count)
         ]
+
+    def draw(
+        self,
+        batch: Sequence[Request],
+        indices: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        known: Tensor | None = None,
+        callback: Callback | None = None,
+        exact: bool = False,
+    ) -> list[Tensor]:
+        """One batch, whose row k is number `indices[k]` of the seed: pictures (3, H, W) or clips (3, T, H, W) in -1..1.
+
+        Clips are the given frames and passes of the model until there are `num_frames`. For `exact` see `decode`.
+        """
+        sampling = sampling or self.sampling
+        if not self.makes_clips:
+            codes = self._codes(batch, indices, sampling, seed=seed, known=known, callback=callback)
+            return list(self.decode(codes, exact=exact))
+        clips = [request.frames for request in batch]
+        for number in itertools.count():
+            asked = [dataclasses.replace(request, frames=clip) for request, clip in zip(batch, clips, strict=True)]
+            streams = [index + (number << 32) for index in indices]  # each pass has its own
+            codes = self._codes(asked, streams, sampling, seed=seed, known=known, callback=callback)
+            known = None
+            longer = []
+            for clip, made in zip(clips, self.decode(codes, exact=exact), strict=True):
+                added = made[:, self._window(clip) :]
+                longer.append(added if clip is None else torch.cat([clip, added], 1))
+            if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
+                break
+            clips = [*longer]
+        return [clip[:, :num_frames] for clip in longer]
 
     def condition(self, requests: Sequence[Request]) -> tuple[Condition, Condition | None]:
         """What the model is told, and what guidance leads it away from where that is not simply the null condition."""
@@ -445,24 +439,25 @@ class Pipeline:
 
     def _words(self, prompts: Sequence[str], null: Sequence[bool] | None = None) -> TextCondition:
         """The features of each caption, encoded alone so that they do not depend on the others; empty ones are null."""
-        config = self.model.config
-        dropped = torch.tensor([not _says(prompt) for prompt in prompts])
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for prompt in prompts:
-            if prompt in found:
-                continue
-            if _says(prompt):
-                found[prompt] = self.text_encoder().encode([prompt])
-            else:  # the end-of-text token alone
-                mask = torch.arange(config.text_length)[None] == config.text_length - 1
-                found[prompt] = torch.zeros(1, config.text_length, config.text_dim), mask
-        device = self.model.device
-        features, masks = zip(*(found[prompt] for prompt in prompts), strict=True)
-        return TextCondition(
-            torch.cat([feature.to(device) for feature in features]),
-            torch.cat([mask.to(device) for mask in masks]),
-            dropped if null is None else dropped | torch.tensor(null),
+            if prompt not in found:
+                found[prompt] = self._features(prompt)
+        features, masks, blank = (
+            torch.cat(parts).to(self.model.device) for parts in zip(*(found[prompt] for prompt in prompts), strict=True)
         )
+        return TextCondition(features, masks, blank if null is None else blank | torch.tensor(null).to(blank.device))
+
+    def _features(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,)."""
+        if _says(prompt):
+            encoder = self.text_encoder()
+            features, mask = encoder.encode([prompt])
+            return features, mask, encoder.blank([prompt]).to(features.device)
+        config, device = self.model.config, self.model.device  # no encoder is needed for nothing
+        last = torch.arange(config.text_length, device=device) == config.text_length - 1  # where the text ends
+        features = torch.zeros(1, config.text_length, config.text_dim, device=device)
+        return features, last[None], torch.ones(1, dtype=torch.bool, device=device)
 
     def _prefix(self, clips: Sequence[Tensor | None]) -> PrefixCondition:
         """The codes of each clip's last frames; the last one is repeated to the length that the tokenizer reads."""
@@ -510,9 +505,10 @@ class Pipeline:
         self,
         batch: Sequence[Request],
         indices: Sequence[int],
-        known: Tensor | None,
         sampling: Sampling,
+        *,
         seed: int,
+        known: Tensor | None,
         callback: Callback | None,
     ) -> Tensor:
         """One pass of the model: codes (B, *grid)."""
@@ -539,32 +535,6 @@ class Pipeline:
         known = torch.full((len(part), *grid), -1, device=part.codes.device)
         known[:, : prefix[0]] = part.codes if part.mask is None else part.codes.masked_fill(~part.mask, -1)
         return known
-
-    def _clips(
-        self,
-        batch: Sequence[Request],
-        rows: Sequence[int],
-        known: Tensor | None,
-        num_frames: int | None,
-        sampling: Sampling,
-        seed: int,
-        callback: Callback | None,
-    ) -> list[Tensor]:
-        """Clips (3, T, H, W): the given frames, then passes of the model until there are enough."""
-        clips = [request.frames for request in batch]
-        for number in itertools.count():
-            asked = [dataclasses.replace(request, frames=clip) for request, clip in zip(batch, clips, strict=True)]
-            indices = [row + (number << 32) for row in rows]  # a stream of its own for each pass
-            pixels = self.decode(self._codes(asked, indices, known, sampling, seed, callback), exact=True)
-            known = None
-            longer = []
-            for clip, made in zip(clips, pixels, strict=True):
-                added = made[:, self._window(clip) :]
-                longer.append(added if clip is None else torch.cat([clip, added], 1))
-            if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
-                return [clip[:, :num_frames] for clip in longer]
-            clips = [*longer]
-        raise AssertionError("unreachable")
 
     def _check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
         """Refuse lengths that can't be, before anything is drawn."""
@@ -593,9 +563,9 @@ class Pipeline:
             )
 
     def _inputs(self) -> str:
-        """What the model can be told, in the words of a call."""
+        """What the model can be told."""
         config = self.model.config
-        names = [("class_labels", config.num_classes), ("prompt", config.text_dim), ("frames", config.prefix_grid)]
+        names = (("class labels", config.num_classes), ("prompts", config.text_dim), ("frames", config.prefix_grid))
         return ", ".join(name for name, present in names if present)
 
     def _read(self, frames: Frames) -> Tensor:
@@ -648,3 +618,10 @@ def _says(prompt: str) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | int) else list(value)
+
+
+def _texts(prompts: Sequence[str] | str) -> list[str]:
+    listed = _listed(prompts)
+    if strange := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt must be a string, not {type(strange[0]).__name__}")
+    return listed

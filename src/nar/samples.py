@@ -6,6 +6,7 @@ Knows pipelines and `.npz` files; does not know metrics or the command line. The
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from nar import __version__
 from nar.condition import ClassCondition
 from nar.pipeline import Pipeline
 from nar.sampling import Sampling, generate
+from nar.tokenizer.pixels import as_pictures
 
 CHUNK = 500  # pictures of a part on disk: what is lost at most
 LABELS = ("balanced", "random")
@@ -122,3 +124,54 @@ def _join(parts: Path, output: Path, count: int, labels: np.ndarray) -> None:
             np.lib.format.write_array(file, labels.astype(np.int64))
     staging.replace(output)
     shutil.rmtree(parts)
+
+
+def geneval_set(
+    pipe: Pipeline,
+    output: Path,
+    metadata: Path,
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch_size: int = 40,
+    rank: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    settings: dict[str, str] | None = None,
+) -> int:
+    """Draw `count` pictures of each prompt of GenEval's `metadata` into the layout that it reads; returns the prompts.
+
+    Line k of `metadata`, a JSON object with a `prompt`, becomes the folder `output/0000k` with `metadata.jsonl` and
+    `samples/0000.png` and on. Prompts that are complete are left alone; process `rank` makes every `num_processes`-th.
+
+    Raises:
+        ValueError: a line without a prompt, or a folder that holds pictures of other settings.
+    """
+    lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
+    sampling = sampling or pipe.sampling
+    known = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
+    _claim(output, known | {"prompts": hashlib.sha256("\n".join(lines).encode()).hexdigest()})
+    for index in trange(rank, len(prompts), num_processes, unit="prompt", disable=True if rank else None):
+        folder = output / f"{index:05d}"
+        if folder.is_dir():
+            continue
+        staging = output / f".{index:05d}"
+        (staging / "samples").mkdir(parents=True, exist_ok=True)
+        (staging / "metadata.jsonl").write_text(lines[index] + "\n", encoding="utf-8")
+        (request,) = pipe.requests(prompt=prompts[index])
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            places = [index * count + row for row in rows]
+            made = pipe.draw([request] * len(rows), places, sampling, seed=seed)
+            for row, picture in zip(rows, as_pictures(torch.stack(made)), strict=True):
+                picture.save(staging / "samples" / f"{row:04d}.png")
+        staging.replace(folder)
+    wait()
+    return len(prompts)
