@@ -26,7 +26,7 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "folder"},
     "sampling": {"model", "order", "attention", "condition"},
     "text": {"text", "folder"},
-    "tokenizer": {"tokenizer", "folder"},
+    "tokenizer": {"tokenizer", "folder", "attention"},
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics"},
     "training": {
