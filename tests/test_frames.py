@@ -23,7 +23,7 @@ GREEDY = {"temperature": 0.0, "guidance_scale": 1.0}
 
 
 class PaintTokenizer(nn.Module):
-    """Code k is a pixel of grey 7 k: nothing is lost, and every code belongs to its place."""
+    """Code k is a pixel of grey 4 k: nothing is lost, and every code belongs to its place."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class PaintTokenizer(nn.Module):
         return grid
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return ((pixels[:, 0] + 1) * 127.5 / 7).round().long()
+        return ((pixels[:, 0] + 1) * 127.5 / 4).round().long()
 
     def decode(self, codes: Tensor) -> Tensor:
-        return (codes[:, None].float() * 7 / 127.5 - 1).expand(-1, 3, *codes.shape[1:])
+        return (codes[:, None].float() * 4 / 127.5 - 1).expand(-1, 3, *codes.shape[1:])
 
 
 def paint(codes: Tensor) -> np.ndarray:
     """The clip (T, H, W, 3) that these codes (T, H, W) stand for."""
-    return np.repeat((codes * 7).to(torch.uint8).numpy()[..., None], 3, -1)
+    return np.repeat((codes * 4).to(torch.uint8).numpy()[..., None], 3, -1)
 
 
 def larp() -> VideoTokenizer:

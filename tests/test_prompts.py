@@ -173,5 +173,5 @@ def test_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another text encoder"):
         pipe(prompt="apple")
     none = Pipeline(pipe.model, pipe.tokenizer)
-    with pytest.raises(ValueError, match="names no text encoder; .*--text-encoder FOLDER"):
+    with pytest.raises(ValueError, match=r"names no text encoder; .*--text-encoder FOLDER"):
         none(prompt="apple")

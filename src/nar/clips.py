@@ -65,8 +65,11 @@ def _read_file(path: Path) -> np.ndarray:
     except UnidentifiedImageError:
         import av
 
-        with av.open(str(path)) as container:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        try:
+            with av.open(str(path)) as container:
+                return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        except (av.FFmpegError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is damaged or no video ({error})") from error
 
 
 def fitted(clip: np.ndarray, size: tuple[int, ...]) -> Tensor:
@@ -77,13 +80,15 @@ def fitted(clip: np.ndarray, size: tuple[int, ...]) -> Tensor:
         box_height, box_width = height * factor, width * factor
         top, left = (clip.shape[1] - box_height) / 2, (clip.shape[2] - box_width) / 2
         box = (left, top, left + box_width, top + box_height)
-        resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box) for frame in clip]
+        resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box) for frame in clip]
         clip = np.stack([np.asarray(frame) for frame in resized])
     return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))).float() / 127.5 - 1
 
 
 def save_clip(frames: Frames, path: Path, *, frame_rate: float) -> None:
-    """Write a clip as .mp4 (h264), .gif or .webp, which play in an endless loop, or as a folder of PNGs.
+    """Write a clip as .mp4 (h264), .gif or .webp (in an endless loop), or as a folder of PNGs.
+
+    .webp and the folder lose nothing; .gif has 256 colours a frame, and .mp4 half the resolution in colour.
 
     Raises:
         ModuleNotFoundError: .mp4 without PyAV.
@@ -101,7 +106,7 @@ def save_clip(frames: Frames, path: Path, *, frame_rate: float) -> None:
         for index, picture in enumerate(pictures):
             picture.save(path / f"{index:06d}.png")
         return
-    options: dict[str, Any] = {"quality": 90, "method": 4} if path.suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     milliseconds = round(1000 / frame_rate)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, **options)
 

@@ -578,6 +578,7 @@ class Pipeline:
 
         `exact` decodes each alone on a CPU, so that rounding does not depend on the others either.
         """
+        codes = codes.to(self.model.device)
         alone = exact and codes.device.type == "cpu"
         count = 1 if alone else max(1, DECODED_PIXELS // math.prod(self.pixel_shape))
         return torch.cat([self.tokenizer.decode(part).clamp(-1, 1) for part in codes.split(count)])
@@ -589,7 +590,7 @@ class Pipeline:
             return codes
         pixels = self.decode(codes.clamp_min(0))
         if (codes < 0).any():
-            hidden = (codes < 0)[:, None].float()
+            hidden = (codes < 0)[:, None].float().to(pixels.device)
             pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
         return _as_output(list(pixels), output_type)
 
