@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -12,18 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from conftest import make_model
 from nar import Pipeline, cli
 from nar.clips import as_array
-from nar.text import TextEncoder
-from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from test_frames import causal
-from text_encoders import tiny_encoder
 
-IMAGES = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "latent_channels": 8, "norm_groups": 4}
 Run = Callable[..., Any]
 
 
@@ -45,59 +37,28 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_encoder(tmp_path_factory.mktemp("encoder"), "t5")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """Words to pictures of 8x8."""
-    folder = tmp_path_factory.mktemp("words")
-    torch.manual_seed(1)
-    ImageTokenizer(ImageTokenizerConfig(vocab_size=32, code_dim=4, **IMAGES)).save_pretrained(folder / "tokenizer")
-    config = TextEncoder.from_pretrained(encoder, device="cpu", max_length=6).config
-    make_model("text", grid=(4, 4), text_dim=16, text_length=6, vocab_size=32).save_pretrained(
-        folder / "model", tokenizer=folder / "tokenizer", sampling={"guidance_scale": 2.0},
-        text_encoder=dataclasses.asdict(config),
-    )  # fmt: skip
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """Words and none, one or three given frames to clips of five frames of 8x8."""
-    folder = tmp_path_factory.mktemp("clips")
-    causal().save_pretrained(folder / "tokenizer")
-    config = TextEncoder.from_pretrained(encoder, device="cpu", max_length=6).config
-    model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), text_dim=16, text_length=6)
-    model.save_pretrained(
-        folder / "model", tokenizer=folder / "tokenizer", text_encoder=dataclasses.asdict(config),
-        given_frames=[0, 1, 3], frame_rate=5.0, sampling={"guidance_scale": 1.5},
-    )  # fmt: skip
-    return folder / "model"
-
-
-def test_prompts_on_a_sheet(run: Run, words: Path, tmp_path: Path) -> None:
-    done = run("sample", words, "--prompt", "a red apple", "--prompt", "octopus", "-n", 2, "-o", tmp_path / "a.png")
+def test_prompts_on_a_sheet(run: Run, words_folder: Path, tmp_path: Path) -> None:
+    done = run(
+        "sample", words_folder, "--prompt", "a red apple", "--prompt", "octopus", "-n", 2, "-o", tmp_path / "a.png"
+    )
     assert "4 pictures" in done
     assert "7 steps each" in done
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 96 * 3
-    grown = run("sample", words, "--prompt", "circle", "-n", 1, "-o", tmp_path / "a.gif")
+    grown = run("sample", words_folder, "--prompt", "circle", "-n", 1, "-o", tmp_path / "a.gif")
     assert "1 pictures" in grown
     with Image.open(tmp_path / "a.gif") as growth:
         assert growth.n_frames > 3
 
 
-def test_a_file_of_prompts(run: Run, words: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts(run: Run, words_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  octopus \r\n", encoding="utf-8")
     options = ("--prompts-file", tmp_path / "prompts.txt", "--prompt", "cross", "-n", 1, "--seed", 3)
-    run("sample", words, *options, "--negative-prompt", "blue", "-o", tmp_path / "folder")
+    run("sample", words_folder, *options, "--negative-prompt", "blue", "-o", tmp_path / "folder")
     records = json.loads((tmp_path / "folder/samples.json").read_text())
     assert [record["label"] for record in records] == ["cross", "a red apple", "octopus"]
     assert {record["negative_prompt"] for record in records} == {"blue"}
-    run("sample", words, *options, "--negative-prompt", "blue", "-o", tmp_path / "a.npz", "--batch-size", 1)
+    run("sample", words_folder, *options, "--negative-prompt", "blue", "-o", tmp_path / "a.npz", "--batch-size", 1)
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["names"].tolist() == ["cross", "a red apple", "octopus"]
         assert "labels" not in arrays
@@ -106,17 +67,19 @@ def test_a_file_of_prompts(run: Run, words: Path, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(np.asarray(picture), row)
 
 
-def test_long_and_strange_prompts(run: Run, words: Path, tmp_path: Path) -> None:
+def test_long_and_strange_prompts(run: Run, words_folder: Path, tmp_path: Path) -> None:
     prompt = "red \x07 apple\n" * 8000
-    done = run("sample", words, "--prompt", prompt, "-n", 1, "-o", tmp_path / "a.png")
+    done = run("sample", words_folder, "--prompt", prompt, "-n", 1, "-o", tmp_path / "a.png")
     (warned,) = [line for line in done.splitlines() if "cut" in line]
     assert warned.startswith("nar: ")
     assert (tmp_path / "a.png").is_file()
 
 
-def test_clips_in_every_form(run: Run, clips: Path, tmp_path: Path) -> None:
-    options = ("sample", clips, "--prompt", "red circle", "-n", 1, "--seed", 2)
-    expected = Pipeline.from_pretrained(clips, device="cpu")(prompt="red circle", seed=2, output_type="np").videos
+def test_clips_in_every_form(run: Run, clips_folder: Path, tmp_path: Path) -> None:
+    options = ("sample", clips_folder, "--prompt", "red circle", "-n", 1, "--seed", 2)
+    expected = Pipeline.from_pretrained(clips_folder, device="cpu")(
+        prompt="red circle", seed=2, output_type="np"
+    ).videos
     assert "1 clips" in run(*options, "-o", tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], expected)
@@ -134,33 +97,44 @@ def test_clips_in_every_form(run: Run, clips: Path, tmp_path: Path) -> None:
     run(*options, "--fps", 10, "-o", tmp_path / "fast.gif")
     with Image.open(tmp_path / "fast.gif") as animation:
         assert animation.info["duration"] == 100
-    run("sample", clips, "--prompt", "red circle", "--prompt", "cross", "-n", 1, "-o", tmp_path / "sheet.png")
+    run("sample", clips_folder, "--prompt", "red circle", "--prompt", "cross", "-n", 1, "-o", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:  # a row a clip
         assert sheet.width > 5 * 64
         assert 2 * 64 < sheet.height < 3 * 64
-    run("sample", clips, "--prompt", "red circle", "-n", 3, "-o", tmp_path / "sheet.mp4")
+    run("sample", clips_folder, "--prompt", "red circle", "-n", 3, "-o", tmp_path / "sheet.mp4")
     assert as_array(tmp_path / "sheet.mp4").shape[2] > 3 * 96
 
 
-def test_frames_are_continued(run: Run, clips: Path, tmp_path: Path) -> None:
-    run("sample", clips, "--prompt", "cross", "-n", 1, "-o", tmp_path / "start")
+def test_frames_are_continued(run: Run, clips_folder: Path, tmp_path: Path) -> None:
+    run("sample", clips_folder, "--prompt", "cross", "-n", 1, "-o", tmp_path / "start")
     start = as_array(tmp_path / "start/000000")
-    run("sample", clips, "--frames", tmp_path / "start/000000", "-n", 1, "--num-frames", 9, "-o", tmp_path / "next.npz")
+    run(
+        "sample",
+        clips_folder,
+        "--frames",
+        tmp_path / "start/000000",
+        "-n",
+        1,
+        "--num-frames",
+        9,
+        "-o",
+        tmp_path / "next.npz",
+    )
     with np.load(tmp_path / "next.npz") as arrays:
         assert arrays["arr_0"].shape == (1, 9, 8, 8, 3)
         np.testing.assert_array_equal(arrays["arr_0"][0, :5], start)
 
 
-def test_geneval_layout(run: Run, words: Path, tmp_path: Path) -> None:
+def test_geneval_layout(run: Run, words_folder: Path, tmp_path: Path) -> None:
     lines = [{"tag": "color", "prompt": "a red apple"}, {"tag": "single", "prompt": "octopus"}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ("sample", words, "--geneval", tmp_path / "metadata.jsonl", "-n", 3, "-o", tmp_path / "out")
+    command = ("sample", words_folder, "--geneval", tmp_path / "metadata.jsonl", "-n", 3, "-o", tmp_path / "out")
     assert "3 pictures of each of 2 prompts" in run(*command)
     for index, line in enumerate(lines):
         folder = tmp_path / f"out/{index:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == line
         assert [path.name for path in sorted((folder / "samples").iterdir())] == ["0000.png", "0001.png", "0002.png"]
-    pipe = Pipeline.from_pretrained(words, device="cpu")
+    pipe = Pipeline.from_pretrained(words_folder, device="cpu")
     both = pipe(prompt=["a red apple", "octopus"], num_images_per_prompt=3, seed=0, output_type="np").images
     with Image.open(tmp_path / "out/00001/samples/0001.png") as picture:
         assert abs(np.asarray(picture).astype(int) - both[4]).max() <= 1
@@ -173,36 +147,42 @@ def test_geneval_layout(run: Run, words: Path, tmp_path: Path) -> None:
     assert "holds parts of another set: seed 0 instead of 1" in run(*command, "--seed", 1, code=2)
 
 
-def test_mistakes(run: Run, words: Path, clips: Path, toy_folder: Path, tmp_path: Path) -> None:
+def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "a.png")
     for arguments, message in (
         ((toy_folder, "--prompt", "a", *out), "takes no prompts; it takes class labels"),
         ((toy_folder, "--frames", tmp_path, *out), "takes no frames; it takes class labels"),
-        ((words, "--class-label", "a", *out), "takes no class labels; it takes prompts"),
-        ((words, *out), "say what to make: this model takes prompts"),
-        ((words, "--prompt", "a", "-o", tmp_path / "a.mp4"), "this model makes pictures: output"),
-        ((words, "--prompts-file", tmp_path / "none.txt", *out), "none.txt"),
-        ((words, "--prompt", "a", "--num-frames", 3, *out), "num_frames is for models that make clips"),
-        ((clips, *out), "say what to make: this model takes prompts, frames"),
-        ((clips, "--prompt", "a", "-o", tmp_path / "a.avi"), "must end in .png, .gif or .npz (clips also .mp4, .webp)"),
-        ((clips, "--prompt", "a", "--gif", *out), "--gif shows pictures growing"),
-        ((clips, "--frames", tmp_path / "none.gif", *out), "none.gif"),
-        ((words, "--prompt", "a", "--geneval", tmp_path / "m", *out), "--labels and --geneval say what is drawn"),
+        ((words_folder, "--class-label", "a", *out), "takes no class labels; it takes prompts"),
+        ((words_folder, *out), "say what to make: this model takes prompts"),
+        ((words_folder, "--prompt", "a", "-o", tmp_path / "a.mp4"), "this model makes pictures: output"),
+        ((words_folder, "--prompts-file", tmp_path / "none.txt", *out), "none.txt"),
+        ((words_folder, "--prompt", "a", "--num-frames", 3, *out), "num_frames is for models that make clips"),
+        ((clips_folder, *out), "say what to make: this model takes prompts, frames"),
+        (
+            (clips_folder, "--prompt", "a", "-o", tmp_path / "a.avi"),
+            "(clips also .mp4, .webp)",
+        ),
+        ((clips_folder, "--prompt", "a", "--gif", *out), "--gif shows pictures growing"),
+        ((clips_folder, "--frames", tmp_path / "none.gif", *out), "none.gif"),
+        (
+            (words_folder, "--prompt", "a", "--geneval", tmp_path / "m", *out),
+            "--labels and --geneval say what",
+        ),
         ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "takes no prompts"),
-        ((words, "--text-encoder", tmp_path, "--prompt", "a", *out), "is no text encoder"),
+        ((words_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "is no text encoder"),
     ):
         assert message in run("sample", *arguments, code=2), message
     (tmp_path / "broken.gif").write_bytes(b"GIF89a nothing")
-    assert "broken.gif" in run("sample", clips, "--frames", tmp_path / "broken.gif", *out, code=2)
+    assert "broken.gif" in run("sample", clips_folder, "--frames", tmp_path / "broken.gif", *out, code=2)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    assert "is not UTF-8 text" in run("sample", words, "--prompts-file", tmp_path / "latin.txt", *out, code=2)
+    assert "is not UTF-8 text" in run("sample", words_folder, "--prompts-file", tmp_path / "latin.txt", *out, code=2)
     (tmp_path / "empty.txt").write_text("\n")
-    assert "holds no prompts" in run("sample", words, "--prompts-file", tmp_path / "empty.txt", *out, code=2)
+    assert "holds no prompts" in run("sample", words_folder, "--prompts-file", tmp_path / "empty.txt", *out, code=2)
 
 
 @pytest.mark.parametrize(("package", "extra"), [("av", "video"), ("transformers", "text")])
 def test_missing_packages_are_named(
-    run: Run, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+    run: Run, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
     found = builtins.__import__
 
@@ -213,12 +193,12 @@ def test_missing_packages_are_named(
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setattr("nar.cli.sample.find_spec", lambda name: None if name == package else object())
-    failed = run("sample", clips, "--prompt", "a", "-o", tmp_path / "a.mp4", code=2)
+    failed = run("sample", clips_folder, "--prompt", "a", "-o", tmp_path / "a.mp4", code=2)
     assert f"pip install nar-gen[{extra}]" in failed
 
 
-def test_info_says_what_a_model_is_told(run: Run, clips: Path) -> None:
-    facts = json.loads(run("info", clips, "--json"))
+def test_info_says_what_a_model_is_told(run: Run, clips_folder: Path) -> None:
+    facts = json.loads(run("info", clips_folder, "--json"))
     assert facts["makes"] == "clips of 5 frames of 8x8 pixels, 5 frames per second"
-    assert facts["text"].startswith("6 features of width 16")
+    assert facts["text"].startswith("10 features of width 16")
     assert facts["given frames"] == "0, 1 or 3"

@@ -3,72 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from conftest import make_model
 from nar import ClassCondition, Pipeline
 from nar.clips import as_array, save_clip
 from nar.condition import PrefixCondition
 from nar.sampling import Sampling, generate
-from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from toy_models import PaintTokenizer, causal, larp, paint
 
 GREEDY = {"temperature": 0.0, "guidance_scale": 1.0}
-
-
-class PaintTokenizer(nn.Module):
-    """Code k is a pixel of grey 4 k: nothing is lost, and every code belongs to its place."""
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=vocab_size)
-
-    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        return grid
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        return ((pixels[:, 0] + 1) * 127.5 / 4).round().long()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return (codes[:, None].float() * 4 / 127.5 - 1).expand(-1, 3, *codes.shape[1:])
-
-
-def paint(codes: Tensor) -> np.ndarray:
-    """The clip (T, H, W, 3) that these codes (T, H, W) stand for."""
-    return np.repeat((codes * 4).to(torch.uint8).numpy()[..., None], 3, -1)
-
-
-def larp() -> VideoTokenizer:
-    torch.manual_seed(2)
-    tokenizer = VideoTokenizer(
-        VideoTokenizerConfig(
-            num_frames=6, image_size=8, patch_size=4, temporal_patch_size=2, num_tokens=12, grid=(3, 2, 2),
-            encoder_dim=16, num_encoder_layers=1, num_encoder_heads=2,
-            decoder_dim=16, num_decoder_layers=1, num_decoder_heads=2, vocab_size=24, code_dim=4,
-        )
-    )  # fmt: skip
-    nn.init.normal_(tokenizer.to_pixels.weight)
-    return tokenizer.eval()
-
-
-def causal() -> CausalTokenizer:
-    """1 + 2 + 2 frames of 8x8 as 3x2x2 codes of 24."""
-    torch.manual_seed(3)
-    tokenizer = CausalTokenizer(
-        CausalTokenizerConfig(
-            vocab_size=24, code_dim=4, frames_per_code=2, patch_size=4, fold=2, channels=8, num_blocks=1, dim=16,
-            num_heads=2, hidden_dim=16, num_encoder_layers=1, num_decoder_layers=1,
-        )
-    )  # fmt: skip
-    for layer in (tokenizer.first_out, tokenizer.group_out):
-        nn.init.normal_(layer.weight, std=0.3)
-    return tokenizer.eval()
 
 
 def random_clip(length: int, seed: int = 0, size: int = 8) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nar import Pipeline, TextCondition
-from test_frames import PaintTokenizer, paint
 from test_golden_models import Case, cases
+from toy_models import PaintTokenizer, paint
 
 pytestmark = pytest.mark.golden
 

@@ -22,9 +22,9 @@ SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperatur
 
 
 @app.command(
-    epilog="Examples: nar sample fashion --class-label sneaker -n 8 --seed 1 -o sneakers.png --gif; "
-    'nar sample MODEL --prompt "a red apple" --prompt "purple octopus" -n 4 -o sheet.png; '
-    "nar sample MODEL --frames start.gif -o next.gif"
+    epilog="Example: nar sample fashion --class-label sneaker -n 8 --seed 1 -o sneakers.png --gif. "
+    'With words: --prompt "a red apple" --prompt "purple octopus" -n 4 -o sheet.png. '
+    "Clips: --frames start.gif -o next.gif."
 )
 def sample(
     model: Model,
