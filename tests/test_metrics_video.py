@@ -166,4 +166,4 @@ def test_the_command_judges_clips(
         assert name in capsys.readouterr().out
         report = json.loads((tmp_path / "report.json").read_text())
         assert name in report
-        assert name in report["calibration"]
+        assert name in report["calibration"]["10 % of patches exchanged"]
