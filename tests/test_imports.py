@@ -36,7 +36,8 @@ ALLOWED = {
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition"},
+    "samples": {"pipeline", "sampling", "condition", "folder"},
+    "calibration": {"tokenizer"},
     "cli": None,
 }  # fmt: skip
 

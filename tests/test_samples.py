@@ -70,7 +70,10 @@ def test_a_stopped_set_goes_on_with_the_same_settings_only(
 
 def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
     for options, message in (
-        (["--labels", "even", "-o", "a.npz"], "labels must be one of balanced, random, not 'even'"),
+        (
+            ["--labels", "even", "-o", "a.npz"],
+            "even does not exist; classes are read from a folder",
+        ),
         (["--labels", "random", "-o", "a.png"], "must end in .npz"),
         (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "goes with neither --class-label nor --gif"),
     ):

@@ -36,7 +36,8 @@ def sample(
         str | None,
         typer.Option(
             "--labels",
-            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes.",
+            help="A set for evaluation, shared by torchrun's processes: balanced or random classes, or those of these real "
+            "pictures (a folder, .npz, .parquet, fashion-mnist), in pairs as `nar eval --labels real` compares them.",
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -141,9 +142,9 @@ def _sample_set(
 ) -> None:  # fmt: skip
     import dataclasses
 
-    from nar.folder import digest
+    from nar.cli.evaluate import real_classes
     from nar.pipeline import Pipeline, find_model
-    from nar.samples import sample_set
+    from nar.samples import LABELS, made_by, sample_set
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
@@ -152,10 +153,12 @@ def _sample_set(
         sampling = dataclasses.replace(
             pipe.sampling, **{key: value for key, value in given.items() if value is not None}
         )
+        num_frames = getattr(pipe.tokenizer.config, "num_frames", None)
+        names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
         sample_set(
-            pipe, output, number, labels, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
+            pipe, output, number, names, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
             num_processes=workers.count, wait=workers.wait,
-            settings={"model": digest(find_model(model)), "dtype": dtype, "grid": grid or ""},
+            settings={"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))},
         )  # fmt: skip
         if workers.first:
             typer.echo(f"{number} pictures, {labels} labels\nwrote {output}")

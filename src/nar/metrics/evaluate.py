@@ -41,7 +41,7 @@ from nar.metrics.frechet import (
     resampled_kernel_distance,
 )
 from nar.metrics.inception import load_inception
-from nar.metrics.pictures import Source, batches, count, digest, extent
+from nar.metrics.pictures import Source, batches, count, digest, extent, fingerprint
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
@@ -111,6 +111,7 @@ class EfficientNetDetector:
         return f"{metric}-{self.label}"
 
     def __call__(self, images: Tensor) -> Detected:
+        _refuse_clips(images)
         return Detected(self.network.features(images.to(self.device)))
 
 
@@ -130,8 +131,17 @@ class InceptionDetector:
         return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
 
     def __call__(self, images: Tensor) -> Detected:
+        _refuse_clips(images)
         output = self.network(images.to(self.device))
         return Detected(output.pooled[2048], output.spatial, output.logits_unbiased.softmax(1))
+
+
+def _refuse_clips(images: Tensor) -> None:
+    if images.ndim == 5:
+        raise ValueError(
+            f"these are clips of {images.shape[2]} frames, this network judges pictures; give --video or --i3d FILE "
+            "(a detector of nar.metrics.video)"
+        )
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,7 @@ def evaluate(
         only_real: the places of the real pictures to compare with, by default all.
         keep: feature rows held of each set; Frechet distances use all pictures, the rest these rows.
         resamplings: for the confidence intervals, 0 turns them off.
-        cache: folder where the features of files are kept, by hash.
+        cache: folder where the features of files and of lists of arrays are kept, by hash.
         settings: how the fake pictures were made, copied into the report.
 
     Raises:
@@ -518,10 +528,10 @@ def _gather(
 ) -> FeatureSet:
     """Send a source's pictures, or `only` those at some places, through the detector, or take it from the cache."""
     path = None
-    if cache is not None and isinstance(source, str | Path):
+    if cache is not None and (key := fingerprint(source)) is not None:
         parts = [
             _CACHE_FORMAT,
-            digest(source),
+            key,
             detector.label,
             detector.digest,
             size,
@@ -694,10 +704,10 @@ def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]
 
 
 def _provenance(source: Source, found: FeatureSet) -> dict[str, Any]:
-    facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None}
+    facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None, "features_from_cache": found.cached}
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        facts |= {"name": path.name, "file_sha256": digest(path), "features_from_cache": found.cached}
+        facts |= {"name": path.name, "file_sha256": digest(path)}
         if (path / "samples.json").is_file():  # as `nar sample` writes it
             records = json.loads((path / "samples.json").read_text(encoding="utf-8"))
             facts["made_with"] = {k: v for k, v in records[0].items() if k not in ("file", "label", "index")}

@@ -103,6 +103,8 @@ def classes(source: str | Path, num_frames: int | None = None) -> list[str]:
         ValueError: the source names no classes.
     """
     path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; classes are read from a folder, an .npz or a .parquet file")
     if path.is_dir():
         files = _files(path)
         if any(file.parent == path for file in files):
@@ -144,6 +146,19 @@ def digest(path: str | Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
             state.update(block)
+    return state.hexdigest()
+
+
+def fingerprint(source: Source) -> str | None:
+    """What names a source's contents: `digest` of a file, the SHA-256 of arrays in a list; None of anything else."""
+    if isinstance(source, str | Path):
+        return digest(source)
+    if not isinstance(source, list | tuple) or not all(isinstance(item, np.ndarray) for item in source):
+        return None
+    state = hashlib.sha256()
+    for array in source:
+        state.update(f"{array.dtype} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
 
 
