@@ -36,8 +36,8 @@ def sample(
         str | None,
         typer.Option(
             "--labels",
-            help="A set for evaluation, shared by torchrun's processes: balanced or random classes, or those of these real "
-            "pictures (a folder, .npz, .parquet, fashion-mnist), in pairs as `nar eval --labels real` compares them.",
+            help="A set for evaluation, shared by torchrun's processes: balanced or random classes, or those of these "
+            "real pictures (a folder, .npz, .parquet, fashion-mnist), paired as by `nar eval --labels real`.",
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -153,12 +153,13 @@ def _sample_set(
         sampling = dataclasses.replace(
             pipe.sampling, **{key: value for key, value in given.items() if value is not None}
         )
+        settings = {"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))}
         num_frames = getattr(pipe.tokenizer.config, "num_frames", None)
         names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
         sample_set(
             pipe, output, number, names, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
             num_processes=workers.count, wait=workers.wait,
-            settings={"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))},
+            settings=settings,
         )  # fmt: skip
         if workers.first:
             typer.echo(f"{number} pictures, {labels} labels\nwrote {output}")

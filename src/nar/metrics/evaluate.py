@@ -405,21 +405,20 @@ def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 def as_table(report: dict[str, Any]) -> str:
     """The report's numbers as a Markdown table: a metric a row; fake, floor and calibration side by side."""
-    columns = [("fake", report)]
-    columns += [
+    columns = [
         (name, report[key])
         for key, name in (("at_floor_counts", "fake at the floor's counts"), ("floor", "floor: real"))
         if key in report
     ]
     columns += [(f"real, {name}", row) for name, row in report.get("calibration", {}).items()]
     lines = [
-        f"| | {' | '.join(name for name, _ in columns)} | 95 % of fake |",
-        "|---|" + "---|" * (len(columns) + 1),
+        f"| | fake | 95 % | {' | '.join(name for name, _ in columns)}".rstrip("| ") + " |",
+        "|---|" + "---|" * (len(columns) + 2),
     ]
     for name in metric_names(report):
-        cells = [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
         low_high = report["interval"].get(name)
-        cells.append(f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else "")
+        cells = [f"{report[name]:.5g}", f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else ""]
+        cells += [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
         mark = " (primary)" if name == report["primary"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
