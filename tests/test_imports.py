@@ -37,7 +37,8 @@ ALLOWED = {
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition", "tokenizer"},
+    "samples": {"pipeline", "sampling", "condition", "folder", "tokenizer"},
+    "calibration": {"tokenizer"},
     "cli": None,
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from nar.precision import convert
 from nar.sampling import Sampling, Session, generate_fronts
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.tokenizer.pixels import as_images
 
 BUNDLED = Path(__file__).parent / "bundled"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -463,6 +464,8 @@ class Pipeline:
         """The codes of each clip's last frames; the last one is repeated to the length that the tokenizer reads."""
         prefix, device = self.model.config.prefix_grid, self.model.device
         counts = [self._window(clip) for clip in clips]
+        if min(counts) < self.given_frames[0]:
+            raise ValueError("this model continues clips: give it frames")
         codes = torch.zeros(len(clips), *prefix, dtype=torch.long, device=device)
         found: dict[int, Tensor] = {}
         for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
@@ -604,7 +607,7 @@ def _as_output(pixels: Sequence[Tensor], output_type: str) -> Any:
     """Pictures (3, H, W) or clips (3, T, H, W) in -1..1 as one of the output types."""
     if output_type == "pt":
         return torch.stack(list(pixels))
-    arrays = [((one + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy() for one in pixels]
+    arrays = [as_images(one[None])[0] for one in pixels]
     if output_type == "np":
         return np.stack(arrays)
     return [

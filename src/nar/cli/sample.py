@@ -67,7 +67,9 @@ def sample(
         str | None,
         typer.Option(
             "--labels",
-            help="balanced or random, over all classes: a set for evaluation, shared by torchrun's processes.",
+            help="A set for evaluation, shared by torchrun's processes: balanced or random classes, or those of these "
+            "real pictures (a folder, .npz, .parquet, fashion-mnist), paired as by `nar eval --labels real`; or "
+            "prompts: one picture of each line of --prompts-file.",
         ),
     ] = None,
     geneval: Annotated[
@@ -112,11 +114,16 @@ def sample(
     given: dict[str, Any] = {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
     told = class_label or prompt or prompts_file or frames
     if drawn_labels is not None or geneval is not None:
-        if told or gif:
-            raise ValueError("--labels and --geneval say what is drawn: no --class-label, --prompt, --frames or --gif")
+        of_prompts = drawn_labels == "prompts"
+        if class_label or prompt or frames or gif or bool(prompts_file) != of_prompts:
+            raise ValueError(
+                "--labels and --geneval say what is drawn: they go with no --class-label, --prompt, --frames or --gif, "
+                "and --labels prompts with --prompts-file FILE"
+            )
         _sample_set(
-            model, output, number, drawn_labels, geneval, given, seed, grid, batch_size, device, dtype, text_encoder
-        )
+            model, output, number, drawn_labels or "", _lines(prompts_file) if prompts_file else [], geneval, given,
+            seed, grid, batch_size, device, dtype, text_encoder,
+        )  # fmt: skip
         return
     _check_output(output)
     from time import perf_counter
@@ -200,27 +207,33 @@ def _lines(path: Path) -> list[str]:
 
 
 def _sample_set(
-    model: str, output: Path, number: int, labels: str | None, geneval: Path | None, given: dict[str, Any], seed: int,
-    grid: str | None, batch_size: int, device: str | None, dtype: str, text_encoder: str | None,
+    model: str, output: Path, number: int, labels: str, prompts: list[str], geneval: Path | None,
+    given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
+    text_encoder: str | None,
 ) -> None:  # fmt: skip
-    from nar.folder import digest
+    from nar.cli.evaluate import real_classes
     from nar.pipeline import Pipeline, find_model
-    from nar.samples import geneval_set, sample_set
+    from nar.samples import LABELS, geneval_set, made_by, sample_set
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
         pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype, text_encoder=text_encoder)
         pipe = pipe if grid is None else pipe.at_grid(sizes(grid))
+        settings = {"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))}
         options: dict[str, Any] = {
             "sampling": dataclasses.replace(pipe.sampling, **given), "seed": seed, "batch_size": batch_size,
-            "rank": workers.rank, "num_processes": workers.count, "wait": workers.wait,
-            "settings": {"model": digest(find_model(model)), "dtype": dtype, "grid": grid or ""},
+            "rank": workers.rank, "num_processes": workers.count, "wait": workers.wait, "settings": settings,
         }  # fmt: skip
         if geneval is not None:
             drawn = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"
+        elif prompts:
+            drawn = f"a picture of each of {len(prompts)} prompts"
+            sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
         else:
-            sample_set(pipe, output, number, labels or "", **options)
+            num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
+            names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
             drawn = f"{number} pictures, {labels} labels"
+            sample_set(pipe, output, number, names, **options)
         if workers.first:
             typer.echo(f"{drawn}\nwrote {output}")
 
