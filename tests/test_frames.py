@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_model
-from nar import ClassCondition, Pipeline
+from conftest import make_condition, make_model
+from nar import ClassCondition, Pipeline, pipeline
 from nar.clips import as_array, save_clip
 from nar.condition import PrefixCondition
 from nar.sampling import Sampling, generate
+from reference import reference_generate
 from toy_models import PaintTokenizer, causal, larp, paint
 
 GREEDY = {"temperature": 0.0, "guidance_scale": 1.0}
@@ -120,6 +121,49 @@ def test_what_is_not_given_is_not_seen(partly: Pipeline) -> None:
         results.append(partly.model(torch.zeros(1, 3, 2, 2).long(), (labels, PrefixCondition(codes, mask))))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_masked_codes_with_words_decode_as_the_reference_says(attention: str) -> None:
+    model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), prefix_attention=attention)
+    condition = make_condition(model, 3)
+    assert isinstance(condition, tuple)
+    given = condition[-1]
+    assert isinstance(given, PrefixCondition)
+    mask = torch.zeros_like(given.codes, dtype=torch.bool)
+    mask[1, :1] = mask[2] = True  # nothing, half, everything
+    condition = (*condition[:-1], PrefixCondition(given.codes, mask))
+    for sampling in (Sampling(temperature=0), Sampling(guidance_scale=2.5, guidance_interval=4, top_p=0.9)):
+        made = generate(model, condition, sampling, seed=5)
+        assert torch.equal(made, reference_generate(model, condition, sampling, 5))
+    with pytest.raises(ValueError, match="must have one shape"):
+        PrefixCondition(given.codes, mask[:, :1])
+
+
+def test_given_codes_have_places() -> None:
+    """With rotary positions and full attention two given codes that change places change the prediction."""
+    model = make_model("frames-full", grid=(2, 2, 3), positions="rope")
+    codes = torch.arange(12).view(1, 2, 2, 3)
+    swapped = codes.clone()
+    swapped[0, 0, 0, 0], swapped[0, 1, 1, 1] = codes[0, 1, 1, 1], codes[0, 0, 0, 0]
+    empty = torch.zeros(1, 2, 2, 3, dtype=torch.long)
+    with torch.no_grad():
+        first, second = (model(empty, PrefixCondition(given)) for given in (codes, swapped))
+    assert (first - second).abs().max() > 0.01
+
+
+def test_decoding_takes_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipeline(make_model("video", grid=(3, 2, 2)), larp())
+    codes = torch.randint(24, (7, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    whole, seen = pipe.pictures(codes, "pt"), []
+    decode = pipe.tokenizer.decode
+    monkeypatch.setattr(pipe.tokenizer, "decode", lambda part: seen.append(len(part)) or decode(part))
+    monkeypatch.setattr(pipeline, "DECODED_PIXELS", 3 * 6 * 8 * 8 + 1)
+    torch.testing.assert_close(pipe.pictures(codes, "pt"), whole)
+    assert seen == [3, 3, 1]
+    monkeypatch.setattr(pipeline, "DECODED_PIXELS", 1)  # larger pictures than that come one by one
+    pipe.pictures(codes, "np")
+    assert seen[3:] == [1] * 7
 
 
 def test_longer_clips_slide_the_window(partly: Pipeline) -> None:
