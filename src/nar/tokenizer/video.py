@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +91,10 @@ class VideoTokenizerConfig:
             raise ValueError("a stochastic quantiser compares directions: set l2_norm to true, or stochastic to false")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}; null means that it is learned")
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """Frames, height and width that codes of `grid` stand for: always those of the sizes."""
+        return self.num_frames, self.image_size, self.image_size
 
     @property
     def patch_grid(self) -> tuple[int, int, int]:

@@ -16,21 +16,33 @@ from nar.training.distributed import Workers
 
 @dataclass(frozen=True)
 class AdversaryConfig:
-    """A PatchGAN with hinge losses.
+    """A PatchGAN with hinge losses; `weight` 0 turns it off.
 
-    `weight` is the strength of its gradient at the decoder's last layer, relative to that of the reconstruction loss
-    (VQGAN's adaptive weight); 0 turns it off. It acts from step `start` on, and is trained from the beginning.
+    With `adaptive`, `weight` is the strength of its gradient at the decoder's last layer relative to that of the
+    reconstruction loss (VQGAN); otherwise its loss is simply multiplied by `weight` (LlamaGen). It acts on the
+    tokenizer from step `start` on, and is itself trained from step `learn_from` on: with the published trainers that
+    is `start` too. `clip_norm` bounds the norm of its gradient, 0 does not.
     """
 
     weight: float = 0.0
     start: int = 0
+    adaptive: bool = True
+    learn_from: int = 0
     channels: int = 64
     num_layers: int = 3
     learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
         if self.weight < 0:
             raise ValueError(f"adversary.weight must be at least 0, not {self.weight}")
+        if self.learn_from > self.start:
+            raise ValueError(
+                f"adversary.learn_from {self.learn_from} is after adversary.start {self.start}: "
+                "an untrained discriminator would act on the tokenizer"
+            )
 
 
 class Adversary:
@@ -39,7 +51,7 @@ class Adversary:
     def __init__(self, config: AdversaryConfig, workers: Workers) -> None:
         self.config, self._workers = config, workers
         self.discriminator = PatchDiscriminator(config.channels, config.num_layers).to(workers.device)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=(0.5, 0.9))
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=config.betas)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def loss(self, real: Tensor, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, step: int) -> Tensor:
@@ -47,20 +59,28 @@ class Adversary:
 
         `reconstruction` is its reconstruction loss, and `last_layer` the weight at which the two are balanced.
         """
-        self._seen.append((real.float(), fake.detach().float()))
+        if step >= self.config.learn_from:
+            self._seen.append((real.float(), fake.detach().float()))
         if step < self.config.start:
             return torch.zeros((), device=fake.device)
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(False)
         adversarial = generator_hinge_loss(self.discriminator(fake))
+        if not self.config.adaptive:
+            return self.config.weight * adversarial
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (had,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
         balance = (wanted.norm() / (had.norm() + 1e-6)).clamp(max=1e4)
         weighted: Tensor = self.config.weight * balance * adversarial
         return weighted
 
-    def update(self) -> Tensor:
-        """One step of the discriminator on the pictures seen since the last one; returns its own loss."""
+    def update(self) -> Tensor | None:
+        """One step of the discriminator on the pictures seen since the last one; returns its own loss.
+
+        None when it saw none, before it learns.
+        """
+        if not self._seen:
+            return None
         real, fake = (torch.cat(pictures) for pictures in zip(*self._seen, strict=True))
         self._seen = []
         for parameter in self.discriminator.parameters():
@@ -71,6 +91,8 @@ class Adversary:
         for parameter in self.discriminator.parameters():
             if parameter.grad is not None:
                 parameter.grad = self._workers.sum(parameter.grad) / self._workers.count
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.clip_norm)
         self.optimizer.step()
         return loss.detach()
 
