@@ -34,7 +34,10 @@ ALLOWED = {
         "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
         "sheet", "text",
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips"},
+    "pipeline": {
+        "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips", "window"
+    },
+    "window": {"condition", "model", "tokenizer"},
     "convert": {"model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"

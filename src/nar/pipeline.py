@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar.clips import Frames, as_array, fitted, several
-from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, TextCondition
+from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondition
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
@@ -31,11 +31,11 @@ from nar.sampling import Sampling, Session, generate_fronts
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
 from nar.tokenizer.pixels import as_images
+from nar.window import Window
 
 BUNDLED = Path(__file__).parent / "bundled"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
-KINETICS_GIVEN = 5  # frames, of 16: the published protocol of frame prediction
 
 Callback = Callable[["Pipeline", int, Tensor], None]
 
@@ -120,8 +120,7 @@ class Pipeline:
 
     Args:
         text: the encoder for prompts: loaded at the first prompt when given as its config.
-        given_frames: numbers of frames that frame prediction was trained to continue; 0 among them lets it begin
-            without any. By default as many as the model's prefix holds, or 5 where that is a whole clip.
+        given_frames: numbers of frames that frame prediction was trained to continue; see `nar.window.Window`.
         frame_rate: of clips, frames per second.
     """
 
@@ -148,7 +147,7 @@ class Pipeline:
         self.sampling = sampling or Sampling()
         self.text = text
         self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
-        self.given_frames = tuple(sorted(given_frames)) or self._usual_frames()
+        self.window = Window(model, tokenizer, given_frames)
         self.frame_rate = frame_rate
 
     @classmethod
@@ -202,7 +201,7 @@ class Pipeline:
             self.class_names,
             self.sampling,
             text=self.text,
-            given_frames=self.given_frames,
+            given_frames=self.window.counts,
             frame_rate=self.frame_rate,
         )
 
@@ -316,7 +315,7 @@ class Pipeline:
             seed = generator.initial_seed() if generator is not None else secrets.randbits(32)
         requests = self.requests(class_labels, prompt, negative_prompt, frames)
         requests = [request for request in requests for _ in range(num_images_per_prompt)]
-        if sampling.guidance_scale == 1.0 and any(request.negative for request in requests):
+        if sampling.guidance_scale == 1.0 and any(_says(request.negative) for request in requests):
             raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
         if known is not None and len(known) != len(requests):
             raise ValueError(f"known has {len(known)} rows for {len(requests)} pictures")
@@ -357,7 +356,7 @@ class Pipeline:
                 raise ValueError(f"this model takes no {name}; it takes {self._inputs()}")
         if class_labels is None and prompt is None and frames is None:
             raise ValueError(f"say what to make: this model takes {self._inputs()}")
-        if config.prefix_grid and frames is None and 0 not in self.given_frames:
+        if config.prefix_grid and frames is None and 0 not in self.window.counts:
             raise ValueError("this model continues clips: give it frames")
         if config.num_classes and class_labels is None and not config.null_class:
             raise ValueError("this model has no null class: give it class labels too")
@@ -407,7 +406,7 @@ class Pipeline:
             known = None
             longer = []
             for clip, made in zip(clips, self.decode(codes, exact=exact), strict=True):
-                added = made[:, self._window(clip) :]
+                added = made[:, self.window.count(clip) :]
                 longer.append(added if clip is None else torch.cat([clip, added], 1))
             if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
                 break
@@ -417,29 +416,29 @@ class Pipeline:
     def condition(self, requests: Sequence[Request]) -> tuple[Condition, Condition | None]:
         """What the model is told, and what guidance leads it away from where that is not simply the null condition."""
         config = self.model.config
-        told: list[Part] = []
-        apart: list[Part] = []
-        if config.num_classes:
-            labels = torch.tensor([request.label for request in requests])
-            told.append(ClassCondition(labels))
-            apart.append(ClassCondition(torch.full_like(labels, NULL_CLASS)))
-        if config.text_dim:
-            told.append(self._words([request.prompt for request in requests]))
-            apart.append(
-                self._words(
-                    [request.negative if _says(request.negative) else request.prompt for request in requests],
-                    [not _says(request.negative) for request in requests],
-                )
-            )
-        if config.prefix_grid:
-            prefix = self._prefix([request.frames for request in requests])
-            told.append(prefix)
-            apart.append(prefix)
-        negative = any(_says(request.negative) for request in requests)
-        return tuple(told), tuple(apart) if negative else None
+        labels = torch.tensor([request.label for request in requests])
+        prefix = self.window.condition([request.frames for request in requests]) if config.prefix_grid else None
 
-    def _words(self, prompts: Sequence[str], null: Sequence[bool] | None = None) -> TextCondition:
-        """The features of each caption, encoded alone so that they do not depend on the others; empty ones are null."""
+        def together(labels: Tensor, prompts: Sequence[str], null: Sequence[bool]) -> tuple[Part, ...]:
+            parts: list[Part | None] = [
+                ClassCondition(labels) if config.num_classes else None,
+                self._words(prompts, null) if config.text_dim else None,
+                prefix,
+            ]
+            return tuple(part for part in parts if part is not None)
+
+        told = together(labels, [request.prompt for request in requests], [False] * len(requests))
+        led = [_says(request.negative) for request in requests]
+        if not any(led):
+            return told, None
+        apart = [request.negative if says else request.prompt for request, says in zip(requests, led, strict=True)]
+        return told, together(torch.full_like(labels, NULL_CLASS), apart, [not says for says in led])
+
+    def _words(self, prompts: Sequence[str], null: Sequence[bool]) -> TextCondition:
+        """The features of each caption, encoded alone so that they do not depend on the others.
+
+        Those marked in `null`, and those that say nothing, are the null condition.
+        """
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for prompt in prompts:
             if prompt not in found:
@@ -447,7 +446,7 @@ class Pipeline:
         features, masks, blank = (
             torch.cat(parts).to(self.model.device) for parts in zip(*(found[prompt] for prompt in prompts), strict=True)
         )
-        return TextCondition(features, masks, blank if null is None else blank | torch.tensor(null).to(blank.device))
+        return TextCondition(features, masks, blank | torch.tensor(null).to(blank.device))
 
     def _features(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
         """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,)."""
@@ -459,50 +458,6 @@ class Pipeline:
         last = torch.arange(config.text_length, device=device) == config.text_length - 1  # where the text ends
         features = torch.zeros(1, config.text_length, config.text_dim, device=device)
         return features, last[None], torch.ones(1, dtype=torch.bool, device=device)
-
-    def _prefix(self, clips: Sequence[Tensor | None]) -> PrefixCondition:
-        """The codes of each clip's last frames; the last one is repeated to the length that the tokenizer reads."""
-        prefix, device = self.model.config.prefix_grid, self.model.device
-        counts = [self._window(clip) for clip in clips]
-        if min(counts) < self.given_frames[0]:
-            raise ValueError("this model continues clips: give it frames")
-        codes = torch.zeros(len(clips), *prefix, dtype=torch.long, device=device)
-        found: dict[int, Tensor] = {}
-        for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
-            if clip is None or not count:
-                continue
-            if id(clip) not in found:
-                last = clip[:, clip.shape[1] - count :]
-                repeated = last[:, -1:].expand(-1, self.pixel_shape[0] - count, -1, -1)
-                with torch.inference_mode():
-                    found[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : prefix[0]]
-            codes[row] = found[id(clip)]
-        if len(self.given_frames) == 1:
-            return PrefixCondition(codes)
-        steps = torch.tensor([self._given_steps(count) for count in counts], device=device)
-        mask = torch.arange(prefix[0], device=device) < steps[:, None]
-        return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
-
-    def _usual_frames(self) -> tuple[int, ...]:
-        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
-        if not prefix:
-            return (0,)
-        length = self.pixel_shape[0]
-        if prefix[0] == grid[0]:
-            return (min(KINETICS_GIVEN, max(1, length - 1)),)
-        return (1 + (prefix[0] - 1) * ((length - 1) // (grid[0] - 1)),)
-
-    def _given_steps(self, count: int) -> int:
-        """How many steps in time the codes of `count` given frames fill: all, unless the tokenizer is causal."""
-        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
-        if not count or prefix[0] == grid[0]:
-            return prefix[0] if count else 0
-        return 1 + (count - 1) * (grid[0] - 1) // (self.pixel_shape[0] - 1)
-
-    def _window(self, clip: Tensor | None) -> int:
-        """How many of a clip's last frames are the condition."""
-        length = 0 if clip is None else clip.shape[1]
-        return max((count for count in self.given_frames if count <= length), default=0)
 
     def _codes(
         self,
@@ -516,9 +471,10 @@ class Pipeline:
     ) -> Tensor:
         """One pass of the model: codes (B, *grid)."""
         condition, negative = self.condition(batch)
-        if sampling.guidance_scale == 1.0:
-            negative = None
-        known = self._given(condition) if known is None else known
+        told = any(request.label >= 0 or _says(request.prompt) for request in batch)
+        if negative is None and not told and (self.model.config.num_classes or self.model.config.text_dim):
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the null condition, led away from itself
+        known = self.window.known(condition) if known is None else known
         codes = torch.empty(0)
         for front, codes in generate_fronts(
             self.model, condition, sampling, negative=negative, seed=seed, indices=indices, known=known,
@@ -528,42 +484,18 @@ class Pipeline:
                 callback(self, front, codes)
         return codes
 
-    def _given(self, condition: Condition) -> Tensor | None:
-        """The codes of the result (B, *grid) that given frames decide, with a causal tokenizer; -1 elsewhere."""
-        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
-        if not prefix or prefix[0] == grid[0]:  # a clip's codes all depend on all of its frames
-            return None
-        part = condition[-1] if isinstance(condition, tuple) else condition
-        assert isinstance(part, PrefixCondition)
-        known = torch.full((len(part), *grid), -1, device=part.codes.device)
-        known[:, : prefix[0]] = part.codes if part.mask is None else part.codes.masked_fill(~part.mask, -1)
-        return known
-
     def _check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
         """Refuse lengths that can't be, before anything is drawn."""
-        lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
         if not self.makes_clips:
             if num_frames is not None:
                 raise ValueError("this model makes pictures: num_frames is for models that make clips")
             return
-        length, needed = self.pixel_shape[0], min((count for count in self.given_frames if count), default=0)
-        if any(0 < given < needed for given in lengths):
-            raise ValueError(
-                f"the clip to continue has {min(lengths - {0})} frames, this model needs at least {needed}"
-            )
-        if num_frames is None:
-            if len(lengths) > 1 and output_type in ("np", "pt"):
-                raise ValueError(f"clips of {sorted(lengths)} given frames grow to several lengths: set num_frames")
-            return
-        if output_type == "codes":
+        if output_type == "codes" and num_frames is not None:
             raise ValueError("codes are those of one pass: leave num_frames out")
-        if num_frames <= max(lengths):
-            raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
-        if not self.model.config.prefix_grid and num_frames > length:
-            raise ValueError(
-                f"num_frames {num_frames} is more than this model's {length}, and it can't continue a clip; "
-                "models with frame prediction can"
-            )
+        lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
+        self.window.check(lengths, num_frames)
+        if num_frames is None and len(lengths) > 1 and output_type in ("np", "pt"):
+            raise ValueError(f"clips of {sorted(lengths)} given frames grow to several lengths: set num_frames")
 
     def _inputs(self) -> str:
         """What the model can be told."""
