@@ -1,11 +1,11 @@
 """Judge real, spoilt and one-sided sets of CIFAR-10 pictures: the metrics must order them as they should.
 
-    python scripts/cifar_metrics.py --data FOLDER --json FILE
+    python scripts/cifar_metrics.py --data FOLDER --json FILE --cache FOLDER
 
 FOLDER holds train.parquet and test.parquet (columns `image`, `label`). The real side is 10,000 training pictures, 1,000
 of each class. The other sides, 10,000 pictures each, are made of the test set: unchanged (the floor), with 5 % of the
 8x8 patches exchanged between pictures, with Gaussian noise, blurred, without horses (whose places other training
-pictures take), and 1,000 pictures ten times over.
+pictures take), and 1,000 pictures ten times over. Features are kept in the cache: a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,17 +30,25 @@ from nar.metrics import evaluate
 from nar.metrics.evaluate import Detected, EfficientNetDetector, metric_names, swap_patches
 
 HORSE = 7
+SAVED = 1000  # features written to the cache at once
 
 
 class Remembering:
-    """EfficientNet-Lite0 that looks at every picture once, although the sets share many."""
+    """EfficientNet-Lite0 that looks at every picture once, although the sets share many, and after a restart too."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path) -> None:
         self.detector = EfficientNetDetector()
         self.label, self.num_features = self.detector.label, self.detector.num_features
         self.digest, self.ddof, self.name = self.detector.digest, self.detector.ddof, self.detector.name
+        self.cache = cache
         self.known: dict[bytes, Tensor] = {}
+        self.unsaved: list[bytes] = []
         self.num_new, self.seconds = 0, 0.0
+        cache.mkdir(parents=True, exist_ok=True)
+        for path in cache.glob("*.npz"):
+            with np.load(path) as file:
+                keys, rows = file["keys"], torch.from_numpy(file["rows"])
+            self.known |= {key.tobytes(): row for key, row in zip(keys, rows, strict=True)}
 
     def __call__(self, images: Tensor) -> Detected:
         keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
@@ -51,7 +59,22 @@ class Remembering:
                 self.known[keys[index]] = row.clone()
             self.seconds += time.process_time() - started
             self.num_new += len(new)
+            self.unsaved += [keys[index] for index in new]
+            if len(self.unsaved) >= SAVED:
+                self.save()
         return Detected(torch.stack([self.known[key] for key in keys]))
+
+    def save(self) -> None:
+        """Write what was not written yet."""
+        if not self.unsaved:
+            return
+        path = self.cache / f"{self.unsaved[0].hex()[:32]}.npz"
+        rows = torch.stack([self.known[key] for key in self.unsaved]).numpy()
+        staging = path.with_suffix(".tmp")
+        with staging.open("wb") as file:
+            np.savez(file, keys=np.frombuffer(b"".join(self.unsaved), np.uint8).reshape(-1, 32), rows=rows)
+        staging.replace(path)
+        self.unsaved = []
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +108,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--json", type=Path, required=True, help="the reports are written here")
     parser.add_argument("--scale", type=int, default=1, help="use this fraction of all sets, for a try")
+    parser.add_argument("--cache", type=Path, required=True, help="folder where features are kept")
     arguments = parser.parse_args()
     scale = arguments.scale
     train, train_labels = read(arguments.data / "train.parquet")
@@ -94,12 +118,13 @@ def main() -> int:
     real = train[balanced(train_labels, 1000 // scale)]
     others = [label for label in range(10) if label != HORSE]
     spare = train[balanced(train_labels, -(-1000 // scale // 9), 1000, others)][: 1000 // scale]
-    detector, reports = Remembering(), {}
+    detector, reports = Remembering(arguments.cache), {}
     for name, fake in sets(test, labels, spare, scale):
         started = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = evaluate([real], [fake], detector=detector, calibration=0, progress=False)
+        detector.save()
         reports[name] = report | {"seconds": time.monotonic() - started}
         if len(reports) == 1:
             print(f"| | {' | '.join(metric_names(report))} |\n|---|{'---|' * len(metric_names(report))}")

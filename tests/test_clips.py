@@ -1,171 +1,101 @@
-"""Sources of clips, and their codes."""
+"""Clips in files: what is written plays, and is what it was."""
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from clip_files import level, numbers, write
-from nar.data.clips import ClipSource
-from nar.data.codes import Codes
-from nar.data.extract import extract
-from nar.data.sources import load_pictures, open_source
-from nar.data.video import Windows
-from nar.tokenizer import load_tokenizer
-from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
-from nar.tokenizer.pixels import as_pixels
-
-pytest.importorskip("av")
-pa = pytest.importorskip("pyarrow")
+from nar import clips
+from nar.clips import as_array, save_clip, several
+from nar.sheet import contact_sheet, film_strips, moving_sheet
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clips of 9 frames and one of 4, in two class folders."""
-    folder = tmp_path_factory.mktemp("clips")
-    for name, count in (("run/a.mp4", 9), ("run/b.mp4", 4), ("jump/c.avi", 9)):
-        write(folder / name, count, "mpeg4" if name.endswith("avi") else "libx264", size=(16, 16))
-    (folder / "run" / "a.txt").write_text("someone runs\n")
-    return folder
+def moving(length: int = 6, height: int = 34, width: int = 46) -> np.ndarray:
+    """A smooth coloured wave that moves to the right, as uint8 (T, H, W, 3)."""
+    t, y, x = np.meshgrid(np.arange(length), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin((x - 3 * t) / 9 + shift) + np.cos(y / 11 + shift) for shift in (0.0, 0.4, 0.9)]
+    return (np.stack(waves, -1) * 50 + 127).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer") / "model"
-    sizes = {"frames_per_code": 3, "patch_size": 8, "channels": 8, "num_blocks": 1, "dim": 16, "num_heads": 2}
-    layers = {"hidden_dim": 16, "num_encoder_layers": 1, "num_decoder_layers": 1}
-    CausalTokenizer(CausalTokenizerConfig(vocab_size=32, code_dim=4, **sizes, **layers)).save_pretrained(folder)
-    return folder
+@pytest.mark.parametrize(("name", "allowed"), [("a.mp4", 6), ("a.gif", 8), ("a.webp", 0), ("folder", 0)])
+def test_what_is_written_comes_back(tmp_path: Path, name: str, allowed: int) -> None:
+    clip = moving()
+    save_clip(clip, tmp_path / name, frame_rate=12.5)
+    read = as_array(tmp_path / name).astype(int)
+    assert read.shape == clip.shape
+    assert abs(read - clip).mean() <= allowed / 2
+    still = abs(clip - clip[:1].astype(int)).mean()  # were the frames in another order, it would be this far off
+    assert still > 20
 
 
-def strip(*shown: int, side: int = 8) -> bytes:
-    frames = [np.full((side, side, 3), level(number), np.uint8) for number in shown]
-    data = io.BytesIO()
-    Image.fromarray(np.concatenate(frames)).save(data, "webp", lossless=True)
-    return data.getvalue()
+def test_mp4_is_h264_for_every_player(tmp_path: Path) -> None:
+    save_clip(moving(height=33, width=45), tmp_path / "a.mp4", frame_rate=12.5)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        (stream,) = container.streams.video
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert float(stream.average_rate) == 12.5
+        assert (stream.height, stream.width) == (34, 46), "odd sizes are padded by a row and a column"
+        assert stream.frames == 6
+    read = as_array(tmp_path / "a.mp4")[:, :33, :45].astype(int)
+    assert abs(read - moving(height=33, width=45)).mean() < 3
 
 
-def test_folders_of_classes(clips: Path) -> None:
-    source = open_source(clips, size=16, windows=Windows(4))
-    assert isinstance(source, ClipSource)
-    assert source.class_names == ("jump", "run")
-    assert source.labels.tolist() == [0, 1, 1]
-    assert source.captions == ["", "someone runs", ""]
-    made = load_pictures(source, size=16)
-    assert made.images.shape == (3, 4, 16, 16, 3)
-    assert [numbers(clip) for clip in made.images] == [[2, 3, 4, 5], [2, 3, 4, 5], [0, 1, 2, 3]]
-    assert numbers(source.take(np.array([2])).array(0, 16)) == [0, 1, 2, 3]
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_animations_loop_at_their_rate(tmp_path: Path, suffix: str) -> None:
+    save_clip(moving(), tmp_path / f"a{suffix}", frame_rate=10)
+    with Image.open(tmp_path / f"a{suffix}") as animation:
+        assert animation.n_frames == 6
+        animation.seek(1)
+        animation.load()
+        assert animation.info["duration"] == 100
+        assert animation.info["loop"] == 0
 
 
-def test_random_windows_and_crops_follow_the_numbers_that_are_drawn(clips: Path) -> None:
-    source = open_source(clips, size=8, windows=Windows(4, kind="random"))
-    uniforms = [0.3, 0.5, 0.5, 0.9, 0.0, 0.0]
-    assert numbers(source.array(0, 8, uniforms)) == [0, 1, 2, 3]
-    uniforms[4] = 0.999
-    assert numbers(source.array(0, 8, uniforms)) == [5, 6, 7, 8]
-    assert numbers(source.array(0, 8, uniforms, crop=True)) == [5, 6, 7, 8]
-    assert source.array(0, 8, uniforms, crop=True).shape == (4, 8, 8, 3)
-
-
-def test_all_windows_are_samples_that_stay_together(clips: Path) -> None:
-    source = open_source(clips, size=16, windows=Windows(4, kind="all"))
-    assert [name.rpartition("/")[2] for name in source.names] == [
-        "c.avi from frame 0", "c.avi from frame 4", "a.mp4 from frame 0", "a.mp4 from frame 4", "b.mp4 from frame 0",
-    ]  # fmt: skip
-    assert source.groups is not None
-    assert len(set(source.groups)) == 3
-    assert numbers(source.array(1, 16)) == [4, 5, 6, 7]
-    few = source.take(np.array([3, 1]))
-    assert [numbers(few.array(index, 16)) for index in (0, 1)] == [[4, 5, 6, 7]] * 2
-
-
-def test_strips_and_files_in_tables(tmp_path: Path, clips: Path) -> None:
-    import pyarrow.parquet as pq
-
-    rows = {"strip": [strip(*range(6)), strip(*range(3, 9))], "caption": ["up", "on"], "label": [0, 1]}
-    rows["hexcode"] = ["1F44B-1F3FB", "1F44B"]
-    pq.write_table(pa.table(rows), tmp_path / "strips.parquet")
-    whole = open_source(tmp_path / "strips.parquet", size=8, group="hexcode")
-    assert [numbers(clip) for clip in load_pictures(whole, size=8).images] == [list(range(6)), list(range(3, 9))]
-    assert whole.groups == ["1F44B", "1F44B"]  # a skin tone makes no other thing
-    parts = open_source(tmp_path / "strips.parquet", size=8, windows=Windows(2, stride=2, kind="all"))
-    assert [numbers(parts.array(index, 8)) for index in range(len(parts))] == [[0, 2], [3, 5]]
-    assert parts.captions == ["up", "on"]
-    files = {"video": [(clips / "run" / "a.mp4").read_bytes()], "caption": ["someone runs"]}
-    pq.write_table(pa.table(files), tmp_path / "files.parquet")
-    assert numbers(open_source(tmp_path / "files.parquet", size=8, windows=Windows(3)).array(0, 8)) == [3, 4, 5]
-
-
-def test_tars(tmp_path: Path, clips: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        tar.add(clips / "run" / "b.mp4", "x.mp4")
-        tar.add(clips / "run" / "a.txt", "x.txt")
-    source = open_source(tmp_path / "a.tar", size=16, windows=Windows(4))
-    assert source.captions == ["someone runs"]
-    assert numbers(source.array(0, 16)) == [0, 1, 2, 3]
-
-
-def test_ucf_lists_take_the_class_from_the_name_and_others_from_the_column(tmp_path: Path) -> None:
-    names = ["Zumba", "Archery", "archery"]
-    for name in names:
-        write(tmp_path / "data" / f"v_{name}_g01_c01.avi", 3, "mpeg4", size=(16, 16))
-    header = "id,path,action,label\n"
-    rows = [f"{n},data/v_{name}_g01_c01.avi,wrong,{9 - n}\n" for n, name in enumerate(names)]
-    (tmp_path / "ucf101_train.csv").write_text(header + "".join(rows))
-    (tmp_path / "ucf101_val.csv").write_text(header + rows[1] + rows[0] + rows[2])
-    source = open_source(tmp_path, size=16, windows=Windows(2))
-    assert source.class_names == ("Archery", "Zumba", "archery")  # ASCII: capitals first
-    assert source.labels.tolist() == [1, 0, 2]
-    assert open_source(tmp_path, size=16, split="test", windows=Windows(2)).labels.tolist() == [0, 1, 2]
-    (tmp_path / "k600.csv").write_text(header + "".join(f"{n},{row.split(',', 1)[1]}" for n, row in enumerate(rows)))
-    other = open_source(tmp_path / "k600.csv", size=16, windows=Windows(2))
-    assert other.labels.tolist() == [2, 1, 0]  # labels 9, 8, 7
-    both = open_source(f"{tmp_path / 'k600.csv'}+{tmp_path / 'k600.csv'}", size=16, windows=Windows(2))
-    assert len(both) == 6
-    (tmp_path / "lost.csv").write_text(f"{header}1,data/lost.avi,x,1\n")
-    with pytest.raises(FileNotFoundError, match=r"lost.csv names the clip data/lost.avi"):
-        open_source(tmp_path / "lost.csv", size=16, windows=Windows(2))
-
-
-def test_what_is_no_source_of_clips(tmp_path: Path, clips: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no pictures .* say how many frames"):
-        open_source(clips, size=16)
+def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_clip(moving(), tmp_path / "long.gif", frame_rate=8)
+    monkeypatch.setattr(clips, "MOST_FRAMES", 5)
+    with pytest.raises(ValueError, match=r"long\.gif has 6 frames; cut out what is to be continued, at most 5"):
+        as_array(tmp_path / "long.gif")
+    with pytest.raises(ValueError, match=r"clips are written as \.mp4, \.gif, \.webp, or frames"):
+        save_clip(moving(), tmp_path / "a.avi", frame_rate=8)
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"\1" * 200)
+    with pytest.raises(ValueError, match=r"a\.mp4"):
+        as_array(tmp_path / "a.mp4")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no clips"):
-        open_source(tmp_path / "empty", size=16, windows=Windows(2))
-    with pytest.raises(FileNotFoundError, match=r"a folder, or a .parquet, .tar or .csv file of clips"):
-        open_source(tmp_path / "nowhere", size=16, windows=Windows(2))
-    source = open_source(clips, size=16, windows=Windows(2))
-    with pytest.raises(ValueError, match="clips have the views centre and flip"):
-        source.views(0, 16, "ten-crop")
+    with pytest.raises(ValueError, match="holds no frames"):
+        as_array(tmp_path / "empty")
 
 
-def test_codes_of_all_windows(tmp_path: Path, clips: Path, tokenizer: Path) -> None:
-    source = open_source(clips, size=16, windows=Windows(4, kind="all"))
-    codes = Codes.open(extract(tokenizer, source, tmp_path / "codes", size=16, kind="flip", threads=1, quiet=True))
-    assert codes.grid == (2, 2, 2)
-    assert len(codes) == 5
-    assert codes.manifest["num_views"] == 2
-    model = load_tokenizer(tokenizer)
-    assert isinstance(model, CausalTokenizer)
-    with torch.inference_mode():
-        wanted = model.encode(as_pixels(np.stack([source.array(row, 16) for row in range(5)])))
-    np.testing.assert_array_equal(codes.read(np.arange(5)), wanted.numpy())
+def test_one_clip_or_several() -> None:
+    clip = moving()
+    pictures = [Image.fromarray(frame) for frame in clip]
+    for one in (clip, pictures, list(clip), "a.gif", Path("a.gif")):
+        assert len(several(one)) == 1
+    for two in (np.stack([clip, clip]), [clip, clip], [pictures, pictures], ["a.gif", "b.gif"], [Path("a"), clip]):
+        assert len(several(two)) == 2
+    np.testing.assert_array_equal(as_array(pictures), clip)
+    np.testing.assert_array_equal(as_array(list(clip)), clip)
 
 
-def test_a_broken_clip_is_listed_and_left_out(tmp_path: Path, tokenizer: Path) -> None:
-    for index in range(120):
-        write(tmp_path / "clips" / f"{index:03d}.mkv", 1, size=(16, 16))
-    (tmp_path / "clips" / "007.mkv").write_bytes(b"broken")
-    source = open_source(tmp_path / "clips", size=16, windows=Windows(1))
-    with pytest.warns(UserWarning, match=r"1 of 120 pictures cannot be read: 007.mkv"):
-        folder = extract(tokenizer, source, tmp_path / "codes", size=16, threads=1, quiet=True)
-    assert len(Codes.open(folder)) == 119
-    assert "007.mkv" in (folder / "broken.txt").read_text()
+def test_sheets_of_clips() -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    strips = np.asarray(film_strips([[red, blue, red], [blue]], ["first\nline", "x" * 100_000]))
+    tall = 64 + 4
+    assert strips.shape[1] == 3 * 64 + 8
+    first, second = strips[4 + 32], strips[4 + 32 + tall + 15]
+    for place, colour in ((20, (255, 0, 0)), (84, (0, 0, 255)), (148, (255, 0, 0))):
+        assert tuple(first[place]) == colour
+    assert tuple(second[20]) == (0, 0, 255)
+    assert tuple(second[84]) == (255, 255, 255), "a shorter clip leaves its row white"
+    sheets = [np.asarray(sheet) for sheet in moving_sheet([[red, blue, red], [blue]], ["a", "b"])]
+    assert len(sheets) == 3
+    assert [tuple(sheet[50, 50]) for sheet in sheets] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    assert all(tuple(sheet[50, 150]) == (0, 0, 255) for sheet in sheets), "a shorter clip stays at its last frame"
+    with pytest.raises(ValueError, match="at least one picture"):
+        film_strips([])
+    contact_sheet([red], ["\x00\u200bnothing to see"])

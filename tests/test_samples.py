@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import random
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +14,11 @@ import pytest
 import torch
 
 from nar import samples
+from nar.metrics.pictures import classes
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
-from nar.samples import sample_set
-from training_runs import nar, random_tokenizer
+from nar.samples import paired_places, sample_set
+from training_runs import nar, random_tokenizer, start
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +76,83 @@ def test_a_stopped_set_goes_on_with_the_same_settings_only(
 
 def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
     for options, message in (
-        (["--labels", "even", "-o", "a.npz"], "labels must be one of balanced, random, not 'even'"),
+        (
+            ["--labels", "even", "-o", "a.npz"],
+            "even does not exist; classes are read from a folder",
+        ),
         (["--labels", "random", "-o", "a.png"], "must end in .npz"),
-        (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "goes with neither --class-label nor --gif"),
+        (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "they go with no --class-label"),
     ):
         output = str(tmp_path / options.pop())
         assert message in nar("sample", model, *options, output, code=2)
+
+
+def test_a_killed_set_is_resumed_by_two_processes(model: Path, tmp_path: Path) -> None:
+    """Both are killed in the middle; the same command keeps what was done, finishes, and equals one process."""
+    command = ("sample", model, "-n", 2000, "--labels", "random", "--batch-size", 50, "-o", tmp_path / "set.npz")
+    parts = tmp_path / ".set.npz.parts"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [start(*command, rank=rank, processes=2, port=port) for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not list(parts.glob("*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in started:
+        process.kill()
+        process.join()
+    kept = {path.name: path.read_bytes() for path in parts.glob("*.npy")}
+    assert 1 <= len(kept) < 4
+    nar(*command, processes=2)
+    sample_set(Pipeline.from_pretrained(model), tmp_path / "one.npz", 2000, "random", batch_size=50)
+    with np.load(tmp_path / "set.npz") as two, np.load(tmp_path / "one.npz") as one:
+        np.testing.assert_array_equal(two["arr_0"], one["arr_0"])
+        np.testing.assert_array_equal(two["labels"], one["labels"])
+        for name, data in kept.items():
+            first = int(name.removesuffix(".npy"))
+            np.testing.assert_array_equal(np.load(io.BytesIO(data)), two["arr_0"][first : first + samples.CHUNK])
+        settings = json.loads(str(two["settings"]))
+    assert (settings["labels"], settings["seed"], settings["guidance_scale"]) == ("random", 0, 1.0)
+    assert {"weights_sha256", "tokenizer_sha256", "ema_decay", "dtype", "grid"} <= set(settings)
+    assert not parts.exists()
+
+
+def test_labels_are_those_of_real_pictures_in_pairs(model: Path, tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 40)
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((40, 16, 16, 3), np.uint8), arr_1=labels)
+    chosen = paired_places(40, 25)
+    assert chosen == sorted(random.Random(42).sample(range(40), 25))  # as the published protocol draws
+    nar("sample", model, "-n", 25, "--labels", tmp_path / "real.npz", "-o", tmp_path / "few.npz")
+    sample_set(Pipeline.from_pretrained(model), tmp_path / "many.npz", 60, classes(tmp_path / "real.npz"))
+    for name, places in (("few", chosen), ("many", np.arange(60) % 40)):
+        with np.load(tmp_path / f"{name}.npz") as file:
+            np.testing.assert_array_equal(file["labels"], labels[places])
+            assert json.loads(str(file["settings"]))["labels"].startswith("real ")
+
+
+def test_a_set_of_prompts(words_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number i of a set is number i of a call with the same prompts, in parts or not."""
+    monkeypatch.setattr(samples, "CHUNK", 3)
+    prompts = ["a red apple", "octopus", "", "green cross"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\nblue circle\n")
+    options = ("--labels", "prompts", "--prompts-file", tmp_path / "prompts.txt", "--device", "cpu")
+    done = nar("sample", words_folder, *options, "-o", tmp_path / "command.npz")
+    assert "a picture of each of 4 prompts" in done, "empty lines are left out"
+    pipe = Pipeline.from_pretrained(words_folder, device="cpu")
+    sample_set(pipe, tmp_path / "set.npz", 4, "prompts", prompts=prompts, batch_size=2, seed=5)
+    with np.load(tmp_path / "set.npz") as made:
+        expected = pipe(prompt=prompts, seed=5, output_type="np").images
+        assert abs(made["arr_0"].astype(int) - expected).max() <= 1
+        assert made["labels"].tolist() == [-1] * 4
+    assert "--labels prompts with --prompts-file" in nar(
+        "sample", words_folder, "--labels", "prompts", "-o", tmp_path / "x.npz", code=2
+    )
+
+
+def test_a_set_of_clips(clips_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(clips_folder, device="cpu")
+    sample_set(pipe, tmp_path / "set.npz", 3, "prompts", prompts=["red circle"] * 3, batch_size=2)
+    with np.load(tmp_path / "set.npz") as made:
+        expected = pipe(prompt="red circle", num_images_per_prompt=3, seed=0, output_type="np").videos
+        assert made["arr_0"].shape == (3, 5, 8, 8, 3)
+        assert abs(made["arr_0"].astype(int) - expected).max() <= 1

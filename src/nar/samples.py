@@ -1,36 +1,117 @@
-"""Sets of pictures for evaluation: many, over all classes, shared by processes, and resumed where they stopped.
+"""Sets of pictures or clips for evaluation: many, over all classes, shared by processes, resumed where they stopped.
 
 Knows pipelines and `.npz` files; does not know metrics or the command line. The file has the array `arr_0`, uint8
-(N, H, W, 3), as evaluators read it, and `labels` (N,).
+(N, H, W, 3) or (N, T, H, W, 3), as evaluators read it, `labels` (N,), and `settings`, how it was made as JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
+from tqdm import tqdm, trange
 
 from nar import __version__
-from nar.condition import ClassCondition
-from nar.pipeline import Pipeline
-from nar.sampling import Sampling, generate
+from nar.condition import NULL_CLASS
+from nar.folder import digest, read_config
+from nar.pipeline import Pipeline, Request
+from nar.sampling import Sampling
+from nar.tokenizer.pixels import as_images
 
-CHUNK = 500  # pictures of a part on disk: what is lost at most
+CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
 LABELS = ("balanced", "random")
+PAIRING_SEED = 42  # of the published protocol for UCF-101
+
+
+def paired_places(total: int, count: int) -> list[int]:
+    """Which of `total` real pictures are compared with `count` drawn ones: all, or as many, always the same."""
+    return sorted(random.Random(PAIRING_SEED).sample(range(total), min(total, count)))
+
+
+def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: int) -> np.ndarray:
+    """The class (N,) int64 of every picture of a set.
+
+    `labels` is "balanced" (every class as often as any other, give or take one), "random" (uniform, from the seed), or
+    the class names or numbers of real pictures: then picture i has the class of the i-th of `paired_places`, from the
+    start again where there are more.
+
+    Raises:
+        ValueError: the model has no classes, or not these.
+    """
+    num_classes = pipe.model.config.num_classes
+    if not num_classes:
+        raise ValueError("this model has no classes to draw labels from")
+    if not isinstance(labels, str):
+        places = paired_places(len(labels), count)
+        numbers = {name: pipe.label_index(name) for name in dict.fromkeys(labels)}
+        return np.resize(np.array([numbers[labels[place]] for place in places], np.int64), count)
+    if labels not in LABELS:
+        raise ValueError(f"labels must be {' or '.join(LABELS)}, or those of real pictures, not {labels!r}")
+    if labels == "random":
+        return np.random.default_rng((seed, count)).integers(0, num_classes, count)
+    return np.arange(count) % num_classes
+
+
+class Drawn:
+    """Pictures or clips that are drawn when they are read, in batches uint8 (B, [T,] H, W, 3): one of each label.
+
+    Picture i depends on (seed, i) only. The length is the number of pictures.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        labels: np.ndarray,
+        sampling: Sampling,
+        *,
+        seed: int,
+        batch_size: int,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
+        self.pipe, self.labels, self.sampling, self.seed, self.batch_size = pipe, labels, sampling, seed, batch_size
+        told = zip(labels.tolist(), prompts or [""] * len(labels), strict=True)
+        self.requests = [Request(label, prompt) for label, prompt in told]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.part(0, len(self))
+
+    def part(self, start: int, end: int) -> Iterator[np.ndarray]:
+        """Those from one place up to another."""
+        for first in range(start, end, self.batch_size):
+            rows = range(first, min(first + self.batch_size, end))
+            pixels = self.pipe.draw(self.requests[rows.start : rows.stop], rows, self.sampling, seed=self.seed)
+            yield as_images(torch.stack(pixels))
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """What a report should say of the model in a folder: the hash of its weights and how they were averaged."""
+    training = read_config(folder).get("training") or {}
+    return {
+        "weights_sha256": digest(folder),
+        "tokenizer_sha256": digest(folder / "tokenizer"),
+        "ema_decay": training.get("config", {}).get("ema_decay"),
+        "images_seen": training.get("images_seen"),
+    }
 
 
 def sample_set(
     pipe: Pipeline,
     output: Path,
     count: int,
-    labels: str,
+    labels: str | Sequence[str],
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -38,45 +119,43 @@ def sample_set(
     rank: int = 0,
     num_processes: int = 1,
     wait: Callable[[], None] = lambda: None,
-    settings: dict[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
-    """Draw `count` pictures into the `.npz` file `output`; returns it. Parts of an earlier, stopped call are kept.
+    """Draw `count` pictures or clips into the `.npz` file `output`; returns it. Parts of a stopped call are kept.
 
-    `labels` is "balanced" (every class as often as any other, give or take one) or "random" (uniform, from the seed).
-    Picture i depends on (seed, i) only, not on the number of processes. Process `rank` makes every
-    `num_processes`-th part; `wait` must return once all processes have called it, and then the first one joins them.
+    `labels` are as in `set_labels`. Picture i depends on (seed, i) only, not on the number of processes. Process `rank`
+    makes every `num_processes`-th part; `wait` must return once all processes have called it, and then the first one
+    joins them. `settings` are kept in the file beside the others. With `prompts`, one for each picture, these are
+    drawn, and `labels` is only what the set is called.
 
     Raises:
         ValueError: the model has no classes, or the parts on disk were made with other settings.
     """
-    if labels not in LABELS:
-        raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    num_classes = pipe.model.config.num_classes
-    if not num_classes:
-        raise ValueError("this model has no classes to draw labels from")
     if output.suffix != ".npz":
         raise ValueError(f"output {output} must end in .npz for a set of pictures")
     sampling = sampling or pipe.sampling
-    all_labels = np.arange(count) % num_classes
-    if labels == "random":
-        all_labels = np.random.default_rng((seed, count)).integers(0, num_classes, count)
+    chosen = np.full(count, NULL_CLASS) if prompts is not None else set_labels(pipe, labels, count, seed)
+    drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size, prompts=prompts)
+    chunk = max(1, CHUNK // (pipe.pixel_shape[0] if pipe.makes_clips else 1))
     parts = output.with_name(f".{output.name}.parts")
-    known = {"count": count, "labels": labels, "seed": seed, "version": __version__, **asdict(sampling)}
-    _claim(parts, known | (settings or {}))
-    mine = range(rank * CHUNK, count, num_processes * CHUNK)
+    kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(drawn.labels.tobytes()).hexdigest()[:12]}"
+    known = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
+    known |= settings or {}
+    if prompts is not None:
+        known["prompts"] = _hash(prompts)
+    _claim(parts, known)
+    mine = range(rank * chunk, count, num_processes * chunk)
     with tqdm(
-        total=sum(min(CHUNK, count - start) for start in mine), unit="img", disable=True if rank else None
+        total=sum(min(chunk, count - start) for start in mine), unit="img", disable=True if rank else None
     ) as bar:
         for start in mine:
-            part, end = parts / f"{start:09d}.npy", min(start + CHUNK, count)
+            part, end = parts / f"{start:09d}.npy", min(start + chunk, count)
             if not part.is_file():
                 images = []
-                for first in range(start, end, batch_size):
-                    rows = range(first, min(first + batch_size, end))
-                    condition = ClassCondition(torch.from_numpy(all_labels[rows.start : rows.stop]))
-                    codes = generate(pipe.model, condition, sampling, seed=seed, indices=rows)
-                    images.append(pipe.pictures(codes, "np"))
-                    bar.update(len(rows))
+                for batch in drawn.part(start, end):
+                    images.append(batch)
+                    bar.update(len(batch))
                 staging = part.with_suffix(".tmp")
                 with staging.open("wb") as file:
                     np.save(file, np.concatenate(images))
@@ -85,9 +164,13 @@ def sample_set(
                 bar.update(end - start)
     wait()
     if rank == 0:
-        _join(parts, output, count, all_labels)
+        _join(parts, output, drawn.labels, known)
     wait()
     return output
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _claim(parts: Path, settings: dict[str, object]) -> None:
@@ -107,18 +190,71 @@ def _claim(parts: Path, settings: dict[str, object]) -> None:
     staging.replace(path)
 
 
-def _join(parts: Path, output: Path, count: int, labels: np.ndarray) -> None:
+def _join(parts: Path, output: Path, labels: np.ndarray, settings: dict[str, Any]) -> None:
     """Copy the parts into one `.npz`, a part at a time: 50,000 pictures of 256x256 are 10 GB."""
     staging = output.with_name(f".{output.name}")
     with zipfile.ZipFile(staging, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for start in range(0, count, CHUNK):
-                images = np.load(parts / f"{start:09d}.npy")
-                if start == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+            for index, part in enumerate(sorted(parts.glob("*.npy"))):
+                images = np.load(part)
+                if index == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *images.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(images.tobytes())
         with archive.open("labels.npy", "w") as file:
             np.lib.format.write_array(file, labels.astype(np.int64))
+        with archive.open("settings.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(json.dumps(settings)))
     staging.replace(output)
     shutil.rmtree(parts)
+
+
+def geneval_set(
+    pipe: Pipeline,
+    output: Path,
+    metadata: Path,
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch_size: int = 40,
+    rank: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    settings: dict[str, Any] | None = None,
+) -> int:
+    """Draw `count` pictures of each prompt of GenEval's `metadata` into the layout that it reads; returns the prompts.
+
+    Line k of `metadata`, a JSON object with a `prompt`, becomes the folder `output/0000k` with `metadata.jsonl` and
+    `samples/0000.png` and on. Prompts that are complete are left alone; process `rank` makes every `num_processes`-th.
+
+    Raises:
+        ValueError: a line without a prompt, or a folder that holds pictures of other settings.
+    """
+    lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
+    sampling = sampling or pipe.sampling
+    known = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
+    _claim(output, known | {"prompts": _hash(lines)})
+    for index in trange(rank, len(prompts), num_processes, unit="prompt", disable=True if rank else None):
+        folder = output / f"{index:05d}"
+        if folder.is_dir():
+            continue
+        staging = output / f".{index:05d}"
+        (staging / "samples").mkdir(parents=True, exist_ok=True)
+        (staging / "metadata.jsonl").write_text(lines[index] + "\n", encoding="utf-8")
+        (request,) = pipe.requests(prompt=prompts[index])
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            places = [index * count + row for row in rows]
+            made = pipe.draw([request] * len(rows), places, sampling, seed=seed)
+            for row, image in zip(rows, as_images(torch.stack(made)), strict=True):
+                Image.fromarray(image).save(staging / "samples" / f"{row:04d}.png")
+        staging.replace(folder)
+    wait()
+    return len(prompts)

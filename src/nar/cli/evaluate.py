@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,14 @@ from nar import __version__
 from nar.cli.app import app, atomically, usable_device
 
 if TYPE_CHECKING:
+    from nar.metrics.evaluate import Defect
     from nar.pipeline import Pipeline
+    from nar.samples import Drawn
+
+TOKEN_SHARES = (0.0, 0.02, 0.05, 0.1)  # of the calibration with a tokenizer; 0: only encoded and decoded
+NUMBER = 10_000  # pictures that a model draws
+CLIP_BATCH, BATCH = 8, 64
+PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
 
 
 @app.command("eval", epilog="Example: nar eval --real pictures/test --fake samples --json report.json")
@@ -25,7 +33,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Real pictures: a folder, .npz with arr_0, .parquet, the word fashion-mnist or a folder with its "
-            "files, or a reference .npz (mu, sigma) as ADM's."
+            "files, or a reference .npz (mu, sigma) as ADM's. Clips: see --num-frames."
         ),
     ] = None,
     fake: Annotated[
@@ -47,7 +55,10 @@ def evaluate(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A tokenizer folder: what it leaves of the held-out part of --real, beside baselines."),
+        typer.Option(
+            help="A tokenizer folder. Alone: what it leaves of the held-out part of --real, beside baselines. Beside "
+            "drawn pictures: real ones with 2, 5, 10 % of their tokens redrawn; default: MODEL's."
+        ),
     ] = None,
     group: Annotated[
         str | None,
@@ -89,28 +100,41 @@ def evaluate(
     composed_prompts: Annotated[
         Path | None, typer.Option(help="Write the prompts of composed drawings (.jsonl), and stop.")
     ] = None,
-    num_frames: Annotated[int | None, typer.Option(min=2, help="Cut clips into pieces of this many frames.")] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(min=2, help="Cut clips into pieces of this many frames; a folder of pictures is then one clip."),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="ucf101: pieces of 16 frames at 128x128, drawn clips with the classes of the real ones."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
     write_reference: Annotated[
         Path | None, typer.Option(help="Write the statistics of --real to this .npz, as ADM's, and stop.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of fashion-mnist: train or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Of sources that have both: train or test.")] = "test",
     size: Annotated[int | None, typer.Option(min=8, help="Crop and resize all pictures to this many pixels.")] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=2, help="Pictures that a model draws.")] = 10_000,
-    labels: Annotated[str, typer.Option(help="Classes that a model draws: balanced or random.")] = "balanced",
+    number: Annotated[
+        int | None, typer.Option("--number", "-n", min=2, help="Pictures that a model draws. Default: 10000.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Classes that a model draws: balanced, random, or real: those of the real pictures."),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Of a model, 1.0 is off. Default: its own.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Of a model, 0 is off. Default: its own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of drawn pictures, halves and resamplings.")] = 0,
     calibration: Annotated[
-        float, typer.Option(help="Share of patches exchanged in the row that shows what a defect costs, 0 is off.")
+        float,
+        typer.Option(help="Share of patches exchanged, where there is no tokenizer; 0: no rows of known defects."),
     ] = 0.05,
     resamplings: Annotated[int, typer.Option(min=0, help="For the confidence intervals, 0 is off.")] = 1000,
     cache: Annotated[Path, typer.Option(help="Where features of files are kept, by their hash.")] = Path(
         "~/.cache/nar/features"
     ),
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 64 pictures, 8 clips.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of a model: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -133,17 +157,26 @@ def evaluate(
         return
     if real is None:
         raise ValueError("give real pictures to compare with: --real FOLDER (or .npz, .parquet)")
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
+    fixed = PROTOCOLS.get(protocol or "", {})
+    size, num_frames = size or fixed.get("size"), num_frames or fixed.get("num_frames")
+    labels = labels or ("balanced" if protocol is None else "real")
+    place, progress = usable_device(device), sys.stderr.isatty()
     if write_reference is not None:
-        real_pictures = _real_pictures(real, split, size)
-        write(write_reference, real_pictures, inception=inception, size=size, seed=seed)
+        write(
+            write_reference, _real_pictures(real, split, size), inception=inception, size=size, seed=seed,
+            progress=progress,
+        )  # fmt: skip
         typer.echo(f"wrote {write_reference}")
         return
-    if tokenizer is not None:
+    if tokenizer is not None and model is None and fake is None:
         from nar.cli.reconstruct import as_table as tokenizer_table
         from nar.cli.reconstruct import judge_tokenizer
 
         report = judge_tokenizer(
-            tokenizer, real, size=size, group=group, number=number, pad=pad, seed=seed, batch_size=batch_size,
+            tokenizer, real, size=size, group=group, number=number or NUMBER, pad=pad, seed=seed,
+            batch_size=batch_size or BATCH,
             device=usable_device(device), inception=inception, sheet=sheet,
         )  # fmt: skip
         for text in report["warnings"]:
@@ -153,52 +186,66 @@ def evaluate(
     if likelihood:
         if model is None:
             raise ValueError("--likelihood needs MODEL: nar eval MODEL --real PICTURES --likelihood")
-        report = _likelihood(model, against, real, split, number, seed, usable_device(device), dtype)
+        report = _likelihood(model, against, real, split, number or NUMBER, seed, place, dtype)
         _report(report, _likelihood_table(report), json_file)
         return
     if (model is None) == (fake is None):
         raise ValueError("give one of MODEL and --fake: the pictures to judge, or the model that draws them")
-    source: Any = fake
-    made_with: dict[str, Any] | None = None
+    pipe, source, made_with = None, None, None
+    only_real: list[int] | None = None
     if model is not None or _is_model(str(fake)):
-        from nar.folder import WEIGHTS, read_config
-        from nar.metrics.pictures import digest
-        from nar.pipeline import Pipeline, find_model
+        import dataclasses
 
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        pipe = Pipeline.from_pretrained(model or str(fake), device=usable_device(device), dtype=dtype)
-        source, made_with = _drawn_pictures(
-            pipe, number, labels, seed, batch_size, {name: value for name, value in given.items() if value is not None}
-        )
-        folder = find_model(model or str(fake))
-        made_with = {"model": model or fake, **made_with, "dtype": dtype, "weights_sha256": digest(folder / WEIGHTS)}
-        made_with["training"] = read_config(folder).get("training")
-        patch = pipe.tokenizer.config.patch_size
-        size = size or pipe.model.config.grid[0] * patch
+        from nar.pipeline import Pipeline, find_model
+        from nar.samples import made_by
+
+        model = model or str(fake)
+        pipe = Pipeline.from_pretrained(model, device=place, dtype=dtype)
+        clip = pipe.pixel_shape[0] if pipe.makes_clips else None
+        num_frames, video = num_frames or clip, video or clip is not None
+        size = size or pipe.pixel_shape[-1]
+        given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
+        given = {name: value for name, value in {**given, "top_k": top_k, "top_p": top_p}.items() if value is not None}
+        sampling = dataclasses.replace(pipe.sampling, **given)
+        batch_size = batch_size or (BATCH if clip is None else CLIP_BATCH)
+        names = real_classes(real, split, num_frames) if labels == "real" else None
+        source, only_real = _drawn(pipe, number, names or labels, sampling, seed, batch_size)
+        tokenizer = tokenizer or str(find_model(model) / "tokenizer")
+        made_with = {
+            "model": model, "labels": labels, "seed": seed, **dataclasses.asdict(sampling), "dtype": dtype,
+            "grid": list(pipe.model.config.grid), **made_by(find_model(model)),
+        }  # fmt: skip
+    elif protocol is not None:
+        from nar.samples import paired_places
+
+        only_real = paired_places(len(real_classes(real, split, num_frames)), number or NUMBER)
     detector = None
     if i3d is not None or video:
         from nar.metrics.video import I3DDetector, TransNetDetector
 
-        place = usable_device(device) or "cpu"
-        detector = TransNetDetector(place) if i3d is None else I3DDetector(i3d, i3d_variant, place)
+        detector = TransNetDetector(place or "cpu") if i3d is None else I3DDetector(i3d, i3d_variant, place or "cpu")
+        batch_size = batch_size or CLIP_BATCH
     with warnings.catch_warnings(record=True):  # they are in the report, and printed below
         warnings.simplefilter("always")
         report = judge(
             _real_pictures(real, split, size),
-            source,
+            source if source is not None else str(fake),
             inception=inception,
             detector=detector,
             num_frames=num_frames,
+            only_real=only_real,
             floor=None if floor is None else _real_pictures(floor, split, size),
             size=size,
-            calibration=calibration,
+            calibration=_defects(Path(tokenizer), place, seed) if tokenizer and calibration else calibration,
             resamplings=resamplings,
             seed=seed,
             cache=cache,
-            batch_size=batch_size,
-            device=usable_device(device),
+            batch_size=batch_size or BATCH,
+            device=place,
+            progress=progress,
             settings=made_with,
         )
+    report["settings"]["protocol"] = protocol
     for text in report["warnings"]:
         typer.echo(f"warning: {text}", err=True)
     _report(report, as_table(report), json_file)
@@ -299,36 +346,66 @@ def _is_model(source: str) -> bool:
 def _real_pictures(source: str, split: str, size: int | None) -> Any:
     """What `nar.metrics` reads is passed on; Fashion-MNIST, which only `nar.data` knows, is read here."""
     if not _is_fashion(source):
-        return Path(source).expanduser()
+        return _of_split(source, split)
     from nar.data.sources import load_pictures
 
     return [load_pictures(source, size=size or 32, split=split).images]
 
 
-def _drawn_pictures(
-    pipe: Pipeline, number: int, labels: str, seed: int, batch_size: int, changes: dict[str, Any]
-) -> tuple[Iterator[Any], dict[str, Any]]:
-    """An iterator that draws as it is read, and what it was asked for. Picture i depends on (seed, i) only."""
-    import dataclasses
+def _of_split(source: str, split: str) -> Path:
+    """Of a folder that holds both a train and a test part, as folders or .parquet files, the one wanted."""
+    path = Path(source).expanduser()
+    for suffix in ("", ".parquet"):
+        both = {name: path / f"{name}{suffix}" for name in ("train", "test")}
+        if all(part.exists() for part in both.values()):
+            if split not in both:
+                raise ValueError(f"split {split!r} must be train or test")
+            return both[split]
+    return path
 
+
+def real_classes(source: str, split: str, num_frames: int | None) -> list[str]:
+    """The class of every real picture, in the order in which they are read."""
+    if _is_fashion(source):
+        from nar.data.sources import open_source
+
+        found = open_source(source, size=28, split=split)
+        return [found.class_names[label] for label in found.labels]
+    from nar.metrics.pictures import classes
+
+    return classes(_of_split(source, split), num_frames)
+
+
+def _drawn(
+    pipe: Pipeline, number: int | None, labels: str | Sequence[str], sampling: Any, seed: int, batch_size: int
+) -> tuple[Drawn, list[int] | None]:
+    """Pictures that are drawn as they are read, and which real ones they are paired with, where they are."""
+    from nar.samples import Drawn, paired_places, set_labels
+
+    paired = None if isinstance(labels, str) else paired_places(len(labels), number or NUMBER)
+    count = number or (NUMBER if paired is None else len(paired))
+    chosen = set_labels(pipe, labels, count, seed)
+    drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size)
+    return drawn, paired if paired is not None and len(paired) < len(labels) else None
+
+
+def _defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defect]:
+    """Real pictures with some of their tokens resampled."""
     import torch
 
-    from nar.condition import ClassCondition
-    from nar.sampling import generate
+    from nar.calibration import resample_tokens
+    from nar.folder import digest
+    from nar.metrics.evaluate import Defect
+    from nar.tokenizer import load_tokenizer
 
-    num_classes = pipe.model.config.num_classes
-    if labels not in ("balanced", "random"):
-        raise ValueError(f"labels must be balanced or random, not {labels!r}")
-    sampling = dataclasses.replace(pipe.sampling, **changes)
-    chosen = torch.arange(number) % num_classes
-    if labels == "random":
-        chosen = torch.randint(num_classes, (number,), generator=torch.Generator().manual_seed(seed))
+    tokenizer = load_tokenizer(tokenizer_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = digest(tokenizer_folder)
 
-    def draw() -> Iterator[Any]:
-        for start in range(0, number, batch_size):
-            rows = range(start, min(start + batch_size, number))
-            condition = ClassCondition(chosen[rows.start : rows.stop])
-            yield pipe.pictures(generate(pipe.model, condition, sampling, seed=seed, indices=rows), "np")
+    def defect(share: float) -> Defect:
+        return Defect(
+            f"{100 * share:.3g} % of tokens resampled" if share else "encoded and decoded",
+            f"tokens {share} {seed} {weights}",
+            lambda images, first: resample_tokens(tokenizer, images, share, seed + first),
+        )
 
-    facts = {"labels": labels, "seed": seed, **dataclasses.asdict(sampling), "grid": list(pipe.model.config.grid)}
-    return draw(), facts
+    return [defect(share) for share in TOKEN_SHARES]

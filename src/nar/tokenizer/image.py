@@ -149,6 +149,10 @@ class ImageTokenizer(nn.Module):
             return self._decode_tiles(codes, tile, overlap)
         return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
 
+    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of the pictures that codes of this grid stand for."""
+        return tuple(size * self.config.patch_size for size in grid)
+
     def _decode_tiles(self, codes: Tensor, tile: int, overlap: int) -> Tensor:
         height, width = codes.shape[1:]
         patch = self.config.patch_size

@@ -17,8 +17,7 @@ def as_pictures(pixels: Tensor) -> list[Image.Image]:
     """Float -1..1 (B, 3, H, W), clamped, to Pillow pictures; of clips (B, 3, T, H, W) the frames side by side."""
     if pixels.ndim == 5:
         pixels = pixels.movedim(2, 3).flatten(3, 4)
-    images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in images]
+    return [Image.fromarray(image) for image in as_images(pixels)]
 
 
 def as_images(pixels: Tensor) -> np.ndarray:

@@ -1,0 +1,103 @@
+"""Which frames of a clip a pass of the model is told: the last ones, as codes.
+
+Knows the lengths of clips and grids and asks the tokenizer for codes; does not know prompts or files. Legend: `B`
+batch, `T H W` frames and pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from nar.condition import Condition, PrefixCondition, parts
+from nar.model import Transformer
+from nar.tokenizer import Tokenizer
+
+KINETICS_GIVEN = 5  # frames, of 16: the published protocol of frame prediction
+
+
+class Window:
+    """How a model continues clips (3, T, H, W), float in -1..1.
+
+    `counts` are the numbers of given frames that it was trained with, in order; 0 among them lets it begin without
+    any. By default as many as its prefix holds, or 5 where that is a whole clip; for models without a prefix 0.
+
+    Where the prefix is a whole grid, a code may depend on all frames (LARP): the last given frame is repeated to the
+    end, and all codes are drawn. Where it is shorter, the tokenizer is causal: its first codes are those of the first
+    frames whatever follows, and are kept in the result.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, counts: Sequence[int] = ()) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.grid, self.prefix = model.config.grid, model.config.prefix_grid
+        shape = tokenizer.pixel_shape(self.grid)
+        self.length = shape[0] if len(shape) == 3 else 1  # frames that a pass gives, those told included
+        self.causal = bool(self.prefix) and self.prefix[0] < self.grid[0]
+        self.counts = tuple(sorted(counts)) or (self._usual(),)
+
+    def _usual(self) -> int:
+        if self.causal:
+            return 1 + (self.prefix[0] - 1) * ((self.length - 1) // (self.grid[0] - 1))
+        return min(KINETICS_GIVEN, max(1, self.length - 1)) if self.prefix else 0
+
+    def count(self, clip: Tensor | None) -> int:
+        """How many of a clip's last frames the model is told."""
+        length = 0 if clip is None else clip.shape[1]
+        return max((count for count in self.counts if count <= length), default=0)
+
+    def check(self, lengths: Collection[int], num_frames: int | None) -> None:
+        """Raise ValueError when clips of these lengths can't be continued, or not to `num_frames`."""
+        least = min((count for count in self.counts if count), default=0)
+        if short := [length for length in lengths if 0 < length < least]:
+            raise ValueError(f"the clip to continue has {min(short)} frames, this model needs at least {least}")
+        if num_frames is not None and num_frames <= max(lengths):
+            raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
+        if not self.prefix and num_frames is not None and num_frames > self.length:
+            raise ValueError(
+                f"num_frames {num_frames} is more than this model's {self.length}, and it can't continue a clip; "
+                "models with frame prediction can"
+            )
+
+    @torch.inference_mode()
+    def condition(self, clips: Sequence[Tensor | None]) -> PrefixCondition:
+        """The codes of each clip's last frames, with a mask where the model was trained with several numbers of them.
+
+        Raises:
+            ValueError: a clip without frames for a model that can't begin without.
+        """
+        counts = [self.count(clip) for clip in clips]
+        if min(counts) < self.counts[0]:
+            raise ValueError("this model continues clips: give it frames")
+        device = self.model.device
+        codes = torch.zeros(len(clips), *self.prefix, dtype=torch.long, device=device)
+        found: dict[int, Tensor] = {}  # each clip alone, so that its codes do not depend on the others
+        for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
+            if clip is None or not count:
+                continue
+            if id(clip) not in found:
+                last = clip[:, clip.shape[1] - count :]
+                repeated = last[:, -1:].expand(-1, self.length - count, -1, -1)
+                found[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : self.prefix[0]]
+            codes[row] = found[id(clip)]
+        if len(self.counts) == 1:
+            return PrefixCondition(codes)
+        steps = torch.tensor([self._steps(count) for count in counts], device=device)
+        mask = torch.arange(self.prefix[0], device=device) < steps[:, None]
+        return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
+
+    def known(self, condition: Condition) -> Tensor | None:
+        """The codes of the result (B, *grid) that the given ones decide, -1 elsewhere; None when they decide none."""
+        part = parts(condition)[-1]
+        if not self.causal or not isinstance(part, PrefixCondition):
+            return None
+        known = torch.full((len(part), *self.grid), -1, device=part.codes.device)
+        known[:, : self.prefix[0]] = part.codes if part.mask is None else part.codes.masked_fill(~part.mask, -1)
+        return known
+
+    def _steps(self, count: int) -> int:
+        """How many steps in time the codes of `count` given frames fill."""
+        if self.causal and count:
+            return 1 + (count - 1) * (self.grid[0] - 1) // (self.length - 1)
+        return self.prefix[0] if count else 0
