@@ -87,3 +87,29 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sampling={"guidance_scale": 1.5},
     )
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny T5 that knows thirteen words."""
+    from text_encoders import tiny_encoder  # imports transformers, for the tests that need it
+
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), "t5")
+
+
+@pytest.fixture(scope="session")
+def words_folder(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Path:
+    """A model folder of words to pictures, with its encoder's name."""
+    from toy_models import words_folder
+
+    model = make_model("text", grid=(4, 4), text_dim=16, text_length=10, vocab_size=32)
+    return words_folder(tmp_path_factory.mktemp("words"), model, encoder_folder)
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Path:
+    """A model folder of words, and none, one or three given frames, to clips of five frames."""
+    from toy_models import clips_folder
+
+    model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), text_dim=16, text_length=10)
+    return clips_folder(tmp_path_factory.mktemp("clips"), model, encoder_folder)

@@ -18,25 +18,26 @@ ALLOWED = {
     "config": set(),
     "folder": set(),
     "sheet": set(),
+    "clips": set(),
     "presets": set(),
     "precision": set(),
     "attention": set(),
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder"},
     "sampling": {"model", "order", "attention", "condition"},
-    "text": set(),
+    "text": {"text", "folder"},
     "tokenizer": {"tokenizer", "folder", "attention"},
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics"},
     "training": {
         "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
+    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips"},
     "convert": {"model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition", "folder"},
+    "samples": {"pipeline", "sampling", "condition", "folder", "tokenizer"},
     "calibration": {"tokenizer"},
     "cli": None,
 }  # fmt: skip

@@ -33,6 +33,7 @@ from nar.folder import read_config
 from nar.presets import PRESETS
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from text_encoders import tiny_encoder
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 Shapes = dict[str, tuple[int, ...]]
@@ -214,8 +215,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(random_state(class_model_shapes(**TINY, num_classes=3)), folder / "c2i.pt", model="GPT-B")
     save_tokenizer(random_state(tokenizer_shapes(32, (1, 1), 32, 4, TINY["vocab_size"])), folder / "vq.pt")
     text = transformer_shapes(**TINY, num_extra=1, heads=IMAGE_HEADS) | {
-        "cls_embedding.uncond_embedding": (5, 12),
-        "cls_embedding.cap_proj.fc1.weight": (TINY["dim"], 12),
+        "cls_embedding.uncond_embedding": (5, 16),
+        "cls_embedding.cap_proj.fc1.weight": (TINY["dim"], 16),
         "cls_embedding.cap_proj.fc2.weight": (TINY["dim"], TINY["dim"]),
     }
     save_model(random_state(text), folder / "t2i.pt")
@@ -271,10 +272,10 @@ def test_model_without_tokenizer_says_how_to_add_one(downloads: Path, tmp_path: 
 def test_text_model_in_python(downloads: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     succeed("convert", "--kind", "nar-t2i", downloads / "t2i.pt", "-o", model, *SIZES)
-    assert "5 features of width 12" in succeed("info", model)
-    with pytest.raises(ValueError, match="Pipeline makes pictures of classes so far"):
+    assert "5 features of width 16, encoder: none is named" in succeed("info", model)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         Pipeline.from_pretrained(model)
-    features, mask = torch.randn(1, 5, 12), torch.tensor([[False, False, True, True, True]])
+    features, mask = torch.randn(1, 5, 16), torch.tensor([[False, False, True, True, True]])
     codes = generate(Transformer.from_pretrained(model), TextCondition(features * mask[..., None], mask))
     assert codes.shape == (1, 4, 4)
 
@@ -344,19 +345,19 @@ def test_the_documented_lines_run(downloads: Path, tmp_path: Path, monkeypatch: 
     for kind, name in (("nar-c2v", "nar-video"), ("nar-fp", "nar-frames")):
         options = ("--num-heads", 2, "--grid", "3x2x2", "--tokenizer", "models/larp", "-o", f"models/{name}")
         succeed("convert", "--kind", kind, downloads / f"{kind.removeprefix('nar-')}.pth", *options)
+    tiny_encoder(tmp_path / "google/flan-t5-xl", "t5")
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
-        code = block.replace("[207]", "[2]").replace("torch.tensor([3])", "torch.tensor([2])")
-        if "T5EncoderModel" in code:
-            compile(code, "text encoder", "exec")
-            names |= {"features": torch.randn(1, 5, 12), "mask": torch.tensor([[1, 1, 1, 0, 0]])}
-            continue
-        exec(code, names)
+        exec(block.replace("[207]", "[2]").replace("pipe(3,", "pipe(2,"), names)
     with Image.open("dog.png") as dog, Image.open("cat.png") as cat, Image.open("clip.gif") as clip:
         assert (dog.size, cat.size, clip.size) == ((8, 8), (8, 8), (16, 16))
-    assert names["future"].shape == (1, 3, 6, 16, 16)
+    assert names["pipe"].model.config.num_classes
+    assert names["future"][:5] == names["clip"][:5]
+    assert len(names["future"]) == 6
+    options = ("--text-encoder", "google/flan-t5-xl", "--prompt", "a red apple", "-n", 1)
+    assert "1 pictures" in succeed("sample", "models/nar-t2i", *options, "-o", "apple.png")
 
 
 def test_documented_presets_exist() -> None:

@@ -1,4 +1,4 @@
-"""Every example of the README runs as it stands."""
+"""Every example of the README and of docs/sampling.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nar import cli
+from nar.clips import as_array
+from nar.pipeline import bundled_names
+
+SAMPLING = Path(__file__).parents[1] / "docs/sampling.md"
 README = Path(__file__).parents[1] / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str, document: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +42,27 @@ def test_commands(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}: {done.stderr}"
     assert (tmp_path / "sheet.gif").is_file()
     assert len(list((tmp_path / "sneakers").glob("*.png"))) == 8
+
+
+def test_sampling(words_folder: Path, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of docs/sampling.md, in this process, with tiny models where none of the name is bundled."""
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("emoji", words_folder), ("clips", clips_folder)):
+        if name not in bundled_names():
+            (tmp_path / name).symlink_to(folder)
+    for line in "".join(blocks("sh", SAMPLING)).splitlines():
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0, line
+    assert len(list((tmp_path / "octopus").glob("*.png"))) == 4
+    assert len(as_array("long.webp")) == 30
+    given, continued = as_array("circle.gif"), as_array("next.gif")
+    assert len(continued) > len(given)
+    names: dict[str, Any] = {}
+    exec(compile("".join(blocks("python", SAMPLING)), str(SAMPLING), "exec"), names)
+    assert (tmp_path / "apple.png").is_file()
+    assert names["longer"][: len(names["clip"])] == names["clip"]
 
 
 def test_links_lead_somewhere() -> None:

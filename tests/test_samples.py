@@ -81,7 +81,7 @@ def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
             "even does not exist; classes are read from a folder",
         ),
         (["--labels", "random", "-o", "a.png"], "must end in .npz"),
-        (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "goes with neither --class-label nor --gif"),
+        (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "they go with no --class-label"),
     ):
         output = str(tmp_path / options.pop())
         assert message in nar("sample", model, *options, output, code=2)
@@ -128,3 +128,31 @@ def test_labels_are_those_of_real_pictures_in_pairs(model: Path, tmp_path: Path)
         with np.load(tmp_path / f"{name}.npz") as file:
             np.testing.assert_array_equal(file["labels"], labels[places])
             assert json.loads(str(file["settings"]))["labels"].startswith("real ")
+
+
+def test_a_set_of_prompts(words_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number i of a set is number i of a call with the same prompts, in parts or not."""
+    monkeypatch.setattr(samples, "CHUNK", 3)
+    prompts = ["a red apple", "octopus", "", "green cross"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\nblue circle\n")
+    options = ("--labels", "prompts", "--prompts-file", tmp_path / "prompts.txt", "--device", "cpu")
+    done = nar("sample", words_folder, *options, "-o", tmp_path / "command.npz")
+    assert "a picture of each of 4 prompts" in done, "empty lines are left out"
+    pipe = Pipeline.from_pretrained(words_folder, device="cpu")
+    sample_set(pipe, tmp_path / "set.npz", 4, "prompts", prompts=prompts, batch_size=2, seed=5)
+    with np.load(tmp_path / "set.npz") as made:
+        expected = pipe(prompt=prompts, seed=5, output_type="np").images
+        assert abs(made["arr_0"].astype(int) - expected).max() <= 1
+        assert made["labels"].tolist() == [-1] * 4
+    assert "--labels prompts with --prompts-file" in nar(
+        "sample", words_folder, "--labels", "prompts", "-o", tmp_path / "x.npz", code=2
+    )
+
+
+def test_a_set_of_clips(clips_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(clips_folder, device="cpu")
+    sample_set(pipe, tmp_path / "set.npz", 3, "prompts", prompts=["red circle"] * 3, batch_size=2)
+    with np.load(tmp_path / "set.npz") as made:
+        expected = pipe(prompt="red circle", num_images_per_prompt=3, seed=0, output_type="np").videos
+        assert made["arr_0"].shape == (3, 5, 8, 8, 3)
+        assert abs(made["arr_0"].astype(int) - expected).max() <= 1

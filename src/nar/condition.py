@@ -67,20 +67,30 @@ class TextCondition:
 
 @dataclass(frozen=True, eq=False)
 class PrefixCondition:
-    """Codes (B, *prefix grid) int64 that precede what is generated: the tokens of given frames."""
+    """Codes (B, *prefix grid) int64 that precede what is generated: the tokens of given frames.
+
+    `mask` of the same shape is True where a code is given; no token sees the others. None: all are given.
+    """
 
     codes: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mask.shape != self.codes.shape:
+            raise ValueError(
+                f"given codes {tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)} must have one shape"
+            )
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def where_null(self, null: Tensor) -> PrefixCondition:  # noqa: ARG002 the same call for every kind
-        """Given frames are never dropped."""
+        """Given frames are never dropped: guidance leads away from other words, not from other frames."""
         return self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PrefixCondition:
         """Apply `function` to every tensor (moving, slicing, repeating along the batch)."""
-        return PrefixCondition(function(self.codes))
+        return PrefixCondition(function(self.codes), None if self.mask is None else function(self.mask))
 
 
 Part = ClassCondition | TextCondition | PrefixCondition

@@ -47,7 +47,7 @@ class ModelConfig:
         text_dim, text_length: width and number of text features.
         prefix_grid: grid of the given codes; they are followed by a separator.
         condition_rotation: "zero" makes all tokens see plain averages of the condition (published image weights);
-            "identity" lets attention choose.
+            "identity" lets attention choose, and gives the codes of given frames the rotations of their places.
         prefix_attention: whether condition tokens see earlier ones ("causal") or all ("full").
         null_mask: padding of a dropped caption: that of the "caption" (published), or its "own", none.
     """
@@ -152,6 +152,10 @@ class Layout:
             tokens = rotations(schedule.coordinates(schedule.places), head_dim, config.rope_base)
             condition = torch.zeros(count, head_dim // 2, 2)
             condition[..., 0] = 1.0 if config.condition_rotation == "identity" else 0.0
+            if config.prefix_grid and config.condition_rotation == "identity":  # given codes lie where their places are
+                given = build("raster", config.prefix_grid)
+                places = rotations(given.coordinates(given.places), head_dim, config.rope_base)
+                condition[count - 1 - len(places) : count - 1] = places
             phases = torch.cat([condition, tokens])
         elif config.positions == "sincos":
             table = _sincos(count + schedule.num_positions, config.dim)
@@ -345,7 +349,7 @@ class Transformer(nn.Module):
             elif isinstance(part, TextCondition):
                 piece, mask = self._embed_text(part)
             else:
-                piece, mask = self._embed_prefix(part), None
+                piece, mask = self._embed_prefix(part)
             pieces.append(piece)
             masks.append(mask)
         embedded = torch.cat(pieces, 1)
@@ -384,13 +388,14 @@ class Transformer(nn.Module):
                 mask = mask | null[:, None]
         return self.text(features), mask
 
-    def _embed_prefix(self, part: PrefixCondition) -> Tensor:
+    def _embed_prefix(self, part: PrefixCondition) -> tuple[Tensor, Tensor | None]:
         if part.codes.shape[1:] != self.config.prefix_grid:
             raise ValueError(
                 f"prefix codes are {tuple(part.codes.shape[1:])}, the model takes {self.config.prefix_grid}"
             )
         given = self.tokens(part.codes.to(self.device).flatten(1))
-        return torch.cat([given, self.separator.expand(len(given), 1, -1)], 1)
+        mask = None if part.mask is None else F.pad(part.mask.to(self.device).flatten(1), (0, 1), value=True)
+        return torch.cat([given, self.separator.expand(len(given), 1, -1)], 1), mask
 
     def _embed_slots(self, tokens: Tensor, fronts: range) -> Tensor:
         """Embed the slots of consecutive fronts, given their tokens (B, n): (B, S, d)."""

@@ -1,47 +1,85 @@
-"""Labels in, pictures out: the only place where condition, sampling and tokenizer meet.
+"""Classes, words or given frames in, pictures or clips out: the only place where text encoder, condition, sampling and
+tokenizer meet.
 
-Knows model folders, names of classes and pixels; does not know the command line or HTTP.
+Knows model folders, names of classes, captions and pixels; does not know the command line or HTTP. Legend: `B` batch,
+`T H W` frames and pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nar.condition import ClassCondition
+from nar.clips import Frames, as_array, fitted, several
+from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, TextCondition
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
 from nar.precision import convert
 from nar.sampling import Sampling, Session, generate_fronts
+from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.tokenizer.pixels import as_images
 
 BUNDLED = Path(__file__).parent / "bundled"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
+KINETICS_GIVEN = 5  # frames, of 16: the published protocol of frame prediction
 
 Callback = Callable[["Pipeline", int, Tensor], None]
 
 
+class Encoder(Protocol):
+    """What makes features of captions: `nar.text.TextEncoder`, or anything with these three."""
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, T, F) float32, padded on the left, and their mask (B, T) bool."""
+        ...
+
+    def blank(self, captions: Sequence[str]) -> Tensor:
+        """Which captions (B,) bool say nothing."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory; another `encode` takes it again."""
+        ...
+
+
 @dataclass(frozen=True)
 class Output:
-    """What a call made. `images` by output type: Pillow pictures, uint8 (B, H, W, 3), float -1..1 (B, 3, H, W), or
-    codes (B, *grid).
+    """What a call made: `images` or, of a model that makes clips, `videos`; the other is None.
 
-    Picture i can be drawn again with `seed` at its place in `indices`.
+    By output type they are Pillow pictures (a list of them a clip), uint8 (B, [T,] H, W, 3), float -1..1
+    (B, 3, [T,] H, W), or codes (B, *grid). `names` says what each is of: its prompt, or else the name of its class.
+    Number i can be drawn again with `seed` at its place in `indices` of `nar.generate`.
     """
 
     images: Any
+    videos: Any
+    names: list[str]
     class_labels: list[int]
     seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What one picture or clip is made from. `frames` are float -1..1 (3, T, H, W), those given."""
+
+    label: int = NULL_CLASS
+    prompt: str = ""
+    negative: str = ""
+    frames: Tensor | None = None
 
 
 def bundled_names() -> list[str]:
@@ -78,7 +116,14 @@ def find_model(source: str | Path) -> Path:
 
 
 class Pipeline:
-    """A model with its tokenizer and class names; call it to get pictures."""
+    """A model with its tokenizer and, where it reads captions, its text encoder; call it to get pictures or clips.
+
+    Args:
+        text: the encoder for prompts: loaded at the first prompt when given as its config.
+        given_frames: numbers of frames that frame prediction was trained to continue; 0 among them lets it begin
+            without any. By default as many as the model's prefix holds, or 5 where that is a whole clip.
+        frame_rate: of clips, frames per second.
+    """
 
     def __init__(
         self,
@@ -86,6 +131,10 @@ class Pipeline:
         tokenizer: Tokenizer,
         class_names: Sequence[str] = (),
         sampling: Sampling | None = None,
+        *,
+        text: TextEncoderConfig | Encoder | None = None,
+        given_frames: Sequence[int] = (),
+        frame_rate: float = 8.0,
     ) -> None:
         if tokenizer.config.vocab_size != model.config.vocab_size:
             raise ValueError(
@@ -97,28 +146,33 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.sampling = sampling or Sampling()
+        self.text = text
+        self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
+        self.given_frames = tuple(sorted(given_frames)) or self._usual_frames()
+        self.frame_rate = frame_rate
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: torch.device | str | None = None, dtype: str | torch.dtype = "float32"
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: str | torch.dtype = "float32",
+        text_encoder: str | Path | None = None,
     ) -> Pipeline:
         """Load a bundled name, a model folder or a hub id. `device` defaults to a GPU when there is one.
 
         The tokenizer stays in float32, whatever the `dtype` of the transformer: "float32", "bfloat16", "float16", or
         on a CPU "int8". On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
+        `text_encoder` (a folder or hub id) takes the place of the one that the folder names; published text models
+        name none. It is loaded at the first prompt.
 
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
-            ValueError: a damaged folder, or a model that makes something else than pictures of classes.
+            ValueError: a damaged folder.
         """
         folder = find_model(source)
         config = read_config(folder)
-        sizes = config.get("model", {})
-        if config.get("kind") == "transformer" and (not sizes.get("num_classes") or len(sizes.get("grid", ())) == 3):
-            raise ValueError(
-                f"{folder} makes clips, or pictures from text features or given frames; Pipeline makes pictures of "
-                "classes so far: docs/checkpoints.md shows the Python for the others"
-            )
         if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(
                 f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
@@ -127,22 +181,41 @@ class Pipeline:
         model = Transformer.from_pretrained(folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
+        text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
+        text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
         return cls(
             convert(model, dtype, place),
             tokenizer.to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
+            text=from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,
+            given_frames=config.get("given_frames", ()),
+            frame_rate=config.get("frame_rate", 8.0),
         )
 
     def at_grid(self, grid: Sequence[int]) -> Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
-        return Pipeline(self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling)
+        return Pipeline(
+            self.model.at_grid(tuple(grid)),
+            self.tokenizer,
+            self.class_names,
+            self.sampling,
+            text=self.text,
+            given_frames=self.given_frames,
+            frame_rate=self.frame_rate,
+        )
+
+    @property
+    def makes_clips(self) -> bool:
+        """Whether results have frames."""
+        return len(self.pixel_shape) == 3
 
     def label_index(self, label: str | int) -> int:
         """The number of a class, given its name (any case) or number; raises ValueError with the names."""
         count = self.model.config.num_classes
         if not count:
-            raise ValueError("this model has no classes")
+            raise ValueError(f"this model has no classes; it takes {self._inputs()}")
         text = str(label).strip()
         names = [name.lower() for name in self.class_names]
         if text.lower() in names:
@@ -156,10 +229,42 @@ class Pipeline:
         """The name of a class, or its number where there are no names."""
         return self.class_names[index] if index < len(self.class_names) else str(index)
 
+    def text_encoder(self) -> Encoder:
+        """The encoder for prompts, opened when it is first asked for.
+
+        Raises:
+            ValueError: the model names none and none was given, or it is another one than the model was trained with.
+            ModuleNotFoundError: a package is missing.
+        """
+        if self.text is None or (isinstance(self.text, TextEncoderConfig) and not self.text.source):
+            raise ValueError(
+                "this model's folder names no text encoder; give the one that it was trained with: "
+                "--text-encoder FOLDER, or Pipeline.from_pretrained(..., text_encoder=FOLDER) "
+                "(published NAR and LlamaGen text models: google/flan-t5-xl)"
+            )
+        if isinstance(self.text, TextEncoderConfig):
+            encoder = TextEncoder.open(self.text, device=self.model.device)
+            if encoder.dim != self.model.config.text_dim:
+                raise ValueError(
+                    f"text encoder {self.text.source} has width {encoder.dim}, the model takes "
+                    f"{self.model.config.text_dim}; use the encoder that the model was trained with"
+                )
+            self.text = encoder
+        return self.text
+
+    def drop_text_encoder(self) -> None:
+        """Free the memory of the text encoder; the next prompt loads it again."""
+        if self.text is not None and not isinstance(self.text, TextEncoderConfig):
+            self.text.close()
+
     def __call__(
         self,
-        class_labels: Sequence[str | int] | str | int,
+        class_labels: Sequence[str | int] | str | int | None = None,
         *,
+        prompt: Sequence[str] | str | None = None,
+        negative_prompt: Sequence[str] | str | None = None,
+        frames: Frames | None = None,
+        num_frames: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
@@ -174,20 +279,27 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_front_end: Callback | None = None,
     ) -> Output:
-        """Draw `num_images_per_prompt` pictures of each label, in that order.
+        """Draw `num_images_per_prompt` pictures, or clips, of each label, prompt or given clip, in that order.
 
-        Settings that are None take the model's own defaults. Picture i depends on (seed, i) only, not on `batch_size`;
-        without `seed` or `generator` a seed is drawn, and returned.
+        Settings that are None take the model's own defaults. Number i depends on (seed, i) and on what it is told, not
+        on `batch_size` or its neighbours; without `seed` or `generator` a seed is drawn, and returned.
 
         Args:
+            prompt: words; an empty string is unconditional. Where several kinds are given, one value goes with all.
+            negative_prompt: words that guidance leads away from, in place of the model's null condition.
+            frames: a clip to continue, or a list with one for each result: a file, Pillow pictures, or uint8
+                (T, H, W, 3). Its last frames are the condition; the result begins with all of them, as given (cut and
+                resized to the model's size where they have another).
+            num_frames: length of the clips, those given included. By default what one pass of the model adds. Longer
+                ones are drawn in several passes, each of which sees only the last frames of what is there.
             guidance_scale: 1.0 is off.
             known: codes (number of pictures, *grid) kept as given, -1 where free.
-            output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes".
+            output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where
                 undecided.
 
         Raises:
-            ValueError: an unknown class, or a setting that is out of range.
+            ValueError: an unknown class, something that the model does not take, or a setting that is out of range.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
@@ -202,47 +314,318 @@ class Pipeline:
         sampling = dataclasses.replace(self.sampling, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         if seed is None:
             seed = generator.initial_seed() if generator is not None else secrets.randbits(32)
-        wanted = [class_labels] if isinstance(class_labels, str | int) else class_labels
-        labels = [self.label_index(label) for label in wanted]
-        labels = [label for label in labels for _ in range(num_images_per_prompt)]
-        if known is not None and len(known) != len(labels):
-            raise ValueError(f"known has {len(known)} rows for {len(labels)} pictures")
-        made: list[Any] = []
-        for start in range(0, len(labels), batch_size):
-            rows = range(start, min(start + batch_size, len(labels)))
-            codes = torch.empty(0)
-            for front, codes in generate_fronts(
-                self.model,
-                ClassCondition(torch.tensor([labels[row] for row in rows])),
-                sampling,
-                seed=seed,
-                indices=rows,
-                known=None if known is None else known[rows.start : rows.stop],
-                session=self.session,
-            ):
-                if callback_on_front_end is not None:
-                    callback_on_front_end(self, front, codes)
-            made.extend(self.pictures(codes, output_type))
-        if output_type == "np":
-            return Output(np.stack(made), labels, seed)
-        return Output(made if output_type == "pil" else torch.stack(made), labels, seed)
+        requests = self.requests(class_labels, prompt, negative_prompt, frames)
+        requests = [request for request in requests for _ in range(num_images_per_prompt)]
+        if sampling.guidance_scale == 1.0 and any(request.negative for request in requests):
+            raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
+        if known is not None and len(known) != len(requests):
+            raise ValueError(f"known has {len(known)} rows for {len(requests)} pictures")
+        self._check_length(num_frames, requests, output_type)
+        made: list[Tensor] = []
+        for start in range(0, len(requests), batch_size):
+            rows = range(start, min(start + batch_size, len(requests)))
+            batch = requests[rows.start : rows.stop]
+            fixed = None if known is None else known[rows.start : rows.stop]
+            options: dict[str, Any] = {"seed": seed, "known": fixed, "callback": callback_on_front_end}
+            if output_type == "codes":
+                made.extend(self._codes(batch, rows, sampling, **options))
+            else:
+                made.extend(self.draw(batch, rows, sampling, num_frames=num_frames, exact=True, **options))
+        result = torch.stack(made) if output_type == "codes" else _as_output(made, output_type)
+        return Output(
+            None if self.makes_clips else result,
+            result if self.makes_clips else None,
+            [request.prompt or (self.label_name(request.label) if request.label >= 0 else "") for request in requests],
+            [request.label for request in requests],
+            seed,
+        )
+
+    def requests(
+        self,
+        class_labels: Sequence[str | int] | str | int | None = None,
+        prompt: Sequence[str] | str | None = None,
+        negative_prompt: Sequence[str] | str | None = None,
+        frames: Frames | None = None,
+    ) -> list[Request]:
+        """What the arguments of a call ask for, one entry each; raises ValueError for what the model does not take."""
+        config = self.model.config
+        for name, value, taken in (
+            ("class labels", class_labels, config.num_classes), ("prompts", prompt, config.text_dim),
+            ("negative prompts", negative_prompt, config.text_dim), ("frames", frames, config.prefix_grid),
+        ):  # fmt: skip
+            if value is not None and not taken:
+                raise ValueError(f"this model takes no {name}; it takes {self._inputs()}")
+        if class_labels is None and prompt is None and frames is None:
+            raise ValueError(f"say what to make: this model takes {self._inputs()}")
+        if config.prefix_grid and frames is None and 0 not in self.given_frames:
+            raise ValueError("this model continues clips: give it frames")
+        if config.num_classes and class_labels is None and not config.null_class:
+            raise ValueError("this model has no null class: give it class labels too")
+        columns: dict[str, list[Any]] = {}
+        if class_labels is not None:
+            columns["label"] = [self.label_index(label) for label in _listed(class_labels)]
+        if prompt is not None:
+            columns["prompt"] = _texts(prompt)
+        if negative_prompt is not None:
+            columns["negative"] = _texts(negative_prompt)
+        if frames is not None:
+            columns["frames"] = [self._read(clip) for clip in several(frames)]
+        count = max(map(len, columns.values()))
+        if wrong := [f"{len(column)} of {name}" for name, column in columns.items() if len(column) not in {1, count}]:
+            raise ValueError(f"{', '.join(wrong)} for {count} results: give one, or as many")
+        if not count:
+            raise ValueError("nothing is asked for: the list is empty")
+        return [
+            Request(**{name: column[index % len(column)] for name, column in columns.items()}) for index in range(count)
+        ]
+
+    def draw(
+        self,
+        batch: Sequence[Request],
+        indices: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        num_frames: int | None = None,
+        known: Tensor | None = None,
+        callback: Callback | None = None,
+        exact: bool = False,
+    ) -> list[Tensor]:
+        """One batch, whose row k is number `indices[k]` of the seed: pictures (3, H, W) or clips (3, T, H, W) in -1..1.
+
+        Clips are the given frames and passes of the model until there are `num_frames`. For `exact` see `decode`.
+        """
+        sampling = sampling or self.sampling
+        if not self.makes_clips:
+            codes = self._codes(batch, indices, sampling, seed=seed, known=known, callback=callback)
+            return list(self.decode(codes, exact=exact))
+        clips = [request.frames for request in batch]
+        for number in itertools.count():
+            asked = [dataclasses.replace(request, frames=clip) for request, clip in zip(batch, clips, strict=True)]
+            streams = [index + (number << 32) for index in indices]  # each pass has its own
+            codes = self._codes(asked, streams, sampling, seed=seed, known=known, callback=callback)
+            known = None
+            longer = []
+            for clip, made in zip(clips, self.decode(codes, exact=exact), strict=True):
+                added = made[:, self._window(clip) :]
+                longer.append(added if clip is None else torch.cat([clip, added], 1))
+            if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
+                break
+            clips = [*longer]
+        return [clip[:, :num_frames] for clip in longer]
+
+    def condition(self, requests: Sequence[Request]) -> tuple[Condition, Condition | None]:
+        """What the model is told, and what guidance leads it away from where that is not simply the null condition."""
+        config = self.model.config
+        told: list[Part] = []
+        apart: list[Part] = []
+        if config.num_classes:
+            labels = torch.tensor([request.label for request in requests])
+            told.append(ClassCondition(labels))
+            apart.append(ClassCondition(torch.full_like(labels, NULL_CLASS)))
+        if config.text_dim:
+            told.append(self._words([request.prompt for request in requests]))
+            apart.append(
+                self._words(
+                    [request.negative if _says(request.negative) else request.prompt for request in requests],
+                    [not _says(request.negative) for request in requests],
+                )
+            )
+        if config.prefix_grid:
+            prefix = self._prefix([request.frames for request in requests])
+            told.append(prefix)
+            apart.append(prefix)
+        negative = any(_says(request.negative) for request in requests)
+        return tuple(told), tuple(apart) if negative else None
+
+    def _words(self, prompts: Sequence[str], null: Sequence[bool] | None = None) -> TextCondition:
+        """The features of each caption, encoded alone so that they do not depend on the others; empty ones are null."""
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for prompt in prompts:
+            if prompt not in found:
+                found[prompt] = self._features(prompt)
+        features, masks, blank = (
+            torch.cat(parts).to(self.model.device) for parts in zip(*(found[prompt] for prompt in prompts), strict=True)
+        )
+        return TextCondition(features, masks, blank if null is None else blank | torch.tensor(null).to(blank.device))
+
+    def _features(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,)."""
+        if _says(prompt):
+            encoder = self.text_encoder()
+            features, mask = encoder.encode([prompt])
+            return features, mask, encoder.blank([prompt]).to(features.device)
+        config, device = self.model.config, self.model.device  # no encoder is needed for nothing
+        last = torch.arange(config.text_length, device=device) == config.text_length - 1  # where the text ends
+        features = torch.zeros(1, config.text_length, config.text_dim, device=device)
+        return features, last[None], torch.ones(1, dtype=torch.bool, device=device)
+
+    def _prefix(self, clips: Sequence[Tensor | None]) -> PrefixCondition:
+        """The codes of each clip's last frames; the last one is repeated to the length that the tokenizer reads."""
+        prefix, device = self.model.config.prefix_grid, self.model.device
+        counts = [self._window(clip) for clip in clips]
+        if min(counts) < self.given_frames[0]:
+            raise ValueError("this model continues clips: give it frames")
+        codes = torch.zeros(len(clips), *prefix, dtype=torch.long, device=device)
+        found: dict[int, Tensor] = {}
+        for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
+            if clip is None or not count:
+                continue
+            if id(clip) not in found:
+                last = clip[:, clip.shape[1] - count :]
+                repeated = last[:, -1:].expand(-1, self.pixel_shape[0] - count, -1, -1)
+                with torch.inference_mode():
+                    found[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : prefix[0]]
+            codes[row] = found[id(clip)]
+        if len(self.given_frames) == 1:
+            return PrefixCondition(codes)
+        steps = torch.tensor([self._given_steps(count) for count in counts], device=device)
+        mask = torch.arange(prefix[0], device=device) < steps[:, None]
+        return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
+
+    def _usual_frames(self) -> tuple[int, ...]:
+        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
+        if not prefix:
+            return (0,)
+        length = self.pixel_shape[0]
+        if prefix[0] == grid[0]:
+            return (min(KINETICS_GIVEN, max(1, length - 1)),)
+        return (1 + (prefix[0] - 1) * ((length - 1) // (grid[0] - 1)),)
+
+    def _given_steps(self, count: int) -> int:
+        """How many steps in time the codes of `count` given frames fill: all, unless the tokenizer is causal."""
+        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
+        if not count or prefix[0] == grid[0]:
+            return prefix[0] if count else 0
+        return 1 + (count - 1) * (grid[0] - 1) // (self.pixel_shape[0] - 1)
+
+    def _window(self, clip: Tensor | None) -> int:
+        """How many of a clip's last frames are the condition."""
+        length = 0 if clip is None else clip.shape[1]
+        return max((count for count in self.given_frames if count <= length), default=0)
+
+    def _codes(
+        self,
+        batch: Sequence[Request],
+        indices: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        known: Tensor | None,
+        callback: Callback | None,
+    ) -> Tensor:
+        """One pass of the model: codes (B, *grid)."""
+        condition, negative = self.condition(batch)
+        if sampling.guidance_scale == 1.0:
+            negative = None
+        known = self._given(condition) if known is None else known
+        codes = torch.empty(0)
+        for front, codes in generate_fronts(
+            self.model, condition, sampling, negative=negative, seed=seed, indices=indices, known=known,
+            session=self.session,
+        ):  # fmt: skip
+            if callback is not None:
+                callback(self, front, codes)
+        return codes
+
+    def _given(self, condition: Condition) -> Tensor | None:
+        """The codes of the result (B, *grid) that given frames decide, with a causal tokenizer; -1 elsewhere."""
+        grid, prefix = self.model.config.grid, self.model.config.prefix_grid
+        if not prefix or prefix[0] == grid[0]:  # a clip's codes all depend on all of its frames
+            return None
+        part = condition[-1] if isinstance(condition, tuple) else condition
+        assert isinstance(part, PrefixCondition)
+        known = torch.full((len(part), *grid), -1, device=part.codes.device)
+        known[:, : prefix[0]] = part.codes if part.mask is None else part.codes.masked_fill(~part.mask, -1)
+        return known
+
+    def _check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
+        """Refuse lengths that can't be, before anything is drawn."""
+        lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
+        if not self.makes_clips:
+            if num_frames is not None:
+                raise ValueError("this model makes pictures: num_frames is for models that make clips")
+            return
+        length, needed = self.pixel_shape[0], min((count for count in self.given_frames if count), default=0)
+        if any(0 < given < needed for given in lengths):
+            raise ValueError(
+                f"the clip to continue has {min(lengths - {0})} frames, this model needs at least {needed}"
+            )
+        if num_frames is None:
+            if len(lengths) > 1 and output_type in ("np", "pt"):
+                raise ValueError(f"clips of {sorted(lengths)} given frames grow to several lengths: set num_frames")
+            return
+        if output_type == "codes":
+            raise ValueError("codes are those of one pass: leave num_frames out")
+        if num_frames <= max(lengths):
+            raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
+        if not self.model.config.prefix_grid and num_frames > length:
+            raise ValueError(
+                f"num_frames {num_frames} is more than this model's {length}, and it can't continue a clip; "
+                "models with frame prediction can"
+            )
+
+    def _inputs(self) -> str:
+        """What the model can be told."""
+        config = self.model.config
+        names = (("class labels", config.num_classes), ("prompts", config.text_dim), ("frames", config.prefix_grid))
+        return ", ".join(name for name, present in names if present)
+
+    def _read(self, frames: Frames) -> Tensor:
+        """A clip as float -1..1 (3, T, H, W) of the model's size."""
+        return fitted(as_array(frames), self.pixel_shape[1:]).to(self.model.device)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, *, exact: bool = False) -> Tensor:
+        """Codes (B, *grid), all decided, to pixels -1..1 (B, 3, [T,] H, W), some at a time so that memory is bounded.
+
+        `exact` decodes each alone on a CPU, so that rounding does not depend on the others either.
+        """
+        codes = codes.to(self.model.device)
+        alone = exact and codes.device.type == "cpu"
+        count = 1 if alone else max(1, DECODED_PIXELS // math.prod(self.pixel_shape))
+        return torch.cat([self.tokenizer.decode(part).clamp(-1, 1) for part in codes.split(count)])
 
     @torch.inference_mode()
     def pictures(self, codes: Tensor, output_type: str = "pil") -> Any:
         """Decode codes (B, *grid), with -1 (drawn as mid-grey) where undecided, into one of the output types."""
         if output_type == "codes":
             return codes
-        pixels = self.tokenizer.decode(codes.clamp_min(0)).clamp(-1, 1)
+        pixels = self.decode(codes.clamp_min(0))
         if (codes < 0).any():
-            shape = pixels.shape[2:]
-            hidden = (codes < 0)[:, None].float()
-            pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=shape).bool(), 0.0)
-        if output_type == "pt":
-            return pixels
-        images = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else [Image.fromarray(image) for image in images]
+            hidden = (codes < 0)[:, None].float().to(pixels.device)
+            pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
+        return _as_output(list(pixels), output_type)
 
     def growing(self, fronts: Sequence[Tensor]) -> Iterator[list[Image.Image]]:
         """The pictures after each front, given the codes that the callback saw."""
         for codes in fronts:
             yield self.pictures(codes)
+
+
+def _as_output(pixels: Sequence[Tensor], output_type: str) -> Any:
+    """Pictures (3, H, W) or clips (3, T, H, W) in -1..1 as one of the output types."""
+    if output_type == "pt":
+        return torch.stack(list(pixels))
+    arrays = [as_images(one[None])[0] for one in pixels]
+    if output_type == "np":
+        return np.stack(arrays)
+    return [
+        Image.fromarray(array) if array.ndim == 3 else [Image.fromarray(frame) for frame in array] for array in arrays
+    ]
+
+
+def _says(prompt: str) -> bool:
+    """Whether anything is left of a prompt without spaces and control characters."""
+    return any(character.isprintable() and not character.isspace() for character in prompt)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | int) else list(value)
+
+
+def _texts(prompts: Sequence[str] | str) -> list[str]:
+    listed = _listed(prompts)
+    if strange := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt must be a string, not {type(strange[0]).__name__}")
+    return listed

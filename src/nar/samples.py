@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
+from tqdm import tqdm, trange
 
 from nar import __version__
-from nar.condition import ClassCondition
+from nar.condition import NULL_CLASS
 from nar.folder import digest, read_config
-from nar.pipeline import Pipeline
-from nar.sampling import Sampling, generate
+from nar.pipeline import Pipeline, Request
+from nar.sampling import Sampling
+from nar.tokenizer.pixels import as_images
 
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
 LABELS = ("balanced", "random")
@@ -66,8 +68,19 @@ class Drawn:
     Picture i depends on (seed, i) only. The length is the number of pictures.
     """
 
-    def __init__(self, pipe: Pipeline, labels: np.ndarray, sampling: Sampling, *, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        pipe: Pipeline,
+        labels: np.ndarray,
+        sampling: Sampling,
+        *,
+        seed: int,
+        batch_size: int,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         self.pipe, self.labels, self.sampling, self.seed, self.batch_size = pipe, labels, sampling, seed, batch_size
+        told = zip(labels.tolist(), prompts or [""] * len(labels), strict=True)
+        self.requests = [Request(label, prompt) for label, prompt in told]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,9 +92,8 @@ class Drawn:
         """Those from one place up to another."""
         for first in range(start, end, self.batch_size):
             rows = range(first, min(first + self.batch_size, end))
-            condition = ClassCondition(torch.from_numpy(self.labels[rows.start : rows.stop]))
-            codes = generate(self.pipe.model, condition, self.sampling, seed=self.seed, indices=rows)
-            yield self.pipe.pictures(codes, "np")
+            pixels = self.pipe.draw(self.requests[rows.start : rows.stop], rows, self.sampling, seed=self.seed)
+            yield as_images(torch.stack(pixels))
 
 
 def made_by(folder: Path) -> dict[str, Any]:
@@ -108,12 +120,14 @@ def sample_set(
     num_processes: int = 1,
     wait: Callable[[], None] = lambda: None,
     settings: dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
     """Draw `count` pictures or clips into the `.npz` file `output`; returns it. Parts of a stopped call are kept.
 
     `labels` are as in `set_labels`. Picture i depends on (seed, i) only, not on the number of processes. Process `rank`
     makes every `num_processes`-th part; `wait` must return once all processes have called it, and then the first one
-    joins them. `settings` are kept in the file beside the others.
+    joins them. `settings` are kept in the file beside the others. With `prompts`, one for each picture, these are
+    drawn, and `labels` is only what the set is called.
 
     Raises:
         ValueError: the model has no classes, or the parts on disk were made with other settings.
@@ -121,12 +135,15 @@ def sample_set(
     if output.suffix != ".npz":
         raise ValueError(f"output {output} must end in .npz for a set of pictures")
     sampling = sampling or pipe.sampling
-    drawn = Drawn(pipe, set_labels(pipe, labels, count, seed), sampling, seed=seed, batch_size=batch_size)
-    chunk = max(1, CHUNK // getattr(pipe.tokenizer.config, "num_frames", 1))
+    chosen = np.full(count, NULL_CLASS) if prompts is not None else set_labels(pipe, labels, count, seed)
+    drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size, prompts=prompts)
+    chunk = max(1, CHUNK // (pipe.pixel_shape[0] if pipe.makes_clips else 1))
     parts = output.with_name(f".{output.name}.parts")
     kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(drawn.labels.tobytes()).hexdigest()[:12]}"
     known = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
     known |= settings or {}
+    if prompts is not None:
+        known["prompts"] = _hash(prompts)
     _claim(parts, known)
     mine = range(rank * chunk, count, num_processes * chunk)
     with tqdm(
@@ -150,6 +167,10 @@ def sample_set(
         _join(parts, output, drawn.labels, known)
     wait()
     return output
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _claim(parts: Path, settings: dict[str, object]) -> None:
@@ -186,3 +207,54 @@ def _join(parts: Path, output: Path, labels: np.ndarray, settings: dict[str, Any
             np.lib.format.write_array(file, np.array(json.dumps(settings)))
     staging.replace(output)
     shutil.rmtree(parts)
+
+
+def geneval_set(
+    pipe: Pipeline,
+    output: Path,
+    metadata: Path,
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch_size: int = 40,
+    rank: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    settings: dict[str, Any] | None = None,
+) -> int:
+    """Draw `count` pictures of each prompt of GenEval's `metadata` into the layout that it reads; returns the prompts.
+
+    Line k of `metadata`, a JSON object with a `prompt`, becomes the folder `output/0000k` with `metadata.jsonl` and
+    `samples/0000.png` and on. Prompts that are complete are left alone; process `rank` makes every `num_processes`-th.
+
+    Raises:
+        ValueError: a line without a prompt, or a folder that holds pictures of other settings.
+    """
+    lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
+    sampling = sampling or pipe.sampling
+    known = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
+    _claim(output, known | {"prompts": _hash(lines)})
+    for index in trange(rank, len(prompts), num_processes, unit="prompt", disable=True if rank else None):
+        folder = output / f"{index:05d}"
+        if folder.is_dir():
+            continue
+        staging = output / f".{index:05d}"
+        (staging / "samples").mkdir(parents=True, exist_ok=True)
+        (staging / "metadata.jsonl").write_text(lines[index] + "\n", encoding="utf-8")
+        (request,) = pipe.requests(prompt=prompts[index])
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            places = [index * count + row for row in rows]
+            made = pipe.draw([request] * len(rows), places, sampling, seed=seed)
+            for row, image in zip(rows, as_images(torch.stack(made)), strict=True):
+                Image.fromarray(image).save(staging / "samples" / f"{row:04d}.png")
+        staging.replace(folder)
+    wait()
+    return len(prompts)

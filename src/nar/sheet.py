@@ -1,4 +1,7 @@
-"""Contact sheets: labelled pictures side by side, and pictures growing as an animation. Knows only Pillow pictures."""
+"""Contact sheets: labelled pictures side by side, clips as strips or moving side by side, and pictures growing.
+
+Knows only Pillow pictures.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,26 @@ def contact_sheet(
     return sheet
 
 
+def film_strips(clips: Sequence[Sequence[Image.Image]], labels: Sequence[str] = ()) -> Image.Image:
+    """One row a clip, its frames from left to right, with its label below."""
+    length = max(map(len, clips), default=0)
+    strips = []
+    for clip in clips:
+        width, height = clip[0].size
+        strip = Image.new("RGB", (length * width, height), "white")
+        for index, frame in enumerate(clip):
+            strip.paste(frame, (index * width, 0))
+        strips.append(strip)
+    factor = math.ceil(64 / strips[0].height) if strips else 1
+    return contact_sheet(strips, labels, columns=1, cell=factor * strips[0].width if strips else None)
+
+
+def moving_sheet(clips: Sequence[Sequence[Image.Image]], labels: Sequence[str] = ()) -> list[Image.Image]:
+    """Clips playing side by side, frame by frame; shorter ones stay at their last frame."""
+    length = max(map(len, clips), default=0)
+    return [contact_sheet([clip[min(index, len(clip) - 1)] for clip in clips], labels) for index in range(length)]
+
+
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 160, hold: int = 8) -> None:
     """Write frames as an endlessly looping GIF; the last one stays for `hold` more frame times."""
     durations = [milliseconds] * (len(frames) - 1) + [milliseconds * (1 + hold)]
@@ -48,6 +71,8 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: i
 
 
 def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """One line of printable text, cut to `width` pixels; a prompt may be anything, of any length."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, with a traceback only under --debug."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"nar: {' '.join(str(message).split())}", err=True)
     try:
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

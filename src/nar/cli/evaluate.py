@@ -144,9 +144,9 @@ def evaluate(
 
         model = model or str(fake)
         pipe = Pipeline.from_pretrained(model, device=place, dtype=dtype)
-        clip = getattr(pipe.tokenizer.config, "num_frames", None)
+        clip = pipe.pixel_shape[0] if pipe.makes_clips else None
         num_frames, video = num_frames or clip, video or clip is not None
-        size = size or _picture_size(pipe)
+        size = size or pipe.pixel_shape[-1]
         given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
         given = {name: value for name, value in {**given, "top_k": top_k, "top_p": top_p}.items() if value is not None}
         sampling = dataclasses.replace(pipe.sampling, **given)
@@ -330,11 +330,6 @@ def _drawn(
     chosen = set_labels(pipe, labels, count, seed)
     drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size)
     return drawn, paired if paired is not None and len(paired) < len(labels) else None
-
-
-def _picture_size(pipe: Pipeline) -> int:
-    config = pipe.tokenizer.config
-    return config.image_size if hasattr(config, "image_size") else pipe.model.config.grid[0] * config.patch_size
 
 
 def _defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defect]:

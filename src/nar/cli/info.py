@@ -47,6 +47,13 @@ def info(
         typer.echo(f"{key:<{width}}  {value}")
 
 
+def _made(shape: tuple[int, ...], frame_rate: float) -> str:
+    *frames, height, width = shape
+    if not frames:
+        return f"pictures of {height}x{width} pixels"
+    return f"clips of {frames[0]} frames of {height}x{width} pixels, {frame_rate:g} frames per second"
+
+
 def _facts(model: str) -> dict[str, Any]:
     from nar.folder import read_config
     from nar.model import Transformer
@@ -71,11 +78,17 @@ def _facts(model: str) -> dict[str, Any]:
         if shape.num_classes:
             facts["classes"] = ", ".join(config.get("class_names", [])[:40]) or shape.num_classes
         if shape.text_dim:
-            facts["text"] = f"{shape.text_length} features of width {shape.text_dim}"
+            encoder = config.get("text_encoder", {}).get("source", "none is named: give --text-encoder")
+            facts["text"] = f"{shape.text_length} features of width {shape.text_dim}, encoder: {encoder}"
         if shape.prefix_grid:
             facts["given codes"] = f"{'x'.join(map(str, shape.prefix_grid))}, {shape.prefix_attention}"
+        if "given_frames" in config:
+            counts = [str(count) for count in config["given_frames"]]
+            facts["given frames"] = " or ".join([", ".join(counts[:-1]), counts[-1]] if counts[1:] else counts)
         folder = folder / "tokenizer"
         facts["tokenizer"] = f"none: copy a converted tokenizer to {folder} for pictures"
+        if folder.is_dir():
+            facts["makes"] = _made(load_tokenizer(folder).pixel_shape(shape.grid), config.get("frame_rate", 8.0))
     if folder.is_dir():
         tokenizer = load_tokenizer(folder)
         sizes = tokenizer.config

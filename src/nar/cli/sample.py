@@ -1,9 +1,11 @@
-"""`nar sample`: options to pictures in files."""
+"""`nar sample`: options to pictures and clips in files."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,29 +17,65 @@ from nar.cli.app import Model, app, atomically, sizes, usable_device
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
 
+PICTURES, CLIPS = (".png", ".gif", ".npz", ""), (".png", ".gif", ".mp4", ".webp", ".npz", "")
+SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 
-@app.command(epilog="Example: nar sample fashion --class-label sneaker -n 8 --seed 1 -o sneakers.png --gif")
+
+@app.command(
+    epilog="Example: nar sample fashion --class-label sneaker -n 8 --seed 1 -o sneakers.png --gif. "
+    'With words: --prompt "a red apple" --prompt "purple octopus" -n 4 -o sheet.png. '
+    "Clips: --frames start.gif -o next.gif."
+)
 def sample(
     model: Model,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="A contact sheet (.png), an animation (.gif), an array (.npz), or a folder for PNGs."
+            "--output",
+            "-o",
+            help="Pictures: a contact sheet (.png), how they grow (.gif), an array (.npz), or a folder of PNGs. "
+            "Clips: .mp4, .gif or .webp, one row of frames a clip (.png), an array (.npz), or a folder of folders.",
         ),
     ],
     class_label: Annotated[
         list[str] | None,
         typer.Option("--class-label", help="Name or number of a class; may be repeated. Default: all, at most ten."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Words; may be repeated. Empty: unconditional.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts-file", help="A file with one prompt a line; empty lines are left out.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="Words that guidance leads away from.")
+    ] = None,
+    frames: Annotated[
+        list[Path] | None,
+        typer.Option("--frames", help="A clip to continue: a video, an animation, or a folder of frames; repeatable."),
+    ] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Length of clips, given frames included. Long ones take several passes, over the last frames."
+        ),
+    ] = None,
     number: Annotated[
-        int, typer.Option("--number", "-n", min=1, help="Pictures of each class; in all with --labels.")
+        int, typer.Option("--number", "-n", min=1, help="Pictures of each class, prompt or clip; in all with --labels.")
     ] = 4,
     drawn_labels: Annotated[
         str | None,
         typer.Option(
             "--labels",
             help="A set for evaluation, shared by torchrun's processes: balanced or random classes, or those of these "
-            "real pictures (a folder, .npz, .parquet, fashion-mnist), paired as by `nar eval --labels real`.",
+            "real pictures (a folder, .npz, .parquet, fashion-mnist), paired as by `nar eval --labels real`; or "
+            "prompts: one picture of each line of --prompts-file.",
+        ),
+    ] = None,
+    geneval: Annotated[
+        Path | None,
+        typer.Option(
+            help="GenEval's metadata, one JSON with a prompt a line: -n pictures of each, in the folders it reads."
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -58,6 +96,12 @@ def sample(
     gif: Annotated[
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, max=240, help="Frames per second of clips. Default: the model's own.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the text encoder, where the model's folder names none.")
+    ] = None,
     grid: Annotated[
         str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
     ] = None,
@@ -65,15 +109,21 @@ def sample(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
 ) -> None:
-    """Draw pictures with a model."""
-    if drawn_labels is not None:
-        given = {
-            "guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "guidance_curve": guidance_curve,
-            "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        }  # fmt: skip
-        if class_label or gif:
-            raise ValueError("--labels draws from all classes: it goes with neither --class-label nor --gif")
-        _sample_set(model, output, number, drawn_labels, given, seed, grid, batch_size, device, dtype)
+    """Draw pictures or clips with a model."""
+    values = (guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
+    given: dict[str, Any] = {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
+    told = class_label or prompt or prompts_file or frames
+    if drawn_labels is not None or geneval is not None:
+        of_prompts = drawn_labels == "prompts"
+        if class_label or prompt or frames or gif or bool(prompts_file) != of_prompts:
+            raise ValueError(
+                "--labels and --geneval say what is drawn: they go with no --class-label, --prompt, --frames or --gif, "
+                "and --labels prompts with --prompts-file FILE"
+            )
+        _sample_set(
+            model, output, number, drawn_labels or "", _lines(prompts_file) if prompts_file else [], geneval, given,
+            seed, grid, batch_size, device, dtype, text_encoder,
+        )  # fmt: skip
         return
     _check_output(output)
     from time import perf_counter
@@ -82,93 +132,121 @@ def sample(
 
     from nar.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(model, device=usable_device(device), dtype=dtype)
+    pipe = Pipeline.from_pretrained(model, device=usable_device(device), dtype=dtype, text_encoder=text_encoder)
     if grid is not None:
         pipe = pipe.at_grid(sizes(grid))
-    labels = class_label or [str(index) for index in range(min(10, pipe.model.config.num_classes))]
+    if output.suffix not in (CLIPS if pipe.makes_clips else PICTURES):
+        raise ValueError(f"this model makes pictures: output {output} must end in .png, .gif or .npz, or be a folder")
+    if gif and pipe.makes_clips:
+        raise ValueError("--gif shows pictures growing; for a clip as an animation give an output that ends in .gif")
+    config = pipe.model.config
+    prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
+    if not told and config.num_classes:
+        class_label = [str(index) for index in range(min(10, config.num_classes))]
     fronts: dict[int, list[Any]] = {}
-    animated = gif or output.suffix == ".gif"
+    growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
+    steps = pipe.model.layout.schedule.num_steps
     started = perf_counter()
-    steps = len(labels) * number * pipe.model.layout.schedule.num_steps
-    with tqdm(total=steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
+    count = max(len(class_label or ()), len(prompts), len(frames or ())) * number
+    with tqdm(total=count * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
 
         def report(_: Pipeline, front: int, codes: Any) -> None:
             bar.update(len(codes))
-            if animated:
-                fronts.setdefault(front, []).append(codes)
+            if growing:
+                fronts.setdefault(front, []).append(codes.cpu())
 
         result = pipe(
-            labels,
+            class_label or None,
+            prompt=prompts or None,
+            negative_prompt=negative_prompt,
+            frames=[str(path) for path in frames] if frames else None,
+            num_frames=num_frames,
             num_images_per_prompt=number,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_curve=guidance_curve,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             seed=seed,
             batch_size=batch_size,
             output_type="np" if output.suffix == ".npz" else "pil",
             callback_on_front_end=report,
+            **given,
         )
     seconds = perf_counter() - started
     settings = {
         "model": model,
         "seed": seed,
-        "guidance_scale": pipe.sampling.guidance_scale if guidance_scale is None else guidance_scale,
-        "guidance_interval": guidance_interval,
-        "guidance_curve": guidance_curve or pipe.sampling.guidance_curve,
-        "temperature": pipe.sampling.temperature if temperature is None else temperature,
-        "top_k": pipe.sampling.top_k if top_k is None else top_k,
-        "top_p": pipe.sampling.top_p if top_p is None else top_p,
-        "grid": list(pipe.model.config.grid),
+        **dataclasses.asdict(dataclasses.replace(pipe.sampling, **given)),
+        "negative_prompt": negative_prompt,
+        "grid": list(config.grid),
         "dtype": dtype,
         "version": __version__,
     }
-    _write(output, pipe, result, settings)
+    rate = fps or pipe.frame_rate
+    if pipe.makes_clips:
+        _write_clips(output, result, settings, rate)
+    else:
+        _write(output, result, settings)
     written = [output]
-    if animated:
+    if growing:
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
         _write_growth(written[-1], pipe, fronts, result)
-    count = len(result.class_labels)
-    typer.echo(f"{count} pictures in {seconds:.1f} s, {pipe.model.layout.schedule.num_steps} steps each")
+    typer.echo(
+        f"{len(result.names)} {'clips' if pipe.makes_clips else 'pictures'} in {seconds:.1f} s, {steps} steps each"
+    )
     for path in written:
         typer.echo(f"wrote {path}")
 
 
-def _sample_set(
-    model: str, output: Path, number: int, labels: str, given: dict[str, Any], seed: int, grid: str | None,
-    batch_size: int, device: str | None, dtype: str,
-) -> None:  # fmt: skip
-    import dataclasses
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompts: write one a line")
+    return [line for line in lines if line]
 
+
+def _sample_set(
+    model: str, output: Path, number: int, labels: str, prompts: list[str], geneval: Path | None,
+    given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
+    text_encoder: str | None,
+) -> None:  # fmt: skip
     from nar.cli.evaluate import real_classes
     from nar.pipeline import Pipeline, find_model
-    from nar.samples import LABELS, made_by, sample_set
+    from nar.samples import LABELS, geneval_set, made_by, sample_set
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
-        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype)
+        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype, text_encoder=text_encoder)
         pipe = pipe if grid is None else pipe.at_grid(sizes(grid))
-        sampling = dataclasses.replace(
-            pipe.sampling, **{key: value for key, value in given.items() if value is not None}
-        )
         settings = {"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))}
-        num_frames = getattr(pipe.tokenizer.config, "num_frames", None)
-        names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
-        sample_set(
-            pipe, output, number, names, sampling=sampling, seed=seed, batch_size=batch_size, rank=workers.rank,
-            num_processes=workers.count, wait=workers.wait,
-            settings=settings,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "sampling": dataclasses.replace(pipe.sampling, **given), "seed": seed, "batch_size": batch_size,
+            "rank": workers.rank, "num_processes": workers.count, "wait": workers.wait, "settings": settings,
+        }  # fmt: skip
+        if geneval is not None:
+            drawn = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"
+        elif prompts:
+            drawn = f"a picture of each of {len(prompts)} prompts"
+            sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
+        else:
+            num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
+            names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
+            drawn = f"{number} pictures, {labels} labels"
+            sample_set(pipe, output, number, names, **options)
         if workers.first:
-            typer.echo(f"{number} pictures, {labels} labels\nwrote {output}")
+            typer.echo(f"{drawn}\nwrote {output}")
 
 
 def _check_output(output: Path) -> None:
     """Refuse a path that can't be written before any work is done."""
-    if output.suffix not in {".png", ".gif", ".npz", ""}:
-        raise ValueError(f"output {output} must end in .png, .gif or .npz, or be a folder, not {output.suffix!r}")
+    if output.suffix not in CLIPS:
+        raise ValueError(
+            f"output {output} must end in .png, .gif or .npz (clips also .mp4, .webp), or be a folder, "
+            f"not {output.suffix!r}"
+        )
+    if output.suffix == ".mp4" and find_spec("av") is None:
+        raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
     if output.suffix and output.is_dir():
         raise ValueError(f"output {output} is a folder; give a file name")
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -184,28 +262,62 @@ def _check_output(output: Path) -> None:
         ) from error
 
 
-def _write(output: Path, pipe: Pipeline, result: Output, settings: dict[str, Any]) -> None:
-    import numpy as np
-
+def _write(output: Path, result: Output, settings: dict[str, Any]) -> None:
     from nar.sheet import contact_sheet
 
-    names = [pipe.label_name(label) for label in result.class_labels]
     if output.suffix == ".png":
-        atomically(output, contact_sheet(result.images, names).save)
+        atomically(output, contact_sheet(result.images, result.names).save)
     elif output.suffix == ".npz":
-        labels = np.array(result.class_labels)
-        atomically(output, lambda path: np.savez_compressed(path, arr_0=result.images, labels=labels))
+        _write_array(output, result.images, result)
     elif not output.suffix:
 
         def write(folder: Path) -> None:
             folder.mkdir()
-            records = []
-            for index, (image, name) in enumerate(zip(result.images, names, strict=True)):
+            for index, image in enumerate(result.images):
                 image.save(folder / f"{index:06d}.png")
-                records.append({"file": f"{index:06d}.png", "label": name, "index": index, **settings})
-            (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            _write_records(folder, [f"{index:06d}.png" for index in range(len(result.images))], result, settings)
 
         atomically(output, write)
+
+
+def _write_clips(output: Path, result: Output, settings: dict[str, Any], frame_rate: float) -> None:
+    from nar.clips import save_clip
+    from nar.sheet import film_strips, moving_sheet
+
+    clips = result.videos
+    if output.suffix == ".png":
+        atomically(output, film_strips(clips, result.names).save)
+    elif output.suffix == ".npz":
+        _write_array(output, clips, result)
+    elif output.suffix:  # one clip as it is, so that it can be continued; several side by side
+        moving = clips[0] if len(clips) == 1 else moving_sheet(clips, result.names)
+        atomically(output, lambda path: save_clip(moving, path, frame_rate=frame_rate))
+    else:
+
+        def write(folder: Path) -> None:
+            for index, clip in enumerate(clips):
+                save_clip(clip, folder / f"{index:06d}", frame_rate=frame_rate)
+            names = [f"{index:06d}" for index in range(len(clips))]
+            _write_records(folder, names, result, {**settings, "frame_rate": frame_rate})
+
+        atomically(output, write)
+
+
+def _write_array(output: Path, array: Any, result: Output) -> None:
+    import numpy as np
+
+    labels = np.array(result.class_labels)
+    arrays = {"arr_0": array, "names": np.array(result.names)} | ({"labels": labels} if labels.min() >= 0 else {})
+    atomically(output, lambda path: np.savez_compressed(path, **arrays))
+
+
+def _write_records(folder: Path, files: list[str], result: Output, settings: dict[str, Any]) -> None:
+    """`samples.json`: what each file is, and how it can be drawn again."""
+    records = [
+        {"file": file, "label": name, "index": index, **settings}
+        for index, (file, name) in enumerate(zip(files, result.names, strict=True))
+    ]
+    (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], result: Output) -> None:
@@ -213,6 +325,5 @@ def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], resu
 
     from nar.sheet import contact_sheet, save_animation
 
-    names = [pipe.label_name(label) for label in result.class_labels]
-    frames = [contact_sheet(pipe.pictures(torch.cat(codes)), names) for _, codes in sorted(fronts.items())]
+    frames = [contact_sheet(pipe.pictures(torch.cat(codes)), result.names) for _, codes in sorted(fronts.items())]
     atomically(path, lambda staged: save_animation(frames, staged))

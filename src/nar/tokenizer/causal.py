@@ -142,6 +142,12 @@ class CausalTokenizer(nn.Module):
             )
         return self._decode(self.quantizer.decode(codes))
 
+    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Frames, height and width of the clips that codes of this grid stand for."""
+        time, height, width = grid
+        patch = self.config.patch_size
+        return 1 + (time - 1) * self.config.frames_per_code, height * patch, width * patch
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CausalTokenizer:
         """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""

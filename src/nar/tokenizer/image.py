@@ -126,6 +126,10 @@ class ImageTokenizer(nn.Module):
             )
         return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
 
+    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of the pictures that codes of this grid stand for."""
+        return tuple(size * self.config.patch_size for size in grid)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
         """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""

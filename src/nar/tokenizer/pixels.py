@@ -13,9 +13,13 @@ def as_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 
+def as_images(pixels: Tensor) -> np.ndarray:
+    """Float -1..1 (B, 3, H, W), clamped, to uint8 (B, H, W, 3); clips (B, 3, T, H, W) to (B, T, H, W, 3)."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
 def as_pictures(pixels: Tensor) -> list[Image.Image]:
     """Float -1..1 (B, 3, H, W), clamped, to Pillow pictures; of clips (B, 3, T, H, W) the frames side by side."""
     if pixels.ndim == 5:
         pixels = pixels.movedim(2, 3).flatten(3, 4)
-    images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in images]
+    return [Image.fromarray(image) for image in as_images(pixels)]

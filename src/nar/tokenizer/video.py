@@ -218,6 +218,10 @@ class VideoTokenizer(nn.Module):
             )
         return self._decode(self.quantizer.decode(codes), config.num_frames if num_frames is None else num_frames)
 
+    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
+        """Frames, height and width of the clips that codes stand for."""
+        return self.config.num_frames, self.config.image_size, self.config.image_size
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VideoTokenizer:
         """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""

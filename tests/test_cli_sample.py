@@ -1,0 +1,204 @@
+"""`nar sample` with words, given frames and clips: files of every kind, and mistakes in one line."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nar import Pipeline, cli
+from nar.clips import as_array
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in this process; returns what it prints, or with a `code` its lines on stderr."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert stopped.value.code == code, err
+        if code:
+            assert err.count("\n") == 1, err
+            return err
+        return out + err
+
+    return run
+
+
+def test_prompts_on_a_sheet(run: Run, words_folder: Path, tmp_path: Path) -> None:
+    done = run(
+        "sample", words_folder, "--prompt", "a red apple", "--prompt", "octopus", "-n", 2, "-o", tmp_path / "a.png"
+    )
+    assert "4 pictures" in done
+    assert "7 steps each" in done
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width > 96 * 3
+    grown = run("sample", words_folder, "--prompt", "circle", "-n", 1, "-o", tmp_path / "a.gif")
+    assert "1 pictures" in grown
+    with Image.open(tmp_path / "a.gif") as growth:
+        assert growth.n_frames > 3
+
+
+def test_a_file_of_prompts(run: Run, words_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red apple\n\n  octopus \r\n", encoding="utf-8")
+    options = ("--prompts-file", tmp_path / "prompts.txt", "--prompt", "cross", "-n", 1, "--seed", 3)
+    run("sample", words_folder, *options, "--negative-prompt", "blue", "-o", tmp_path / "folder")
+    records = json.loads((tmp_path / "folder/samples.json").read_text())
+    assert [record["label"] for record in records] == ["cross", "a red apple", "octopus"]
+    assert {record["negative_prompt"] for record in records} == {"blue"}
+    run("sample", words_folder, *options, "--negative-prompt", "blue", "-o", tmp_path / "a.npz", "--batch-size", 1)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["names"].tolist() == ["cross", "a red apple", "octopus"]
+        assert "labels" not in arrays
+        for record, row in zip(records, arrays["arr_0"], strict=True):
+            with Image.open(tmp_path / "folder" / record["file"]) as picture:
+                np.testing.assert_array_equal(np.asarray(picture), row)
+
+
+def test_long_and_strange_prompts(run: Run, words_folder: Path, tmp_path: Path) -> None:
+    prompt = "red \x07 apple\n" * 8000
+    done = run("sample", words_folder, "--prompt", prompt, "-n", 1, "-o", tmp_path / "a.png")
+    (warned,) = [line for line in done.splitlines() if "cut" in line]
+    assert warned.startswith("nar: ")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_clips_in_every_form(run: Run, clips_folder: Path, tmp_path: Path) -> None:
+    options = ("sample", clips_folder, "--prompt", "red circle", "-n", 1, "--seed", 2)
+    expected = Pipeline.from_pretrained(clips_folder, device="cpu")(
+        prompt="red circle", seed=2, output_type="np"
+    ).videos
+    assert "1 clips" in run(*options, "-o", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], expected)
+    run(*options, "-o", tmp_path / "folder")
+    np.testing.assert_array_equal(as_array(tmp_path / "folder/000000"), expected[0])
+    (record,) = json.loads((tmp_path / "folder/samples.json").read_text())
+    assert (record["file"], record["frame_rate"]) == ("000000", 5.0)
+    for name in ("a.gif", "a.webp", "a.mp4"):
+        run(*options, "-o", tmp_path / name)
+        assert as_array(tmp_path / name).shape == (5, 8, 8, 3)
+    np.testing.assert_array_equal(as_array(tmp_path / "a.webp"), expected[0])
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.info["duration"] == 200
+        assert animation.info["loop"] == 0
+    run(*options, "--fps", 10, "-o", tmp_path / "fast.gif")
+    with Image.open(tmp_path / "fast.gif") as animation:
+        assert animation.info["duration"] == 100
+    run("sample", clips_folder, "--prompt", "red circle", "--prompt", "cross", "-n", 1, "-o", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:  # a row a clip
+        assert sheet.width > 5 * 64
+        assert 2 * 64 < sheet.height < 3 * 64
+    run("sample", clips_folder, "--prompt", "red circle", "-n", 3, "-o", tmp_path / "sheet.mp4")
+    assert as_array(tmp_path / "sheet.mp4").shape[2] > 3 * 96
+
+
+def test_frames_are_continued(run: Run, clips_folder: Path, tmp_path: Path) -> None:
+    run("sample", clips_folder, "--prompt", "cross", "-n", 1, "-o", tmp_path / "start")
+    start = as_array(tmp_path / "start/000000")
+    run(
+        "sample",
+        clips_folder,
+        "--frames",
+        tmp_path / "start/000000",
+        "-n",
+        1,
+        "--num-frames",
+        9,
+        "-o",
+        tmp_path / "next.npz",
+    )
+    with np.load(tmp_path / "next.npz") as arrays:
+        assert arrays["arr_0"].shape == (1, 9, 8, 8, 3)
+        np.testing.assert_array_equal(arrays["arr_0"][0, :5], start)
+
+
+def test_geneval_layout(run: Run, words_folder: Path, tmp_path: Path) -> None:
+    lines = [{"tag": "color", "prompt": "a red apple"}, {"tag": "single", "prompt": "octopus"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("sample", words_folder, "--geneval", tmp_path / "metadata.jsonl", "-n", 3, "-o", tmp_path / "out")
+    assert "3 pictures of each of 2 prompts" in run(*command)
+    for index, line in enumerate(lines):
+        folder = tmp_path / f"out/{index:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == line
+        assert [path.name for path in sorted((folder / "samples").iterdir())] == ["0000.png", "0001.png", "0002.png"]
+    pipe = Pipeline.from_pretrained(words_folder, device="cpu")
+    both = pipe(prompt=["a red apple", "octopus"], num_images_per_prompt=3, seed=0, output_type="np").images
+    with Image.open(tmp_path / "out/00001/samples/0001.png") as picture:
+        assert abs(np.asarray(picture).astype(int) - both[4]).max() <= 1
+    stamp = (tmp_path / "out/00000").stat().st_mtime_ns
+    (tmp_path / "out/00001/samples/0001.png").unlink()
+    (tmp_path / "out/00001").rename(tmp_path / "out/.00001")  # as a stop leaves it
+    run(*command)
+    assert (tmp_path / "out/00000").stat().st_mtime_ns == stamp
+    assert (tmp_path / "out/00001/samples/0001.png").is_file()
+    assert "holds parts of another set: seed 0 instead of 1" in run(*command, "--seed", 1, code=2)
+
+
+def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "a.png")
+    for arguments, message in (
+        ((toy_folder, "--prompt", "a", *out), "takes no prompts; it takes class labels"),
+        ((toy_folder, "--frames", tmp_path, *out), "takes no frames; it takes class labels"),
+        ((words_folder, "--class-label", "a", *out), "takes no class labels; it takes prompts"),
+        ((words_folder, *out), "say what to make: this model takes prompts"),
+        ((words_folder, "--prompt", "a", "-o", tmp_path / "a.mp4"), "this model makes pictures: output"),
+        ((words_folder, "--prompts-file", tmp_path / "none.txt", *out), "none.txt"),
+        ((words_folder, "--prompt", "a", "--num-frames", 3, *out), "num_frames is for models that make clips"),
+        ((clips_folder, *out), "say what to make: this model takes prompts, frames"),
+        (
+            (clips_folder, "--prompt", "a", "-o", tmp_path / "a.avi"),
+            "(clips also .mp4, .webp)",
+        ),
+        ((clips_folder, "--prompt", "a", "--gif", *out), "--gif shows pictures growing"),
+        ((clips_folder, "--frames", tmp_path / "none.gif", *out), "none.gif"),
+        (
+            (words_folder, "--prompt", "a", "--geneval", tmp_path / "m", *out),
+            "--labels and --geneval say what",
+        ),
+        ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "takes no prompts"),
+        ((words_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "is no text encoder"),
+    ):
+        assert message in run("sample", *arguments, code=2), message
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a nothing")
+    assert "broken.gif" in run("sample", clips_folder, "--frames", tmp_path / "broken.gif", *out, code=2)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "is not UTF-8 text" in run("sample", words_folder, "--prompts-file", tmp_path / "latin.txt", *out, code=2)
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "holds no prompts" in run("sample", words_folder, "--prompts-file", tmp_path / "empty.txt", *out, code=2)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("av", "video"), ("transformers", "text")])
+def test_missing_packages_are_named(
+    run: Run, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    found = builtins.__import__
+
+    def missing(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return found(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr("nar.cli.sample.find_spec", lambda name: None if name == package else object())
+    failed = run("sample", clips_folder, "--prompt", "a", "-o", tmp_path / "a.mp4", code=2)
+    assert f"pip install nar-gen[{extra}]" in failed
+
+
+def test_info_says_what_a_model_is_told(run: Run, clips_folder: Path) -> None:
+    facts = json.loads(run("info", clips_folder, "--json"))
+    assert facts["makes"] == "clips of 5 frames of 8x8 pixels, 5 frames per second"
+    assert facts["text"].startswith("10 features of width 16")
+    assert facts["given frames"] == "0, 1 or 3"

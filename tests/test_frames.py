@@ -1,0 +1,199 @@
+"""Clips from classes, words and given frames, with tokenizers of both kinds and one that loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_model
+from nar import ClassCondition, Pipeline
+from nar.clips import as_array, save_clip
+from nar.condition import PrefixCondition
+from nar.sampling import Sampling, generate
+from toy_models import PaintTokenizer, causal, larp, paint
+
+GREEDY = {"temperature": 0.0, "guidance_scale": 1.0}
+
+
+def random_clip(length: int, seed: int = 0, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (length, size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Pipeline:
+    """Frame prediction as published: the condition is the codes of a whole clip, its last given frame repeated."""
+    model = make_model("frames-full", grid=(3, 2, 2), prefix_grid=(3, 2, 2))
+    return Pipeline(model, larp(), given_frames=(2,))
+
+
+@pytest.fixture(scope="module")
+def partly() -> Pipeline:
+    """Classes and the codes of none, one or three first frames."""
+    model = make_model("frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), positions="rope")
+    return Pipeline(model, causal(), ["jump", "run"], given_frames=(0, 1, 3), frame_rate=5)
+
+
+def test_clips_of_classes() -> None:
+    pipe = Pipeline(make_model("video", grid=(3, 2, 2)), larp())
+    out = pipe([3, 4], num_images_per_prompt=2, seed=1, guidance_scale=2.0)
+    assert out.images is None
+    assert out.names == ["3", "3", "4", "4"]
+    assert [len(clip) for clip in out.videos] == [6] * 4
+    assert out.videos[0][0].size == (8, 8)
+    arrays = pipe([3, 4], num_images_per_prompt=2, seed=1, guidance_scale=2.0, output_type="np", batch_size=3).videos
+    assert arrays.shape == (4, 6, 8, 8, 3)
+    assert arrays.dtype == np.uint8
+    np.testing.assert_array_equal(arrays[2], np.stack([np.asarray(frame) for frame in out.videos[2]]))
+    codes = pipe([3, 4], num_images_per_prompt=2, seed=1, guidance_scale=2.0, output_type="codes").videos
+    labels = ClassCondition(torch.tensor([3, 3, 4, 4]))
+    assert torch.equal(codes, generate(pipe.model, labels, Sampling(guidance_scale=2.0), seed=1))
+    assert abs(pipe.pictures(codes, "np").astype(int) - arrays).max() <= 1
+    pixels = pipe([3], seed=1, output_type="pt").videos
+    assert pixels.shape == (1, 3, 6, 8, 8)
+    assert len(pipe([3], seed=1, num_frames=4).videos[0]) == 4
+    with pytest.raises(ValueError, match="num_frames 7 is more than this model's 6, and it can't continue a clip"):
+        pipe([3], num_frames=7)
+
+
+def test_given_frames_come_back_unchanged(whole: Pipeline, partly: Pipeline) -> None:
+    for pipe, told, added in ((whole, {}, 4), (partly, {"class_labels": 1}, 2)):
+        for length in (3, 7):  # more than the window holds: all are kept, the last ones are the condition
+            clip = random_clip(length)
+            video = pipe(frames=clip, seed=1, output_type="np", **told).videos[0]
+            np.testing.assert_array_equal(video[:length], clip)
+            assert len(video) == length + added
+            pictures = pipe(frames=[Image.fromarray(frame) for frame in clip], seed=1, **told).videos[0]
+            np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]), video)
+
+
+def test_the_condition_is_the_codes_of_the_last_frames(whole: Pipeline) -> None:
+    clip = random_clip(5)
+    window = torch.from_numpy(np.concatenate([clip[3:], clip[4:].repeat(4, 0)])).permute(3, 0, 1, 2).float() / 127.5 - 1
+    given = PrefixCondition(whole.tokenizer.encode(window[None]))
+    codes = whole(frames=clip, seed=1, output_type="codes").videos
+    assert torch.equal(codes, generate(whole.model, given, seed=1))
+
+
+def test_every_given_frame_matters(whole: Pipeline, partly: Pipeline) -> None:
+    for pipe, told, count in ((whole, {}, 2), (partly, {"class_labels": 0}, 3)):
+        clip = random_clip(count)
+        before = pipe(frames=clip, seed=1, output_type="pt", **told).videos[:, :, count:]
+        for index in range(count):
+            changed = clip.copy()
+            changed[index] = random_clip(1, seed=9)[0]
+            after = pipe(frames=changed, seed=1, output_type="pt", **told).videos[:, :, count:]
+            assert not torch.equal(after, before), f"frame {index} of {count} is not seen"
+
+
+def test_any_number_of_frames_that_was_trained(partly: Pipeline) -> None:
+    """None, one or three given frames in one batch each give what they give alone."""
+    clips = [random_clip(3), random_clip(1)]
+    together = partly(0, frames=clips, seed=1, num_frames=5, output_type="np").videos
+    for index, clip in enumerate(clips):
+        alone = partly([0] * (index + 1), frames=[clip] * (index + 1), seed=1, num_frames=5, output_type="np").videos
+        np.testing.assert_array_equal(alone[index], together[index])
+    # Two frames: the model was trained with one and three, so the last one is the condition.
+    two = partly(0, frames=clips[0][:2], seed=1, output_type="np").videos[0]
+    one = partly(0, frames=clips[0][1:2], seed=1, output_type="np").videos[0]
+    np.testing.assert_array_equal(two[2:], one[1:])
+    free = partly(0, seed=1, output_type="np").videos[0]
+    assert len(free) == 5
+    assert not np.array_equal(free[1:], one[1:])
+    codes = partly(frames=clips[1], seed=1, output_type="codes").videos  # no class: the null class
+    with torch.no_grad():
+        pixels = torch.from_numpy(clips[1]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        assert torch.equal(codes[:, :1], partly.tokenizer.encode(pixels)), "codes of given frames are kept"
+
+
+def test_what_is_not_given_is_not_seen(partly: Pipeline) -> None:
+    labels, codes = ClassCondition(torch.tensor([1])), torch.zeros(1, 2, 2, 2, dtype=torch.long)
+    mask = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    mask[:, :1] = True
+    results = []
+    for first, second in ((3, 5), (3, 6), (4, 5)):
+        codes = codes.clone()
+        codes[:, 0], codes[:, 1] = first, second
+        results.append(partly.model(torch.zeros(1, 3, 2, 2).long(), (labels, PrefixCondition(codes, mask))))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_longer_clips_slide_the_window(partly: Pipeline) -> None:
+    clip = random_clip(3)
+    long = partly(1, frames=clip, num_frames=9, seed=1, output_type="np").videos[0]
+    assert len(long) == 9
+    short = partly(1, frames=clip, seed=1, output_type="np").videos[0]
+    np.testing.assert_array_equal(long[:5], short)
+    assert not np.array_equal(long[5:7], short[3:5]), "every pass draws from a stream of its own"
+    # A pass sees the last three frames and nothing before them.
+    other = random_clip(3, seed=5)
+    other[1:] = clip[1:]
+    greedy = {"num_frames": 7, "output_type": "np", "seed": 1, **GREEDY}
+    model = make_model("frames", grid=(3, 2, 2), prefix_grid=(1, 2, 2), num_classes=10)
+    last = Pipeline(model, causal())  # sees one frame
+    first, second = last(1, frames=clip, **greedy).videos[0], last(1, frames=other, **greedy).videos[0]
+    assert not np.array_equal(first[:3], second[:3])
+    np.testing.assert_array_equal(first[3:], second[3:])
+    free = partly(1, num_frames=9, seed=1, output_type="np").videos[0]  # begins without any
+    np.testing.assert_array_equal(free[:5], partly(1, seed=1, output_type="np").videos[0])
+    assert len(free) == 9
+
+
+def test_exactly_the_codes_of_the_frames() -> None:
+    """With a tokenizer that loses nothing: known codes are the frames, predictions are what the model says."""
+    model = make_model("frames", grid=(3, 2, 3), prefix_grid=(2, 2, 3))
+    pipe = Pipeline(model, PaintTokenizer(24))  # type: ignore[arg-type]
+    given = torch.randint(24, (2, 2, 3), generator=torch.Generator().manual_seed(0))
+    known = torch.full((1, 3, 2, 3), -1)
+    known[0, :2] = given
+    condition = (ClassCondition(torch.tensor([4])), PrefixCondition(given[None]))
+    expected = generate(model, condition, Sampling(temperature=0), known=known)
+    video = pipe(4, frames=paint(given), output_type="np", **GREEDY).videos[0]
+    np.testing.assert_array_equal(video, paint(expected[0]))
+
+
+def test_frames_of_other_sizes_are_cut_and_resized(partly: Pipeline) -> None:
+    wide = np.zeros((1, 16, 32, 3), np.uint8)
+    wide[:, :, 4:28] = 200  # the middle square and a little more
+    video = partly(1, frames=wide, seed=1, output_type="np").videos[0]
+    assert (video[0] == 200).all()
+
+
+@pytest.mark.parametrize("form", ["folder", "start.gif", "start.webp", "start.mp4"])
+def test_frames_from_files(partly: Pipeline, tmp_path: Path, form: str) -> None:
+    ramp = np.linspace(20, 220, 3).astype(np.uint8)
+    clip = np.broadcast_to(ramp[:, None, None, None], (3, 16, 16, 3)).copy()
+    save_clip(clip, tmp_path / form, frame_rate=5)
+    video = partly(1, frames=tmp_path / form, seed=1, output_type="np").videos[0]
+    assert abs(video[:3].astype(int) - clip[:, :8, :8]).max() <= 4
+    assert len(video) == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "say what to make: this model takes frames"),
+        ({"prompt": "a"}, "takes no prompts; it takes frames"),
+        ({"frames": random_clip(1)}, "has 1 frames, this model needs at least 2"),
+        ({"frames": random_clip(3), "num_frames": 3}, "num_frames 3 must be more than the 3 that are given"),
+        ({"frames": random_clip(3).astype(np.float32)}, "frames must be uint8"),
+        ({"frames": []}, "the 0 frames of a clip must be at least one"),
+        ({"frames": random_clip(3), "num_frames": 9, "output_type": "codes"}, "codes are those of one pass"),
+        ({"frames": [random_clip(3), random_clip(4)], "output_type": "np"}, "several lengths: set num_frames"),
+        ({"frames": random_clip(3), "guidance_scale": 2.0}, "this model's only condition is given frames"),
+    ],
+)
+def test_mistakes_are_named(whole: Pipeline, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        whole(**values)
+
+
+def test_frames_of_several_sizes_are_no_clip() -> None:
+    with pytest.raises(ValueError, match="of one size"):
+        as_array([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))])
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert (as_array([clear]) == 255).all()
