@@ -201,13 +201,13 @@ def evaluate(
 
         model = model or str(fake)
         pipe = Pipeline.from_pretrained(model, device=place, dtype=dtype)
-        clip = pipe.pixel_shape[0] if pipe.makes_clips else None
-        num_frames, video = num_frames or clip, video or clip is not None
+        length = pipe.pixel_shape[0] if pipe.makes_clips else None
+        num_frames, video = num_frames or length, video or length is not None
         size = size or pipe.pixel_shape[-1]
         given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
         given = {name: value for name, value in {**given, "top_k": top_k, "top_p": top_p}.items() if value is not None}
         sampling = dataclasses.replace(pipe.sampling, **given)
-        batch_size = batch_size or (BATCH if clip is None else CLIP_BATCH)
+        batch_size = batch_size or (BATCH if length is None else CLIP_BATCH)
         names = real_classes(real, split, num_frames) if labels == "real" else None
         source, only_real = _drawn(pipe, number, names or labels, sampling, seed, batch_size)
         tokenizer = tokenizer or str(find_model(model) / "tokenizer")
