@@ -22,7 +22,7 @@ ALLOWED = {
     "precision": set(),
     "attention": set(),
     "condition": {"attention"},
-    "model": {"order", "condition", "attention", "folder"},
+    "model": {"order", "condition", "attention", "folder", "precision"},
     "sampling": {"model", "order", "attention", "condition"},
     "text": set(),
     "tokenizer": {"tokenizer", "folder"},
@@ -31,7 +31,7 @@ ALLOWED = {
     "training": {
         "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
     },
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision"},
+    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config"},
     "convert": {"model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"

@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
-from nar.folder import from_dict, read_config
+from nar.folder import from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import find_model
-from nar.precision import convert
+from nar.precision import PackedLinear, convert, fill
 from nar.presets import find
 from nar.sampling import Sampling, Session, generate
 from nar.tokenizer import Tokenizer, load_tokenizer
@@ -95,10 +95,18 @@ class Setup:
             raise ValueError(f"warmups {self.warmups} must be at least 0, repetitions {self.repetitions} at least 1")
 
 
-def preset_model(name: str, schedule: str | None = None) -> Transformer:
-    """A model of a published size with random weights; `schedule` puts its backbone under another one."""
+def preset_model(
+    name: str,
+    schedule: str | None = None,
+    precision: str | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A model of a published size with random weights; `schedule` puts its backbone under another one.
+
+    `precision` and `device` as in `Transformer.from_pretrained`; the weights before conversion are always the same.
+    """
     config = _preset_config(name)
-    return _random(config if schedule is None else with_schedule(config, schedule))
+    return _random(config if schedule is None else with_schedule(config, schedule), precision, device)
 
 
 def preset_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -130,7 +138,7 @@ def bench_preset(
     """Measure the backbone of a published size, with random weights, under several schedules."""
     config = _preset_config(name)
     tokenizer = preset_tokenizer(config) if setup.pixels else None
-    models = ((schedule, partial(preset_model, name, schedule)) for schedule in schedules)
+    models = ((schedule, partial(preset_model, name, schedule, setup.dtype, setup.device)) for schedule in schedules)
     default = IMAGE_GUIDANCE if len(config.grid) == 2 else VIDEO_GUIDANCE
     return _bench(name, models, tokenizer, setup, default, report)
 
@@ -150,8 +158,8 @@ def bench_folder(
 
     def load(schedule: str) -> Transformer:
         if schedule == shape.schedule:
-            return Transformer.from_pretrained(folder)
-        return _random(with_schedule(shape, schedule))
+            return Transformer.from_pretrained(folder, setup.dtype, setup.device)
+        return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
 
     models = ((schedule, partial(load, schedule)) for schedule in schedules or (shape.schedule,))
     default = float(config.get("sampling", {}).get("guidance_scale", 1.0))
@@ -270,7 +278,6 @@ def _bench(
     for schedule, load in models:
         model = load()  # the one before it is gone by now, which the peak memory relies on
         weights, products = _work(model, sampling)
-        model = convert(model, setup.dtype, device)
         steps = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
@@ -321,14 +328,16 @@ def _preset_config(name: str) -> ModelConfig:
     return ModelConfig(**preset.config)
 
 
-def _random(config: ModelConfig) -> Transformer:
+def _random(config: ModelConfig, precision: str | torch.dtype | None, device: torch.device | str) -> Transformer:
     """A model with random weights, the same every time; the output, which starts at zero, is random too."""
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = Transformer(config).eval()
-    nn.init.normal_(model.output.weight, std=0.02)
-    torch.random.set_rng_state(generator_state)
-    return model
+    generator = torch.Generator().manual_seed(0)
+    with without_weights():
+        model = Transformer(config)
+
+    def draw(name: str, into: Tensor) -> None:
+        into.fill_(1.0) if "norm" in name else into.normal_(std=0.02, generator=generator)
+
+    return fill(model, draw, precision, device).eval()
 
 
 def _condition(config: ModelConfig, batch: int) -> Condition:
@@ -346,8 +355,8 @@ def _condition(config: ModelConfig, batch: int) -> Condition:
 def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
     """Weights that one step reads, and multiplications for one picture, attention's included."""
     config, schedule = model.config, model.layout.schedule
-    in_blocks = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
-    in_output = model.output.weight.numel()
+    in_blocks = _num_weights(model.blocks)
+    in_output = _num_weights(model.output)
     fed, seen = config.num_condition, config.num_condition**2
     for front in range(schedule.num_steps - 1):
         count = schedule.slot_fronts[front]
@@ -356,6 +365,11 @@ def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
     halves = 2 if sampling.guidance_scale != 1.0 else 1
     attention = 2 * config.num_blocks * config.dim * seen
     return in_blocks + in_output, halves * (fed * in_blocks + attention) + schedule.num_positions * in_output
+
+
+def _num_weights(module: nn.Module) -> int:
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | PackedLinear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _machine(dtype: str, device: torch.device) -> tuple[float, float]:

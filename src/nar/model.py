@@ -25,8 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, rotations
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import Weights, check_shapes, from_dict, read_config, without_weights, write_folder
 from nar.order import Schedule, build
+from nar.precision import fill
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 
@@ -499,15 +500,22 @@ class Transformer(nn.Module):
         return other
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Transformer:
-        """Load a model folder, strictly; weights stored in half precision are read into float32."""
+    def from_pretrained(
+        cls, folder: str | Path, precision: str | torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Transformer:
+        """Load a model folder, strictly; weights stored in half precision are read into float32.
+
+        With a `precision` (see `nar.precision`) the model is for inference only, on `device`, and each weight is
+        converted as it is read: memory never holds all of them in float32 beside the others.
+        """
         config = read_config(folder)
         if config.get("kind") != "transformer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a transformer")
-        with torch.device("meta"):
+        with without_weights():
             model = cls(from_dict(ModelConfig, config.get("model"), Path(folder) / "config.json"))
-        load_state(model, {name: tensor.float() for name, tensor in read_weights(folder).items()}, folder)
-        return model.eval()
+        weights = Weights(folder)
+        check_shapes(model, weights.shapes, folder)
+        return fill(model, weights.copy, precision, device).eval()
 
     def save_pretrained(
         self,

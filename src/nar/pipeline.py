@@ -21,7 +21,6 @@ from nar.condition import ClassCondition
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
-from nar.precision import convert
 from nar.sampling import Sampling, Session, generate_fronts
 from nar.tokenizer import Tokenizer, load_tokenizer
 
@@ -124,12 +123,10 @@ class Pipeline:
                 f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
                 "or convert the model again with --tokenizer FOLDER"
             )
-        model = Transformer.from_pretrained(folder)
-        tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
-            convert(model, dtype, place),
-            tokenizer.to(place),
+            Transformer.from_pretrained(folder, dtype, place),
+            load_tokenizer(folder / "tokenizer").to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
         )

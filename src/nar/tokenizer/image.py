@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.quantize import VectorQuantizer
 
 NORM_GROUPS = 32
@@ -123,7 +123,7 @@ class ImageTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("kind") != "image-tokenizer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not an image-tokenizer")
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(from_dict(ImageTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
         state = {name: tensor.float() for name, tensor in read_weights(folder).items()}
         load_state(tokenizer, state, folder)

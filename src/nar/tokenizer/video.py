@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
 from nar.tokenizer.quantize import VectorQuantizer
 
@@ -212,7 +212,7 @@ class VideoTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("kind") != "video-tokenizer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a video-tokenizer")
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(from_dict(VideoTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
         state = {
             name: tensor.float() if tensor.is_floating_point() else tensor
