@@ -27,7 +27,7 @@ from nar.attention import Block, Cache, RMSNorm, rotations
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
 from nar.folder import Weights, check_shapes, from_dict, read_config, without_weights, write_folder
 from nar.order import Schedule, build
-from nar.precision import fill
+from nar.precision import PackedLinear, fill
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 
@@ -224,6 +224,13 @@ class Transformer(nn.Module):
         """Of the weights, and of the computation."""
         return self.tokens.weight.dtype
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of cached keys and values: half of the memory beside weights of 16 or 8 bits, whose rounding is no finer."""
+        layer = cast(Block, self.blocks[0]).attention.qkv
+        smaller = isinstance(layer, PackedLinear) and layer.precision in ("float16", "int8")
+        return torch.float16 if smaller else self.dtype
+
     def forward(self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None) -> Tensor:
         """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
         logits = self.logits(self.hidden(codes, condition, dropout=dropout))
@@ -282,10 +289,11 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for one whole generation."""
         config = self.config
-        length = config.num_condition + len(self.layout.slots)
+        schedule = self.layout.schedule
+        length = config.num_condition + schedule.fed(schedule.num_steps - 1).start  # the last front is not fed
         return Cache(
             config.num_blocks, batch_size, config.num_heads, length, config.dim // config.num_heads,
-            device=self.device, dtype=self.dtype,
+            device=self.device, dtype=self.cache_dtype,
         )  # fmt: skip
 
     def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:

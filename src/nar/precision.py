@@ -61,7 +61,7 @@ def fill(model: Module, source: Source, precision: str | torch.dtype | None, dev
         source(path, values)
         owner, _, last = path.rpartition(".")
         if owner in linear:
-            _replace(model, owner, PackedLinear(values, name))
+            _replace(model, owner, PackedLinear(values.to(dtype), name))
             continue
         value = values.to(device, dtype, copy=True)
         is_parameter = isinstance(empty[path], nn.Parameter)

@@ -26,6 +26,7 @@ Curve = Callable[[float], float]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 SMALLEST_TEMPERATURE = 1e-5
+LARGEST_PART = {True: 2**19, False: 2**24}  # logits drawn from at once: on a CPU, elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Sampling:
     """How tokens are drawn from logits.
 
     Attributes:
-        guidance_scale: strength of classifier-free guidance; 1.0 is off. A sequence or a `guidance_curve` name varies
-            it over fronts.
+        guidance_scale: strength of classifier-free guidance; 1.0 is off.
         guidance_interval: guidance ends, for good, before the first front that finds more than this number of tokens
             generated; the first front is always guided. None never ends it.
         guidance_curve: "constant"; "linear", "cosine" or "power" (cubic) rise from 1.0 at the first front to
@@ -286,9 +286,16 @@ def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], 
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token (B, n) from each distribution of `logits` (B, n, V), by inverse CDF at `uniform` (B, n) in [0, 1)."""
+    """One token (B, n) from each distribution of `logits` (B, n, V), by inverse CDF at `uniform` (B, n) in [0, 1).
+
+    Done in parts, row by row, where the copies that it takes of the logits would need much memory.
+    """
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
+    count = max(1, LARGEST_PART[logits.device.type == "cpu"] * len(logits) // max(1, logits.numel()))
+    if len(logits) > count:
+        parts = zip(logits.split(count), uniform.split(count), strict=True)
+        return torch.cat([draw(part, numbers, temperature, top_k, top_p) for part, numbers in parts])
     cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(-1)
     # Below the total even after rounding, so that the token found has a probability above zero.
     threshold = uniform.clamp(max=1 - 2**-23)[..., None] * cumulative[..., -1:]
