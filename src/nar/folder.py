@@ -122,11 +122,11 @@ def without_weights() -> Iterator[None]:
 
 
 class _Uninitialised(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
             return kwargs.get("tensor", args[0] if args else None)
-        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

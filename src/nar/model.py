@@ -187,7 +187,7 @@ class Transformer(nn.Module):
                 nn.GELU(approximate="tanh"),
                 nn.Linear(dim, dim, bias=False),
             )
-            self.register_buffer("null_text", torch.randn(config.text_length, config.text_dim) / config.text_dim**0.5)
+            self.register_buffer("null_text", torch.empty(config.text_length, config.text_dim))
         if config.prefix_grid:
             self.separator = nn.Parameter(torch.empty(dim))
         if self.layout.schedule.num_special:
@@ -202,11 +202,13 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V."""
+        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V. Null words have length 1."""
         for name, parameter in self.named_parameters():
             if not name.endswith("norm.weight") and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
+        if self.config.text_dim:
+            nn.init.normal_(cast(Tensor, self.null_text), std=self.config.text_dim**-0.5)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
