@@ -28,7 +28,7 @@ from nar.folder import from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import find_model
 from nar.precision import PackedLinear, convert, fill
-from nar.presets import find
+from nar.presets import PRESETS, find
 from nar.sampling import Sampling, Session, generate
 from nar.tokenizer import Tokenizer, load_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
@@ -75,6 +75,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TokenizerRow:
+    """One measurement of a tokenizer: pictures (or clips) to codes, or back.
+
+    Attributes:
+        layout: of convolutions' weights, "contiguous" or "channels_last".
+        change: against float32 of the contiguous layout: of codes, the share that differs; of pixels, the mean absolute
+            difference in units of 1/255.
+        fastest: of its operation and batch size.
+    """
+
+    tokenizer: str
+    operation: str
+    dtype: str
+    layout: str
+    batch_size: int
+    latency_seconds: float
+    images_per_second: float
+    change: float
+    fastest: bool
+    size: tuple[int, ...]
+    device: str
+    threads: int
+    warmups: int
+    repetitions: int
+
+
+@dataclass(frozen=True)
 class Setup:
     """What to measure, and how often."""
 
@@ -111,15 +138,30 @@ def preset_model(
 
 def preset_tokenizer(config: ModelConfig) -> Tokenizer:
     """A tokenizer of the published kind with random weights, for the grid of a preset."""
+    if len(config.grid) == 2:
+        return _random_tokenizer(ImageTokenizerConfig(vocab_size=config.vocab_size))
+    return _random_tokenizer(VideoTokenizerConfig(vocab_size=config.vocab_size))
+
+
+def _random_tokenizer(config: ImageTokenizerConfig | VideoTokenizerConfig) -> Tokenizer:
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    tokenizer: Tokenizer
-    if len(config.grid) == 2:
-        tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=config.vocab_size))
-    else:
-        tokenizer = VideoTokenizer(VideoTokenizerConfig(vocab_size=config.vocab_size))
+    made = ImageTokenizer(config) if isinstance(config, ImageTokenizerConfig) else VideoTokenizer(config)
     torch.random.set_rng_state(generator_state)
-    return tokenizer.eval().requires_grad_(False)
+    return made.eval().requires_grad_(False)
+
+
+def _tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a published size, of a tokenizer's folder, or inside a model's folder."""
+    preset = PRESETS.get(str(source))
+    if preset is not None and "channel_multipliers" in preset.config:
+        return _random_tokenizer(ImageTokenizerConfig(**preset.config))
+    if preset is not None and preset.kind == "larp-tokenizer":
+        return _random_tokenizer(VideoTokenizerConfig(**preset.config))
+    if preset is not None:
+        raise ValueError(f"preset {source!r} is not a tokenizer; give VQ-16, VQ-8, LARP-L-long, or a folder")
+    folder = find_model(source)
+    return load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
 
 
 def with_schedule(config: ModelConfig, schedule: str) -> ModelConfig:
@@ -166,6 +208,69 @@ def bench_folder(
     return _bench(str(source), models, tokenizer, setup, default, report)
 
 
+def bench_tokenizer(
+    source: str | Path, setup: Setup, *, report: Callable[[TokenizerRow], None] | None = None
+) -> list[TokenizerRow]:
+    """Measure a tokenizer, a folder or a published size with random weights, in every dtype and memory layout.
+
+    Pictures have 16x16 codes and random pixels. `setup.dtype` is not used.
+    """
+    device = torch.device(setup.device)
+    tokenizer = _tokenizer(source).to(device)
+    config = tokenizer.config
+    size: tuple[int, ...] = (16 * config.patch_size,) * 2  # of pixels
+    if isinstance(config, VideoTokenizerConfig):
+        size = (config.num_frames, config.image_size, config.image_size)
+    layouts = {"contiguous": torch.contiguous_format}
+    if isinstance(tokenizer, ImageTokenizer):
+        layouts["channels_last"] = torch.channels_last
+    plain: dict[tuple[str, int], Tensor] = {}
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for layout, memory_format in layouts.items():
+            tokenizer = tokenizer.to(getattr(torch, dtype), memory_format=memory_format)  # type: ignore[call-overload]
+            for batch in setup.batch_sizes:
+                pixels = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+                if ("encode", batch) not in plain:  # float32 comes first
+                    codes = plain["encode", batch] = _inferred(tokenizer.encode, pixels)
+                    plain["decode", batch] = _inferred(tokenizer.decode, codes)
+                codes, fed = plain["encode", batch], pixels.to(getattr(torch, dtype))
+                for operation, run in (
+                    ("encode", partial(_inferred, tokenizer.encode, fed)),
+                    ("decode", partial(_inferred, tokenizer.decode, codes)),
+                ):
+                    found, exact = run(), plain[operation, batch]
+                    change = (found != exact).float() if operation == "encode" else (found - exact).abs() * 127.5
+                    seconds = _median(run, setup, device)
+                    row = TokenizerRow(
+                        tokenizer=str(source),
+                        operation=operation,
+                        dtype=dtype,
+                        layout=layout,
+                        batch_size=batch,
+                        latency_seconds=seconds,
+                        images_per_second=batch / seconds,
+                        change=float(change.mean()),
+                        fastest=False,
+                        size=size,
+                        device=_device_name(device),
+                        threads=torch.get_num_threads(),
+                        warmups=setup.warmups,
+                        repetitions=setup.repetitions,
+                    )
+                    rows.append(row)
+                    if report is not None:
+                        report(row)
+    best = {
+        min(
+            (row for row in rows if (row.operation, row.batch_size) == kind),
+            key=lambda row: row.latency_seconds,
+        )
+        for kind in plain
+    }
+    return [dataclasses.replace(row, fastest=row in best) for row in rows]
+
+
 def compare(rows: Sequence[Row]) -> list[str]:
     """For each batch size, how much faster the schedule of the fewest steps is, beside what its steps promise.
 
@@ -186,6 +291,26 @@ def compare(rows: Sequence[Row]) -> list[str]:
                     f"{ratio / promised:.0%} is reached"
                 )
     return lines
+
+
+def tokenizer_table(rows: Sequence[TokenizerRow]) -> str:
+    """Rows as text, aligned; a star marks the fastest of each operation and batch size."""
+    lines = [("operation", "batch", "dtype", "layout", "seconds", "per s", "change", "")]
+    for row in sorted(rows, key=lambda row: (row.operation, row.batch_size)):
+        change = f"{row.change:.2%} of codes" if row.operation == "encode" else f"{row.change:.2f} of 255"
+        lines.append(
+            (
+                row.operation,
+                str(row.batch_size),
+                row.dtype,
+                row.layout,
+                f"{row.latency_seconds:.3f}",
+                f"{row.images_per_second:.2f}",
+                change,
+                "*" if row.fastest else "",
+            )
+        )
+    return _aligned(lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -209,7 +334,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.floor_fraction:.0%}",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
@@ -288,7 +417,7 @@ def _bench(
             seconds = _median(run, setup, device)
             peak = _peak(device)
             if tokenizer is not None and batch not in decoding:
-                decoding[batch] = _median(partial(_decode, tokenizer, codes), setup, device)
+                decoding[batch] = _median(partial(_inferred, tokenizer.decode, codes), setup, device)
             both = seconds + decoding[batch] if tokenizer is not None else None
             reading = steps * weights * WEIGHT_BYTES[setup.dtype] / bandwidth
             multiplying = batch * 2 * products / arithmetic
@@ -409,8 +538,8 @@ def _wait(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _decode(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
-    return tokenizer.decode(codes)
+def _inferred(function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    return function(given)
 
 
 def _reset_peak(device: torch.device) -> None:

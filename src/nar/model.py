@@ -202,7 +202,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V. Null words have length 1."""
+        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V; null words of length 1."""
         for name, parameter in self.named_parameters():
             if not name.endswith("norm.weight") and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)

@@ -115,7 +115,8 @@ class ImageTokenizer(nn.Module):
                 f"this tokenizer has 0..{self.config.vocab_size - 1}; "
                 "were they made with another tokenizer?"
             )
-        return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
+        latents = self.quantizer.decode(codes).to(self.from_code.weight.dtype)
+        return cast(Tensor, self.decoder(self.from_code(latents)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:

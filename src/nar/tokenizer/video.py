@@ -250,7 +250,7 @@ class VideoTokenizer(nn.Module):
                 f"in multiples of {step}"
             )
         grid = (num_frames // step, *config.patch_grid[1:])
-        codes = self.from_code(latents.flatten(2).transpose(1, 2))  # (B, Q, C)
+        codes = self.from_code(latents.flatten(2).transpose(1, 2).to(self.from_code.weight.dtype))  # (B, Q, C)
         codes = codes + self.code_positions()
         queries = self.pixel_queries(math.prod(grid)).to(codes.dtype).expand(len(codes), -1, -1)
         x = self.decoder(torch.cat((codes, queries), dim=1))[:, codes.shape[1] :]  # (B, P, C)
