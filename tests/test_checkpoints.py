@@ -36,10 +36,12 @@ def leftovers(run: Path) -> list[Path]:
     return [path for path in run.rglob(".*") if path.name != ".metadata"]
 
 
-@pytest.mark.parametrize("task", ["model", "tokenizer"])
+@pytest.mark.parametrize("task", ["model", "muon", "tokenizer"])
 def test_four_steps_are_two_and_a_restart_and_two(tmp_path: Path, task: str) -> None:
     if task == "model":
         path = recipe(tmp_path, dropout=DROPOUT)
+    elif task == "muon":
+        path = recipe(tmp_path, optim={"learning_rate": 1e-3, "muon_learning_rate": 3e-3, "curve": "cosine"})
     else:
         path = tokenizer_recipe(tmp_path, data={"source": "toy", "size": 16, "augment": "crop"}, adversary=ADVERSARY)
 

@@ -14,7 +14,7 @@ from nar.convert import Checkpoint, convert, model_state, read_checkpoint
 from nar.folder import read_weights
 from nar.model import Transformer
 from nar.sampling import probabilities
-from nar.training.optim import OptimConfig, build_optimizer, learning_rate_factor
+from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
 pytestmark = pytest.mark.golden
 
@@ -71,7 +71,8 @@ def test_optimizer_groups(fixture: Fixture) -> None:
         weight_decay=recorded[0]["weight_decay"],
         decay="linear",
     )
-    groups = build_optimizer(model, optim).param_groups
+    (adamw,) = build_optimizers(model, optim)
+    groups = adamw.param_groups
     assert len(groups) == len(recorded)
     for group, expected in zip(groups, recorded, strict=True):
         origins = sorted(names[int(number)] for parameter in group["params"] for number in parameter.detach().unique())

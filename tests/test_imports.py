@@ -25,7 +25,7 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "folder", "precision"},
     "sampling": {"model", "order", "attention", "condition"},
     "text": set(),
-    "tokenizer": {"tokenizer", "folder"},
+    "tokenizer": {"tokenizer", "folder", "attention"},
     "data": {"data", "tokenizer", "folder"},
     "metrics": {"metrics"},
     "training": {

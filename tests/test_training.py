@@ -186,7 +186,7 @@ def test_low_rank_additions_are_merged_into_a_plain_model(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
     """Within 5 % of forward, backward and step of the same model, on CPU."""
-    from nar.training.optim import build_optimizer
+    from nar.training.optim import build_optimizers
 
     options = ["model.dim=256", "model.num_heads=4", "model.num_layers=6", "model.hidden_dim=704", "batch_size=32"]
     task = None
@@ -201,7 +201,7 @@ def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
     run_recipe(str(path), [f"run={tmp_path / 'run'}", *options], metrics=keep)
     assert isinstance(task, ModelTask)
     looped = float(np.median(losses(tmp_path / "run", "images_per_second")[1:]))
-    optimizer = build_optimizer(task.module, task.recipe.optim)
+    (optimizer,) = build_optimizers(task.module, task.recipe.optim)
     codes = torch.from_numpy(task.train_codes.read(np.arange(32)))
     condition = ClassCondition(torch.from_numpy(task.train_codes.labels[:32]))
     rates = []

@@ -7,6 +7,7 @@ Dimensions: N pictures, size x size pixels, 3 channels.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,7 +55,10 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures (N, size, size, 3) uint8 with their labels (N,) int64, which index `class_names`."""
+    """Pictures (N, size, size, 3) uint8, or clips (N, T, size, size, 3), with their labels (N,) int64.
+
+    The labels index `class_names`.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -90,17 +94,34 @@ class Source:
         with Image.open(opened) as picture:
             return to_rgb(picture)
 
-    def take(self, rows: np.ndarray) -> Source:
+    def array(self, index: int, size: int) -> np.ndarray:
+        """Decode picture `index` to its centre (size, size, 3) uint8; raises one of `BROKEN` when it can't be."""
+        return np.asarray(centre_crop(self.picture(index), size))
+
+    def take(self, rows: np.ndarray) -> Self:
         """The source with only these rows, in this order."""
         picked = [int(row) for row in rows]
-        return Source(
-            [self.names[row] for row in picked],
-            self.labels[rows],
-            self.class_names,
-            lambda index: self.open(picked[index]),
-            None if self.captions is None else [self.captions[row] for row in picked],
-            None if self.groups is None else [self.groups[row] for row in picked],
+        return dataclasses.replace(
+            self,
+            names=[self.names[row] for row in picked],
+            labels=self.labels[rows],
+            open=lambda index: self.open(picked[index]),
+            captions=None if self.captions is None else [self.captions[row] for row in picked],
+            groups=None if self.groups is None else [self.groups[row] for row in picked],
         )
+
+
+class StripSource(Source):
+    """Clips stored as one picture each, their square frames stacked top to bottom."""
+
+    def array(self, index: int, size: int) -> np.ndarray:
+        """Decode clip `index` to (T, size, size, 3) uint8, each frame resized; raises one of `BROKEN`."""
+        strip = self.picture(index)
+        side, count = strip.width, strip.height // strip.width
+        if count < 1 or strip.height % side:
+            raise ValueError(f"a strip of {strip.height}x{side} pixels is not a whole number of square frames")
+        frames = [strip.crop((0, top, side, top + side)) for top in range(0, strip.height, side)]
+        return np.stack([np.asarray(centre_crop(frame, size)) for frame in frames])
 
 
 def open_source(
@@ -112,7 +133,8 @@ def open_source(
     - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
     - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
       beside each picture, or in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`);
-    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`;
+    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`; clips
+      are in the column `strip`, their square frames stacked in one picture;
     - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
     - a data set on the hub, such as `someone/pictures`.
 
@@ -166,15 +188,18 @@ def load_pictures(source: str | Path | Source, *, size: int, split: str = "train
     """
     if not isinstance(source, Source):
         source = open_source(source, size=size, split=split)
-    images = np.empty((len(source), size, size, 3), np.uint8)
+    images = np.empty((len(source), 0), np.uint8)
     good: list[int] = []
     broken: list[str] = []
     for index in range(len(source)):
         try:
-            images[len(good)] = np.asarray(centre_crop(source.picture(index), size))
+            made = source.array(index, size)
         except BROKEN as error:
             broken.append(f"{source.names[index]} ({error})")
             continue
+        if not good:
+            images = np.empty((len(source), *made.shape), np.uint8)
+        images[len(good)] = made
         good.append(index)
     check_broken(broken, len(source))
     return Pictures(images[: len(good)], source.labels[good], source.class_names)
@@ -503,13 +528,17 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
     columns: dict[str, list[Any]] = {}
     places: list[tuple[int, int, int]] = []  # file, row group, row in it
     schema_names: list[str] = []
+    pictures = "image"
     for number, path in enumerate(paths):
         try:
             file = pq.ParquetFile(path)
             known = file.schema_arrow.names
-            if "image" not in known:
+            if "strip" in known:
+                pictures = "strip"
+            elif "image" not in known:
                 raise ValueError(
-                    f"{path} has the columns {', '.join(known)}; needed is `image`, and `label` for classes"
+                    f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip`, of clips), "
+                    "and `label` for classes"
                 )
             wanted = [key for key in (label, "label_name", group, *_CAPTIONS) if key in known]
             table = file.read(wanted)
@@ -526,20 +555,15 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
 
     @lru_cache(maxsize=8)
     def cells(number: int, row_group: int) -> Any:
-        return pq.ParquetFile(paths[number]).read_row_group(row_group, columns=["image"]).column(0)
+        return pq.ParquetFile(paths[number]).read_row_group(row_group, columns=[pictures]).column(0)
 
     def read(index: int) -> Any:
         number, row_group, row = places[index]
         return _opened(cells(number, row_group)[row].as_py(), paths[number].parent)
 
-    return Source(
-        [f"row {index}" for index in range(len(places))],
-        np.array(labels),
-        class_names,
-        read,
-        _captions(columns),
-        _groups(columns, group, paths[0]),
-    )
+    names, groups = [f"row {index}" for index in range(len(places))], _groups(columns, group, paths[0])
+    kind = StripSource if pictures == "strip" else Source
+    return kind(names, np.array(labels), class_names, read, _captions(columns), groups)
 
 
 def _opened(cell: Any, folder: Path) -> Any:
@@ -563,7 +587,12 @@ def _groups(columns: dict[str, list[Any]], group: str, path: Path | str) -> list
         return None
     if group not in columns:
         raise ValueError(f"{path} has no column {group!r} to group by; it has {', '.join(sorted(columns)) or 'none'}")
-    return [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
+    return [f"row {row}" if value is None else _family(str(value)) for row, value in enumerate(columns[group])]
+
+
+def _family(key: str) -> str:
+    """A group's key without the code points of skin tones: drawings that differ in nothing else belong together."""
+    return re.sub(r"-1F3F[B-F]\b", "", key, flags=re.IGNORECASE)
 
 
 def _schema_names(metadata: dict[bytes, bytes], label: str) -> list[str]:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from nar.folder import read_config
-from nar.tokenizer.image import ImageTokenizer
-from nar.tokenizer.video import VideoTokenizer
+from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
 
-Tokenizer = ImageTokenizer | VideoTokenizer
+Tokenizer = ImageTokenizer | VideoTokenizer | CausalTokenizer
+TokenizerConfig = ImageTokenizerConfig | VideoTokenizerConfig | CausalTokenizerConfig
+
+
+def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """A tokenizer of the kind that its config is of, with random weights."""
+    if isinstance(config, ImageTokenizerConfig):
+        return ImageTokenizer(config)
+    if isinstance(config, VideoTokenizerConfig):
+        return VideoTokenizer(config)
+    return CausalTokenizer(config)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -18,4 +29,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return ImageTokenizer.from_pretrained(folder)
     if kind == "video-tokenizer":
         return VideoTokenizer.from_pretrained(folder)
-    raise ValueError(f"{folder} holds a {kind or 'folder of unknown kind'}, not an image-tokenizer or video-tokenizer")
+    if kind == "causal-tokenizer":
+        return CausalTokenizer.from_pretrained(folder)
+    raise ValueError(
+        f"{folder} holds a {kind or 'folder of unknown kind'}, not an image-tokenizer, video-tokenizer or "
+        "causal-tokenizer"
+    )

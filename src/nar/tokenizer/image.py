@@ -91,6 +91,15 @@ class ImageTokenizer(nn.Module):
         decoded = self.decoder(self.from_code(quantized.latents))
         return Reconstruction(decoded, quantized.codes, latents, quantized.codebook_loss, quantized.commitment_loss)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that makes the pixels, where losses are balanced."""
+        return self.decoder.conv_out.weight
+
+    def encoder_parts(self) -> tuple[nn.Module, ...]:
+        """What decides the codes of a picture."""
+        return self.encoder, self.to_code, self.quantizer
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) to continuous latents (B, code_dim, h, w)."""
         check_pixels(pixels, self.config.patch_size)

@@ -1,4 +1,4 @@
-"""Pictures as arrays, as tensors and as Pillow images: the edge between uint8 and -1..1."""
+"""Pictures and clips as arrays, as tensors and as Pillow images: the edge between uint8 and -1..1."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor
 
 
 def as_pixels(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to float32 -1..1 (B, 3, H, W)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 (B, H, W, 3) to float32 -1..1 (B, 3, H, W); clips (B, T, H, W, 3) to (B, 3, T, H, W)."""
+    return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 
 def as_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Float -1..1 (B, 3, H, W), clamped, to Pillow pictures."""
+    """Float -1..1 (B, 3, H, W), clamped, to Pillow pictures; of clips (B, 3, T, H, W) the frames side by side."""
+    if pixels.ndim == 5:
+        pixels = pixels.movedim(2, 3).flatten(3, 4)
     images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in images]

@@ -169,6 +169,18 @@ class VideoTokenizer(nn.Module):
             F.mse_loss(points, entries.detach()),
         )
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that makes the pixels, where losses are balanced."""
+        return self.to_pixels.weight
+
+    def encoder_parts(self) -> tuple[nn.Module, ...]:
+        """What decides the codes of a clip."""
+        return (
+            self.patch_embed, self.patch_positions, self.queries, self.encoder, self.to_code, self.code_norm,
+            self.quantizer,
+        )  # fmt: skip
+
     def latents(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) to continuous latents (B, D, *grid), not yet of unit length."""
         self._check_clips(clips)

@@ -39,7 +39,7 @@ from nar.config import difference
 from nar.training.checkpoint import Checkpoints, atomically, read_record
 from nar.training.distributed import Engine, Workers, spread, unsynchronised, whole
 from nar.training.ema import update_average
-from nar.training.optim import OptimConfig, build_optimizer, learning_rate_factor
+from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
 NUM_DRAWS = 6  # uniform numbers that each sample gets
 
@@ -214,8 +214,8 @@ def train(
         stack.callback(checkpoints.close)
         for step, batches, fetched in _ahead(task, plan, workers, range(first_step, num_steps), stack):
             factor = learning_rate_factor(plan.optim, (step + 1) * plan.batch_size, num_steps * plan.batch_size)
-            for group in state.optimizer.param_groups:
-                group["lr"] = plan.optim.learning_rate * factor
+            for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
+                group["lr"] = group["initial_lr"] * factor
             loss, values = _backward(state, plan, workers, step, batches, fetched)
             norm = whole(
                 nn.utils.clip_grad_norm_(
@@ -232,7 +232,8 @@ def train(
                     "data; stopped before the weights were touched. Lower optim.learning_rate or look at these rows; "
                     f"the last checkpoint in {run} is intact"
                 )
-            state.optimizer.step()
+            for optimizer in state.optimizers:
+                optimizer.step()
             task.after_step(step, num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
             update_average(state.average, task.module, step, plan.ema_decay)
             bar.update(plan.batch_size)
@@ -310,9 +311,14 @@ class _State:
     """Everything that training changes: the module, its running average, the optimizer, the task's own tensors."""
 
     def __init__(
-        self, task: Task, step: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, plain: nn.Module | None
+        self,
+        task: Task,
+        step: nn.Module,
+        average: nn.Module,
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        plain: nn.Module | None,
     ) -> None:
-        self.task, self.step, self.average, self.optimizer, self._plain = task, step, average, optimizer, plain
+        self.task, self.step, self.average, self.optimizers, self._plain = task, step, average, optimizers, plain
 
     @classmethod
     def of(cls, task: Task, plan: Plan, workers: Workers) -> _State:
@@ -322,14 +328,14 @@ class _State:
         step = spread(
             _Step(task), task.blocks(task.module), (average, task.blocks(average)), plan.engine, workers
         )  # in place, so the optimizer's parameters are taken afterwards
-        return cls(task, step, average, build_optimizer(task.module, plan.optim), plain)
+        return cls(task, step, average, build_optimizers(task.module, plan.optim), plain)
 
     def values(self) -> dict[str, Any]:
         """All of it as nested dicts, by parameter name, so that any number of processes can read it."""
         return {
             "module": get_model_state_dict(self.task.module),
             "average": get_model_state_dict(self.average),
-            "optimizer": get_optimizer_state_dict(self.task.module, self.optimizer),
+            "optimizer": get_optimizer_state_dict(self.task.module, self.optimizers),
             "task": self.task.state(),
         }
 
@@ -338,7 +344,7 @@ class _State:
         checkpoints.load(path, values)
         set_model_state_dict(self.task.module, values["module"])
         set_model_state_dict(self.average, values["average"])
-        set_optimizer_state_dict(self.task.module, self.optimizer, values["optimizer"])
+        set_optimizer_state_dict(self.task.module, self.optimizers, values["optimizer"])
         self.task.load_state(values.get("task", {}))
 
     def averaged(self) -> nn.Module:
@@ -366,7 +372,8 @@ def _backward(
     state: _State, plan: Plan, workers: Workers, step: int, batches: list[Batch], fetched: list[Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Leave the gradients of a step in the parameters; returns this process's mean loss and values to log."""
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     total, totals = torch.zeros((), device=workers.device), dict[str, Tensor]()
     for index, (batch, data) in enumerate(zip(batches, fetched, strict=True)):
         torch.manual_seed(_mix(plan.seed, step, 1, workers.rank, index))  # dropout masks

@@ -17,7 +17,10 @@ from nar.data.sources import (
 )  # fmt: skip
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
+from nar.tokenizer import TokenizerConfig
+from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
+from nar.tokenizer.video import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.loop import Plan
 
@@ -34,7 +37,8 @@ class DataConfig:
         label, group: columns of tables; samples of one group are held out together.
         views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
-            random crop, mirrored half of the time ("crop").
+            random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
+            anywhere and played backwards half of the time.
         codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
             the first is held out.
     """
@@ -53,8 +57,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.views not in VIEWS:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
-        if self.augment not in ("none", "flip", "crop"):
-            raise ValueError(f"data.augment must be none, flip or crop, not {self.augment!r}")
+        if self.augment not in ("none", "flip", "crop", "loop"):
+            raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
 
@@ -103,6 +107,8 @@ def _open_model() -> ModelConfig:
 class Recipe(Plan):
     """A whole training run. `about` says what it makes, on which hardware, in which time, to which number.
 
+    The tokenizer to train is of pictures, unless the sizes of `causal_tokenizer` or `video_tokenizer` are given.
+
     A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
     trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
 
@@ -114,6 +120,8 @@ class Recipe(Plan):
     task: str = "model"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    causal_tokenizer: CausalTokenizerConfig | None = None
+    video_tokenizer: VideoTokenizerConfig | None = None
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     init: str = ""
@@ -130,7 +138,14 @@ class Recipe(Plan):
         super().__post_init__()
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
+        if self.causal_tokenizer and self.video_tokenizer:
+            raise ValueError("one tokenizer is trained: give causal_tokenizer or video_tokenizer, not both")
         if self.lora_rank and not (self.init and self.task == "model"):
             raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer" and self.engine.parallel == "fsdp":
             raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
+
+    @property
+    def tokenizer_config(self) -> TokenizerConfig:
+        """The sizes of the tokenizer to train, of whichever kind."""
+        return self.causal_tokenizer or self.video_tokenizer or self.tokenizer

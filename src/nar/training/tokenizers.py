@@ -23,7 +23,7 @@ from nar.data.sources import (
 )  # fmt: skip
 from nar.folder import load_state, read_weights
 from nar.sheet import contact_sheet
-from nar.tokenizer.image import ImageTokenizer
+from nar.tokenizer import Tokenizer, new_tokenizer
 from nar.tokenizer.pixels import as_pictures, as_pixels
 from nar.training.adversary import Adversary
 from nar.training.distributed import Workers
@@ -32,16 +32,16 @@ from nar.training.recipe import Recipe
 
 
 class TokenizerTask:
-    """Train an image tokenizer to reconstruct pictures."""
+    """Train a tokenizer to reconstruct pictures or clips: of which kind it is, the recipe's config says."""
 
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
-        self.module = ImageTokenizer(recipe.tokenizer)
+        self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
             load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
         if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
-            for part in (self.module.encoder, self.module.to_code, self.module.quantizer):
+            for part in self.module.encoder_parts():
                 part.requires_grad_(False)
         self.module.to(workers.device)
         self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
@@ -52,7 +52,7 @@ class TokenizerTask:
         self.num_samples = len(self.source or self.pictures or ())
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
-        self.used = torch.zeros(recipe.tokenizer.vocab_size, dtype=torch.bool, device=workers.device)
+        self.used = torch.zeros(recipe.tokenizer_config.vocab_size, dtype=torch.bool, device=workers.device)
         self._latents: list[Tensor] = []
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
@@ -63,9 +63,10 @@ class TokenizerTask:
             images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.uniforms)))
         else:
             images = self.pictures.images[batch.indices]
-        if self.recipe.data.augment == "flip":
-            mirrored = batch.uniforms[:, 3, None, None, None] < 0.5
-            images = np.where(mirrored, images[:, :, ::-1], images)
+        if self.recipe.data.augment in ("flip", "loop"):
+            images = np.stack([_mirrored(image, u[3]) for image, u in zip(images, batch.uniforms, strict=True)])
+        if self.recipe.data.augment == "loop":
+            images = np.stack([_restarted(clip, *u[:2]) for clip, u in zip(images, batch.uniforms, strict=True)])
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
@@ -99,9 +100,7 @@ class TokenizerTask:
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
         if self.adversary is not None:
-            last = self.module.decoder.conv_out.weight
-            assert isinstance(last, Tensor)
-            loss = loss + self.adversary.loss(pixels, made.pixels, loss, last, batch.step)
+            loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         self._latents.append(made.latents.detach())
         codes = made.codes.unique()
@@ -137,10 +136,10 @@ class TokenizerTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        device, vocab_size = self.workers.device, self.recipe.tokenizer.vocab_size
+        device, vocab_size = self.workers.device, self.recipe.tokenizer_config.vocab_size
         squared, codes = torch.zeros(1, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images[:2000]
-        for rows in share(len(images), 250, self.workers):
+        for rows in share(len(images), _batch_size(images), self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
             squared += (made.pixels.clamp(-1, 1) - pixels).square().flatten(1).mean(1).sum()
@@ -158,12 +157,29 @@ class TokenizerTask:
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
         pixels = as_pixels(self.heldout.images[:16]).to(self.workers.device)
-        pairs = torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1)
-        return contact_sheet(as_pictures(pairs), ["real", "code"] * 16, columns=8)
+        pairs = as_pictures(torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1))
+        columns = max(1, 8 * pairs[0].height // pairs[0].width)  # a clip's frames take a row
+        return contact_sheet(pairs, ["real", "code"] * len(pixels), columns=columns)
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
-        assert isinstance(module, ImageTokenizer)
+        assert isinstance(module, Tokenizer)
         module.save_pretrained(folder, training=training)
+
+
+def _batch_size(images: np.ndarray) -> int:
+    """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
+    return max(1, min(250, 250 * 64 * 64 * 3 // images[0].size))
+
+
+def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
+    """A picture or clip (..., H, W, 3), mirrored when `uniform` is under 0.5."""
+    return image[..., ::-1, :] if uniform < 0.5 else image
+
+
+def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
+    """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
+    turned = np.roll(clip, int(start * len(clip)), axis=0)
+    return turned[::-1] if direction < 0.5 else turned
 
 
 def _too_large(source: Source, size: int) -> bool:
