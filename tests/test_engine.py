@@ -165,7 +165,9 @@ def test_a_session_runs_one_generation_at_a_time() -> None:
         generate(make_model("nar"), condition, session=session)
 
 
-def test_graphs_need_a_gpu() -> None:
+def test_graphs_and_compilation_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="compiled is for GPUs"):
+        Session(packed("nar", "int8"), compiled=True)
     with pytest.raises(ValueError, match="cuda"):
         Session(make_model("nar"), graphs=True)
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "attention": set(),
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder", "precision"},
-    "sampling": {"model", "order", "attention", "condition"},
+    "sampling": {"model", "order", "attention", "condition", "precision"},
     "text": set(),
     "tokenizer": {"tokenizer", "folder", "attention"},
     "data": {"data", "tokenizer", "folder"},

@@ -30,9 +30,10 @@ from nar.pipeline import find_model
 from nar.precision import PackedLinear, convert, fill
 from nar.presets import PRESETS, find
 from nar.sampling import Sampling, Session, generate
-from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
+from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.video import VideoTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -146,7 +147,7 @@ def preset_tokenizer(config: ModelConfig) -> Tokenizer:
 def _random_tokenizer(config: ImageTokenizerConfig | VideoTokenizerConfig) -> Tokenizer:
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    made = ImageTokenizer(config) if isinstance(config, ImageTokenizerConfig) else VideoTokenizer(config)
+    made = new_tokenizer(config)
     torch.random.set_rng_state(generator_state)
     return made.eval().requires_grad_(False)
 
@@ -221,6 +222,8 @@ def bench_tokenizer(
     size: tuple[int, ...] = (16 * config.patch_size,) * 2  # of pixels
     if isinstance(config, VideoTokenizerConfig):
         size = (config.num_frames, config.image_size, config.image_size)
+    elif isinstance(config, CausalTokenizerConfig):
+        size = (1 + 3 * config.frames_per_code, *size)
     layouts = {"contiguous": torch.contiguous_format}
     if isinstance(tokenizer, ImageTokenizer):
         layouts["channels_last"] = torch.channels_last

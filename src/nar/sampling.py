@@ -22,6 +22,7 @@ from nar.attention import Block
 from nar.condition import Condition, drop, map_condition, parts
 from nar.model import Transformer
 from nar.order import Schedule
+from nar.precision import PackedLinear
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
@@ -160,6 +161,8 @@ class Session:
         self.num_kept = num_kept
         self.serial = 0  # of the latest generation
         self._buffers: OrderedDict[tuple[int, int, bool], _Buffers] = OrderedDict()
+        if compiled and any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise ValueError("compiled is for GPUs: on a CPU weights are packed for kernels that no compiler improves")
         if compiled:
             for block in model.blocks:
                 cast(Block, block).feed_forward.compile(dynamic=True)
