@@ -140,6 +140,15 @@ def test_a_session_changes_nothing(layout: str) -> None:
             assert torch.equal(generate(model, condition, sampling, seed=seed, session=session), alone)
 
 
+@pytest.mark.parametrize("sampling", [SAMPLING, Sampling(temperature=0)])
+def test_drawing_in_parts_changes_nothing(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("nar")
+    condition = make_condition(model, 3)
+    whole = generate(model, condition, sampling, seed=5)
+    monkeypatch.setattr("nar.sampling.MOST_LOGITS_CPU", 2 * model.config.vocab_size)  # two rows at once
+    assert torch.equal(generate(model, condition, sampling, seed=5), whole)
+
+
 def test_a_session_keeps_its_memory_and_forgets_what_was_drawn() -> None:
     model = make_model("nar")
     condition, session = make_condition(model, 2), Session(model)
