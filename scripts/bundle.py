@@ -31,7 +31,7 @@ def bundle(model: Path, tokenizer: Path, target: Path) -> int:
         load_tokenizer(tokenizer).save_pretrained(
             half, dtype=torch.bfloat16, training=read_config(tokenizer)["training"]
         )
-        kept = {name: config[name] for name in ("training", "sampling")}
+        kept = {name: config[name] for name in ("training", "sampling", "text_encoder") if name in config}
         Transformer.from_pretrained(model).save_pretrained(
             target, dtype=torch.bfloat16, class_names=tuple(config["class_names"]), tokenizer=half, **kept
         )

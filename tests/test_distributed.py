@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nar.training.tasks import run_recipe
-from training_runs import losses, nar, recipe, tokenizer_recipe, weights
+from training_runs import TOKENIZER, losses, nar, recipe, tokenizer_recipe, weights
 
 # Held-out evaluation runs too, since processes share it.
 STEPS = {"num_images": 4 * 32, "preview_every": 2}
@@ -36,13 +36,26 @@ def test_two_processes_equal_one(alone: tuple[Path, Path], tmp_path: Path, paral
         torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_a_tokenizer_as_one_does(tmp_path: Path) -> None:
-    path = tokenizer_recipe(tmp_path, data={"source": "toy", "size": 16, "augment": "flip"}, preview_every=4)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"tokenizer_loss": {"kmeans_steps": 2, "codebook_decay": 0.9, "restart_every": 3}},
+        {"tokenizer": {**TOKENIZER, "quantizer": "bsq", "code_dim": 6}, "tokenizer_loss": {"entropy": 0.1}},
+    ],
+    ids=["restart", "kmeans", "bsq"],
+)
+def test_two_processes_train_a_tokenizer_as_one_does(tmp_path: Path, values: dict[str, object]) -> None:
+    path = tokenizer_recipe(tmp_path, data={"source": "toy", "size": 16, "augment": "flip"}, preview_every=4, **values)
     run_recipe(str(path), [f"run={tmp_path / 'one'}"])
     nar("train", path, f"run={tmp_path / 'two'}", processes=2)
-    for name in ("loss", "heldout_loss", "heldout_usage"):
+    for name in ("loss", "usage", "perplexity", "heldout_loss", "heldout_usage"):
         two, one = (torch.tensor(losses(tmp_path / run, name)) for run in ("two", "one"))
         torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+
+
+def test_tokenizers_are_not_sharded(tmp_path: Path) -> None:
+    path = tokenizer_recipe(tmp_path)
     assert "not fsdp" in nar("train", path, f"run={tmp_path / 'fsdp'}", "engine.parallel=fsdp", code=2)
 
 

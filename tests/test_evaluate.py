@@ -352,7 +352,7 @@ def test_efficientnet_equals_an_independent_implementation() -> None:
 def test_efficientnet_without_its_package_or_with_other_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from nar.metrics import efficientnet
+    from nar import efficientnet
 
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not EfficientNet-Lite0"):

@@ -71,6 +71,20 @@ def test_the_command_writes_codes_that_datasets_opens_too(tmp_path: Path, tokeni
             np.testing.assert_array_equal(read[0], made[number])
 
 
+def test_sizes_that_the_patch_does_not_divide_need_padding(tmp_path: Path, tokenizer: Path) -> None:
+    pictures, codes = noise(tmp_path / "pictures", 2), tmp_path / "codes"
+    command = ("extract", tokenizer, "--data", pictures, "--size", 18, "-o")
+    assert "18x18 pixels is not a multiple of the patch size 4" in nar(*command, tmp_path / "refused", code=2)
+    assert "views of 5x5 codes each" in nar(*command, codes, "--pad")
+    source = open_source(pictures, size=18)
+    centre = np.array(views(source.picture(0), 18, "centre")[0])
+    padded = np.pad(centre, ((0, 2), (0, 2), (0, 0)), mode="edge")
+    made = load_tokenizer(tokenizer).encode(torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    np.testing.assert_array_equal(Codes.open(codes).read(np.array([0]), np.array([0.0]))[0], made[0])
+    with pytest.raises(ValueError, match="codes made with another padding"):
+        extract(tokenizer, source, codes, size=18)
+
+
 def test_views_are_where_the_published_trainers_cut_them() -> None:
     picture = Image.fromarray((np.arange(22 * 22 * 3) % 251).astype(np.uint8).reshape(22, 22, 3))
     array = np.asarray(picture)

@@ -24,12 +24,14 @@ ALLOWED = {
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder", "precision"},
     "sampling": {"model", "order", "attention", "condition", "precision"},
-    "text": set(),
-    "tokenizer": {"tokenizer", "folder", "attention"},
+    "text": {"text", "folder"},
+    "efficientnet": set(),
+    "tokenizer": {"tokenizer", "folder", "attention", "efficientnet"},
     "data": {"data", "tokenizer", "folder"},
-    "metrics": {"metrics"},
+    "metrics": {"metrics", "efficientnet"},
     "training": {
-        "training", "model", "tokenizer", "data", "order", "config", "condition", "sampling", "folder", "sheet"
+        "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
+        "sheet", "text",
     },
     "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "folder", "config"},
     "convert": {"model", "tokenizer", "presets", "folder"},

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from nar import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.pixels import pad_to_multiple
 from nar.tokenizer.quantize import VectorQuantizer
 
 
@@ -96,6 +97,35 @@ def test_folder_round_trip(tmp_path: Path) -> None:
 def test_nonsense_is_refused(pixels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small().encode(pixels)
+
+
+@torch.no_grad()
+def test_tiles_are_blended_and_exact_where_the_decoder_sees_nothing_else() -> None:
+    tokenizer, codes = small(), torch.randint(32, (2, 9, 14))
+    assert torch.equal(tokenizer.decode(codes, tile=14), tokenizer.decode(codes))
+    tiled = tokenizer.decode(codes, tile=6, overlap=3)
+    assert tiled.shape == (2, 3, 18, 28)
+    # A decoder that looks at single codes gives the same in tiles, whatever they are blended with.
+    tokenizer.decoder = torch.nn.Sequential(torch.nn.Conv2d(8, 3, 1), torch.nn.Upsample(scale_factor=2))
+    whole = tokenizer.decode(codes)
+    for tile, overlap in ((6, 3), (5, 0), (4, 3), (1, 0)):
+        torch.testing.assert_close(tokenizer.decode(codes, tile=tile, overlap=overlap), whole)
+    with pytest.raises(ValueError, match="overlap must be from 0 to less than the tile of 4 codes, not 4"):
+        tokenizer.decode(codes, tile=4, overlap=4)
+
+
+@torch.no_grad()
+def test_padding_repeats_edges_and_is_cut_off_again() -> None:
+    pixels = torch.rand(2, 3, 5, 6) * 2 - 1
+    padded = pad_to_multiple(pixels, 4)
+    assert padded.shape == (2, 3, 8, 8)
+    assert torch.equal(padded[..., :5, :6], pixels)
+    assert torch.equal(padded[..., 5:, 2], pixels[..., 4:, 2].expand(-1, -1, 3))
+    assert torch.equal(padded[..., 3, 6:], pixels[..., 3, 5:].expand(-1, -1, 2))
+    assert pad_to_multiple(padded, 4).shape == padded.shape
+    clips = torch.rand(1, 3, 2, 5, 6)
+    assert torch.equal(pad_to_multiple(clips, 4)[:, :, 1], pad_to_multiple(clips[:, :, 1], 4))
+    assert small().decode(small().encode(pad_to_multiple(pixels, 2)))[..., :5, :6].shape == pixels.shape
 
 
 def test_foreign_codes_are_refused() -> None:

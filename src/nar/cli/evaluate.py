@@ -45,6 +45,18 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another model of the same tokenizer, for --likelihood: paired by picture.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A tokenizer folder: what it leaves of the held-out part of --real, beside baselines."),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Of --tokenizer: the column whose samples are held out together. Default: as trained."),
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Of --tokenizer: repeat edges up to a multiple of its patch.")
+    ] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Of --tokenizer: write real and coded pictures, in pairs.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
     i3d: Annotated[
         Path | None, typer.Option(help="The published i3d_torchscript.pt: FVD of clips, covariances divided by n.")
@@ -90,6 +102,18 @@ def evaluate(
         real_pictures = _real_pictures(real, split, size)
         write(write_reference, real_pictures, inception=inception, size=size, seed=seed)
         typer.echo(f"wrote {write_reference}")
+        return
+    if tokenizer is not None:
+        from nar.cli.reconstruct import as_table as tokenizer_table
+        from nar.cli.reconstruct import judge_tokenizer
+
+        report = judge_tokenizer(
+            tokenizer, real, size=size, group=group, number=number, pad=pad, seed=seed, batch_size=batch_size,
+            device=usable_device(device), inception=inception, sheet=sheet,
+        )  # fmt: skip
+        for text in report["warnings"]:
+            typer.echo(f"warning: {text}", err=True)
+        _report(report, tokenizer_table(report), json_file)
         return
     if likelihood:
         if model is None:

@@ -32,38 +32,74 @@ def extract(
         str, typer.Argument(metavar="MODEL_OR_TOKENIZER", help="A tokenizer folder, or a model that has one inside.")
     ],
     data: Annotated[
-        str, typer.Option("--data", help="A folder, .parquet, .tar, hub id, or the word fashion-mnist or toy.")
+        str,
+        typer.Option(
+            "--data", help="A folder, .parquet, .tar, hub id, .csv of clips, or the word fashion-mnist or toy."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codes. The same command resumes.")],
     size: Annotated[int | None, typer.Option(min=1, help="Pixels a side. Default: the model's own, else 256.")] = None,
     views: Annotated[str, typer.Option(help="Of each picture: centre, flip (and mirrored) or ten-crop.")] = "centre",
+    frames: Annotated[
+        int | None, typer.Option(min=0, help="Frames of a clip. Default: the model's own, else 16; 0 for pictures.")
+    ] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Take every how many-th frame of a clip.")] = 1,
+    frame_rate: Annotated[
+        float, typer.Option(min=0, help="Frames a second at which clips are read before that; 0 leaves them as is.")
+    ] = 0.0,
+    windows: Annotated[
+        str, typer.Option(help="Where in a longer clip: start, centre, or all (one sample each).")
+    ] = "centre",
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
     group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
+    text_encoder: Annotated[
+        str,
+        typer.Option(help="Encode the captions too: with a folder, a hub id, or the word minilm."),
+    ] = "",
+    max_length: Annotated[
+        int, typer.Option(min=0, help="Tokens of a caption. Default: the encoder's, at most 120.")
+    ] = 0,
+    clean: Annotated[bool, typer.Option("--clean", help="Clean captions as for the published text models.")] = False,
+    wording: Annotated[str, typer.Option(help="Of each caption: plain, or varied (with tags and style).")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Repeat edges up to a multiple of the tokenizer's patch.")] = False,
 ) -> None:
-    """Turn pictures into the codes of a tokenizer, for training. Under torchrun the processes share the work."""
+    """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
     from nar.data import extract as extraction
     from nar.data.sources import open_source
+    from nar.data.video import Windows
     from nar.folder import read_config
     from nar.pipeline import find_model
+    from nar.tokenizer import load_tokenizer
+    from nar.tokenizer.image import ImageTokenizerConfig
     from nar.training.distributed import joined
 
     folder = find_model(model)
     config = read_config(folder)
     if config.get("kind") == "transformer":
         folder = folder / "tokenizer"
-        levels = read_config(folder)["tokenizer"].get("channel_multipliers", ())
-        size = size or config["model"]["grid"][-1] * 2 ** (len(levels) - 1)
-    size = size or 256
+    tokenizer = load_tokenizer(folder)
+    own = tokenizer.config.pixels_of(config["model"]["grid"]) if config.get("kind") == "transformer" else ()
+    size = size or (own[-1] if own else 256)
+    if frames is None:
+        frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer.config, ImageTokenizerConfig) else 16
+    clips = Windows(frames, stride, frame_rate, windows) if frames else None
     with joined(device or "auto") as workers:
+        source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)
         extraction.extract(
-            folder, open_source(data, size=size, split=split, label=label, group=group), output, size=size, kind=views,
-            batch_size=batch_size, device=workers.device, threads=threads, rank=workers.rank, count=workers.count,
-            wait=workers.wait,
+            folder, source, output, size=size, kind=views, batch_size=batch_size, device=workers.device,
+            threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait, pad=pad,
         )  # fmt: skip
+        if workers.first and text_encoder:
+            from nar.data.codes import Codes
+            from nar.text import TextEncoder, TextEncoderConfig, cached
+
+            forms = [form for forms in Codes.open(output).wordings(wording) for form in forms]
+            encoder = TextEncoder.open(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
+            typer.echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
         if workers.first:
             manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
             grid = "x".join(map(str, manifest["grid"]))

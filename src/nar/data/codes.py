@@ -7,6 +7,7 @@ Knows files and arrays; does not know pixels, tokenizers or training. A folder o
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from nar.data.wording import WORDINGS, wordings
+
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of M samples in `v` views each, with labels (M,), and captions where there are any.
+    """Codes of M samples in `v` views each, with labels (M,), and where there are any captions, tags and styles.
 
     `rows` picks samples of the folder, None all of them.
     """
@@ -32,6 +35,8 @@ class Codes:
     _shards: tuple[np.ndarray, ...]
     _ends: tuple[int, ...]
     rows: np.ndarray | None = None
+    tags: tuple[tuple[str, ...], ...] | None = None
+    styles: tuple[str, ...] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Codes:
@@ -54,6 +59,7 @@ class Codes:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         width = manifest["num_views"] * int(np.prod(manifest["grid"]))
         shards, labels, groups, captions = [], [], list[str](), list[str]()
+        tags, styles = list[tuple[str, ...]](), list[str]()
         for name in manifest["shards"]:
             try:
                 with pa.memory_map(str(folder / name)) as source:
@@ -63,6 +69,10 @@ class Codes:
                 labels.append(table.column("label").to_numpy())
                 groups += table.column("group").to_pylist()
                 captions += table.column("caption").to_pylist()
+                if "tags" in table.column_names:
+                    tags += [tuple(found) for found in table.column("tags").to_pylist()]
+                if "style" in table.column_names:
+                    styles += table.column("style").to_pylist()
             except (OSError, pa.ArrowException, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
@@ -76,8 +86,9 @@ class Codes:
             )
         written = tuple(captions) if manifest["captions"] else None
         return cls(
-            folder, manifest, np.concatenate(labels).astype(np.int64), tuple(groups), written, tuple(shards), ends
-        )
+            folder, manifest, np.concatenate(labels).astype(np.int64), tuple(groups), written, tuple(shards), ends,
+            tags=tuple(tags) or None, styles=tuple(styles) or None,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,8 +123,27 @@ class Codes:
 
     def take(self, rows: np.ndarray) -> Codes:
         """The samples at these rows, still on disk."""
-        captions = None if self.captions is None else tuple(self.captions[row] for row in rows)
-        return Codes(
-            self.folder, self.manifest, self.labels[rows], tuple(self.groups[row] for row in rows), captions,
-            self._shards, self._ends, rows if self.rows is None else self.rows[rows],
-        )  # fmt: skip
+        return dataclasses.replace(
+            self,
+            labels=self.labels[rows],
+            groups=tuple(self.groups[row] for row in rows),
+            captions=None if self.captions is None else tuple(self.captions[row] for row in rows),
+            rows=rows if self.rows is None else self.rows[rows],
+            tags=None if self.tags is None else tuple(self.tags[row] for row in rows),
+            styles=None if self.styles is None else tuple(self.styles[row] for row in rows),
+        )
+
+    def wordings(self, kind: str) -> list[tuple[str, ...]]:
+        """What may be said of each sample: the caption ("plain"), or several forms of it ("varied").
+
+        Raises:
+            ValueError: there are no captions, or `kind` is unknown.
+        """
+        if kind not in WORDINGS:
+            raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, not {kind!r}")
+        if self.captions is None:
+            raise ValueError(f"the codes in {self.folder} have no captions; extract them from a source that has some")
+        if kind == "plain":
+            return [(caption,) for caption in self.captions]
+        tags, styles = self.tags or [()] * len(self), self.styles or [""] * len(self)
+        return [wordings(*words) for words in zip(self.captions, tags, styles, strict=True)]

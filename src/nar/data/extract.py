@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from nar import __version__
 from nar.data.codes import MANIFEST
-from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken, views
+from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken
 from nar.folder import digest
 from nar.tokenizer import load_tokenizer
+from nar.tokenizer.pixels import as_pixels, pad_to_multiple
 
 SHARD_SIZE = 4096
 _SETTINGS = "extraction.json"
@@ -43,11 +44,13 @@ def extract(
     count: int = 1,
     wait: Callable[[], None] = lambda: None,
     quiet: bool = False,
+    pad: bool = False,
 ) -> Path:
     """Encode all pictures of `source` into `folder`; returns it. What is there already is kept.
 
     Process `rank` of `count` makes every `count`-th shard; `wait` must return once all processes have called it, and
     then the first one writes the manifest. The tokenizer is copied into the folder, which so needs nothing else.
+    With `pad` the edges of pictures are repeated, below and right, up to a multiple of the tokenizer's patch.
 
     Raises:
         ValueError: the folder holds codes of another tokenizer, source or setting, or more than 1 % of the pictures are
@@ -64,6 +67,7 @@ def extract(
         "views": kind,
         "source": _fingerprint(source),
         "shard_size": SHARD_SIZE,
+        "padding": pad,
     }
     _claim(folder, settings)
     tokenizer = load_tokenizer(tokenizer_folder).to(device)
@@ -83,13 +87,13 @@ def extract(
             rows, pieces, found = [], list[np.ndarray](), list[str]()
             for start in range(starts[index], ends[index], batch_size):
                 batch = range(start, min(start + batch_size, ends[index]))
-                decoded = list(pool.map(lambda row: _decode(source, row, size, kind), batch))
+                decoded = list(pool.map(lambda row: _views(source, row, size, kind), batch))
                 bar.update(len(batch))
                 found += [piece for piece in decoded if isinstance(piece, str)]
                 good = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
                 if good:
                     rows += [row for row, _ in good]
-                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device))
+                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device, pad))
             broken += found
             if len(broken) > BROKEN_SHARE * len(source):
                 check_broken(broken, len(source))
@@ -102,19 +106,19 @@ def extract(
     return folder
 
 
-def _decode(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
-    """The views (v, size, size, 3) uint8 of a picture, or why it is broken."""
+def _views(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
+    """The views (v, size, size, 3) uint8 of a picture, (v, T, size, size, 3) of a clip, or why it is broken."""
     try:
-        return np.stack([np.asarray(view) for view in views(source.picture(row), size, kind)])
+        return source.views(row, size, kind)
     except BROKEN as error:
         return f"{source.names[row]} ({error})"
 
 
 @torch.inference_mode()
-def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str) -> np.ndarray:
-    """Codes (b, v, *grid) of images (b, v, size, size, 3) uint8."""
-    pixels = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-    codes: Tensor = tokenizer.encode(pixels)
+def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, pad: bool) -> np.ndarray:
+    """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8."""
+    pixels = as_pixels(images.reshape(-1, *images.shape[2:])).to(device)
+    codes: Tensor = tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
     made: np.ndarray = codes.unflatten(0, images.shape[:2]).cpu().numpy()
     return made
 
@@ -131,7 +135,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key]]
+        changed = [
+            key for key in settings if before.get(key, False) != settings[key]
+        ]  # False: padding, which older folders don't state
         if changed:
             raise ValueError(
                 f"{folder} holds codes made with another {' and another '.join(changed)}; "
@@ -157,6 +163,10 @@ def _write_shard(
         "caption": pa.array([source.captions[row] if source.captions is not None else "" for row in rows], pa.string()),
         "group": pa.array([(source.groups or source.names)[row] for row in rows], pa.string()),
     }
+    if source.tags is not None:
+        columns["tags"] = pa.array([list(source.tags[row]) for row in rows], pa.list_(pa.string()))
+    if source.styles is not None:
+        columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
     table = pa.table(columns).replace_schema_metadata(metadata)
     staging = path.with_name(f".{path.name}")
@@ -193,12 +203,16 @@ def _finish(
         staging.replace(folder / "tokenizer")
     values = [{"dtype": "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32", "_type": "Value"}]
     width = VIEWS[settings["views"]] * int(np.prod(grid))
-    features = {
+    features: dict[str, dict[str, Any]] = {
         "codes": {"feature": values[0], "length": width, "_type": "List"},
         "label": {"dtype": "int32", "_type": "Value"},
         "caption": {"dtype": "string", "_type": "Value"},
         "group": {"dtype": "string", "_type": "Value"},
     }
+    if source.tags is not None:
+        features["tags"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+    if source.styles is not None:
+        features["style"] = {"dtype": "string", "_type": "Value"}
     files = [{"filename": name} for name in kept]
     _write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=1))
     state = {"_data_files": files, "_fingerprint": settings["source"], "_format_columns": None,

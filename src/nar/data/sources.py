@@ -22,10 +22,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from nar.data.clips import ClipSource
+    from nar.data.video import Windows
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -49,6 +53,7 @@ _IDX_PREFIX = {"train": "train", "t10k": "t10k", "test": "t10k"}
 _FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}
 
 _CAPTIONS = ("caption", "text", "prompt")
+_WORDS = (*_CAPTIONS, "tags", "style")
 # What decoding a broken picture raises.
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -73,7 +78,8 @@ class Source:
     """Pictures that are decoded when asked for: `open(i)` gives what Pillow opens, or a picture.
 
     `names` are for messages. `groups` are what belongs together when a part is held out (the drawings of one thing,
-    say), by default each picture for itself. `captions` is None where there are none.
+    say), by default each picture for itself. `captions` is None where there are none, and so are the further words on
+    each picture, `tags` and `styles`.
     """
 
     names: Sequence[str]
@@ -82,6 +88,8 @@ class Source:
     open: Callable[[int], Any]
     captions: Sequence[str] | None = None
     groups: Sequence[str] | None = None
+    tags: Sequence[Sequence[str]] | None = None
+    styles: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,9 +102,19 @@ class Source:
         with Image.open(opened) as picture:
             return to_rgb(picture)
 
-    def array(self, index: int, size: int) -> np.ndarray:
-        """Decode picture `index` to its centre (size, size, 3) uint8; raises one of `BROKEN` when it can't be."""
-        return np.asarray(centre_crop(self.picture(index), size))
+    def array(
+        self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool = False
+    ) -> np.ndarray:
+        """Decode picture `index` to its centre (size, size, 3) uint8; raises one of `BROKEN` when it can't be.
+
+        With `crop`, to the square that `uniforms`, numbers in [0, 1), pick instead (see `random_crop`).
+        """
+        picture = self.picture(index)
+        return np.asarray(random_crop(picture, size, uniforms) if crop and uniforms else centre_crop(picture, size))
+
+    def views(self, index: int, size: int, kind: str) -> np.ndarray:
+        """The views (v, size, size, 3) uint8 of picture `index`, see `nar.data.sources.views`."""
+        return np.stack([np.asarray(view) for view in views(self.picture(index), size, kind)])
 
     def take(self, rows: np.ndarray) -> Self:
         """The source with only these rows, in this order."""
@@ -108,34 +126,32 @@ class Source:
             open=lambda index: self.open(picked[index]),
             captions=None if self.captions is None else [self.captions[row] for row in picked],
             groups=None if self.groups is None else [self.groups[row] for row in picked],
+            tags=None if self.tags is None else [self.tags[row] for row in picked],
+            styles=None if self.styles is None else [self.styles[row] for row in picked],
         )
 
 
-class StripSource(Source):
-    """Clips stored as one picture each, their square frames stacked top to bottom."""
-
-    def array(self, index: int, size: int) -> np.ndarray:
-        """Decode clip `index` to (T, size, size, 3) uint8, each frame resized; raises one of `BROKEN`."""
-        strip = self.picture(index)
-        side, count = strip.width, strip.height // strip.width
-        if count < 1 or strip.height % side:
-            raise ValueError(f"a strip of {strip.height}x{side} pixels is not a whole number of square frames")
-        frames = [strip.crop((0, top, side, top + side)) for top in range(0, strip.height, side)]
-        return np.stack([np.asarray(centre_crop(frame, size)) for frame in frames])
-
-
 def open_source(
-    source: str | Path, *, size: int, split: str = "train", label: str = "label", group: str = ""
+    source: str | Path,
+    *,
+    size: int,
+    split: str = "train",
+    label: str = "label",
+    group: str = "",
+    windows: Windows | None = None,
 ) -> Source:
-    """Find the pictures of one split, without decoding them.
+    """Find the pictures of one split, without decoding them; with `windows`, which say what is taken of each, clips.
 
     `source` is one of
     - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
     - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
       beside each picture, or in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`);
-    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`; clips
-      are in the column `strip`, their square frames stacked in one picture;
+    - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`, `tags`
+      and `style` (which jsonl and json may have too); clips are in the column `strip`, their square frames stacked in
+      one picture, or in `video`;
     - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
+    - with `windows`, a list of clips as UCF-101 and Kinetics-600 come with: a .csv, several with "+" between, or a
+      folder with `*train.csv` and `*test.csv` or `*val.csv` (see `nar.data.clips.open_list`);
     - a data set on the hub, such as `someone/pictures`.
 
     `split` is "train", "test" or "t10k" (the same as "test"); folders may hold `train/` and `test/`, or `train.parquet`
@@ -151,6 +167,12 @@ def open_source(
         raise ValueError(f"size {size} must be at least 1 pixel")
     if split not in _IDX_PREFIX:
         raise ValueError(f"split {split!r} is not one of {', '.join(_IDX_PREFIX)}")
+    if windows is not None:
+        from nar.data.clips import ClipSource
+
+        found = _open_clips(source, split, label, group, windows)
+        clips = found if isinstance(found, ClipSource) else _as_clips(found)
+        return dataclasses.replace(clips, windows=windows).unrolled()
     path = Path(source).expanduser()
     if str(source) == TOY and not path.exists():
         return _of_arrays(_draw_toy(size, split))
@@ -174,10 +196,41 @@ def open_source(
             return _open_parquet(tables, label, group)
         if (path / name).is_dir():
             return _open_folder(path / name, label, group)
-    if (path / "train").is_dir() or (path / "train.parquet").is_file():
+    _only_split(path, split)
+    return _open_folder(path, label, group)
+
+
+def _open_clips(source: str | Path, split: str, label: str, group: str, windows: Windows) -> Source:
+    from nar.data.clips import open_list
+
+    lists = [Path(part).expanduser() for part in str(source).split("+")]
+    if all(path.suffix == ".csv" and path.is_file() for path in lists):
+        _only_train(lists[0], split)
+        return open_list(lists, windows)
+    path = Path(source).expanduser()
+    if path.is_file():
+        _only_train(path, split)
+        if path.suffix not in (".parquet", ".tar"):
+            raise ValueError(f"{path} is a file; allowed are a .parquet, .tar or .csv file or a folder with clips")
+        return _open_parquet([path], label, group) if path.suffix == ".parquet" else _open_tars([path], clips=True)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; give a folder, or a .parquet, .tar or .csv file of clips")
+    for name in (*_FOLDERS[split], "val") if split != "train" else _FOLDERS[split]:
+        if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
+            return _open_parquet(tables, label, group)
+        if lists := sorted(path.glob(f"*{name}.csv")):
+            return open_list(lists, windows)
+        if (path / name).is_dir():
+            return _open_folder(path / name, label, group, clips=True)
+    _only_split(path, split)
+    return _open_folder(path, label, group, clips=True)
+
+
+def _only_split(path: Path, split: str) -> None:
+    """Refuse a folder whose split is missing, or that has none and is asked for another than "train"."""
+    if (path / "train").is_dir() or (path / "train.parquet").is_file() or any(path.glob("*train.csv")):
         raise FileNotFoundError(f"{path} has a train split but no {split!r}; add {path / 'test'}")
     _only_train(path, split)
-    return _open_folder(path, label, group)
 
 
 def load_pictures(source: str | Path | Source, *, size: int, split: str = "train") -> Pictures:
@@ -226,6 +279,26 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     ranked = sorted(digests, key=lambda key: digests[key])
     chosen = {key for key in ranked[1:-1] if digests[key] < share} | set(ranked[:1] if len(ranked) > 1 else ())
     return np.array([key in chosen for key in keys], dtype=bool)
+
+
+def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> np.ndarray:
+    """Which samples (N,) bool are held out as pairs of group and style: one style of each of `count` groups.
+
+    What is asked of a model then is a thing that it knows in a style that it knows, but not together. Groups with one
+    style only have no such pair. The choice is by hash, as in `held_out`.
+    """
+
+    def rank(key: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"pair {key}".encode()).digest()[:8], "big")
+
+    drawn: dict[str, set[str]] = {}
+    for group, style in zip(groups, styles, strict=True):
+        drawn.setdefault(group, set()).add(style)
+    several = sorted((group for group, found in drawn.items() if len(found) > 1), key=rank)
+    if len(several) < count:
+        raise ValueError(f"{count} pairs of group and style can't be held out: {len(several)} groups have two styles")
+    pairs = {(group, min(drawn[group], key=lambda style: rank(f"{group} {style}"))) for group in several[:count]}
+    return np.array([pair in pairs for pair in zip(groups, styles, strict=True)], dtype=bool)
 
 
 def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
@@ -372,25 +445,28 @@ def _of_arrays(pictures: Pictures) -> Source:
     )
 
 
-def _open_folder(folder: Path, label: str, group: str) -> Source:
-    for suffix, reader in ((".tar", _open_tars), (".parquet", lambda found: _open_parquet(found, label, group))):
-        if found := sorted(folder.glob(f"*{suffix}")):
-            return reader(found)
+def _open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -> Source:
+    word, suffixes = ("clip", _clip_suffixes()) if clips else ("picture", SUFFIXES)
+    if found := sorted(folder.glob("*.tar")):
+        return _open_tars(found, clips=clips)
+    if found := sorted(folder.glob("*.parquet")):
+        return _open_parquet(found, label, group)
     if (folder / "metadata.jsonl").is_file():
         return _open_listed(folder, label, group)
-    flat = _pictures_in(folder.iterdir())
+    flat = _files_in(folder.iterdir(), suffixes)
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if flat and children:
         raise ValueError(
-            f"{folder} holds both pictures ({flat[0].name}, ...) and folders ({children[0].name}, ...); "
-            "allowed is either one folder per class or only pictures"
+            f"{folder} holds both {word}s ({flat[0].name}, ...) and folders ({children[0].name}, ...); "
+            f"allowed is either one folder per class or only {word}s"
         )
-    classes = [(child.name, _pictures_in(child.rglob("*"))) for child in children] or [("picture", flat)]
+    classes = [(child.name, _files_in(child.rglob("*"), suffixes)) for child in children] or [(word, flat)]
     for name, paths in classes:
         if not paths:
             where = folder / name if children else folder
             raise ValueError(
-                f"{where} holds no pictures ({', '.join(sorted(SUFFIXES))}); add some or give another folder"
+                f"{where} holds no {word}s ({', '.join(sorted(suffixes))}); add some or give another folder"
+                + ("" if clips else ", and for clips say how many frames (data.num_frames)")
             )
     paths = [path for _, found in classes for path in found]
     labels = [index for index, (_, found) in enumerate(classes) for _ in found]
@@ -429,13 +505,14 @@ def _open_listed(folder: Path, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: folder / names[index],
-        _captions(columns),
-        _groups(columns, group, path),
+        groups=_groups(columns, group, path),
+        **_words(columns),
     )
 
 
-def _open_tars(paths: Sequence[Path]) -> Source:
+def _open_tars(paths: Sequence[Path], *, clips: bool = False) -> Source:
     """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
+    word, suffixes = ("clip", _clip_suffixes()) if clips else ("picture", SUFFIXES)
     places: list[tuple[Path, int, int]] = []
     names: list[str] = []
     records: list[dict[str, Any]] = []
@@ -448,7 +525,7 @@ def _open_tars(paths: Sequence[Path]) -> Source:
                         continue
                     stem, _, suffix = member.name.rpartition("/")[2].partition(".")
                     sample = samples.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
-                    if f".{suffix.lower()}" in SUFFIXES:
+                    if f".{suffix.lower()}" in suffixes:
                         sample["place"] = (path, member.offset_data, member.size)
                     elif suffix in ("txt", "cls", "json") and (file := tar.extractfile(member)):
                         _add_text(sample, suffix, file.read().decode())
@@ -460,7 +537,7 @@ def _open_tars(paths: Sequence[Path]) -> Source:
                 places.append(sample.pop("place"))
                 records.append(sample)
     if not records:
-        raise ValueError(f"{paths[0]} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{paths[0]} holds no {word}s ({', '.join(sorted(suffixes))})")
 
     def read(index: int) -> io.BytesIO:
         path, offset, length = places[index]
@@ -470,7 +547,7 @@ def _open_tars(paths: Sequence[Path]) -> Source:
 
     columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
     labels, class_names = _classes(columns, len(records), [], paths[0], "label")
-    return Source(names, np.array(labels), class_names, read, _captions(columns))
+    return Source(names, np.array(labels), class_names, read, **_words(columns))
 
 
 def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
@@ -500,7 +577,7 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
     table = table.cast_column(images[0], datasets.Image(decode=False))
     texts = table.remove_columns([key for key in table.column_names if key == images[0]])
-    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_CAPTIONS)}
+    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_WORDS)}
     schema_names = getattr(table.features.get(label), "names", None) or []
     labels, class_names = _classes(columns, len(table), schema_names, name, label)
     return Source(
@@ -508,14 +585,20 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: _opened(table[index][images[0]], Path()),
-        _captions(columns),
-        _groups(columns, group, name),
+        groups=_groups(columns, group, name),
+        **_words(columns),
     )
 
 
-def _pictures_in(paths: Iterable[Path]) -> list[Path]:
+def _clip_suffixes() -> frozenset[str]:
+    from nar.data.video import SUFFIXES as CLIP_SUFFIXES
+
+    return CLIP_SUFFIXES
+
+
+def _files_in(paths: Iterable[Path], suffixes: frozenset[str]) -> list[Path]:
     return sorted(
-        path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
     )
 
 
@@ -533,14 +616,13 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
         try:
             file = pq.ParquetFile(path)
             known = file.schema_arrow.names
-            if "strip" in known:
-                pictures = "strip"
-            elif "image" not in known:
+            pictures = next((key for key in ("image", "strip", "video") if key in known), "")
+            if not pictures:
                 raise ValueError(
-                    f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip`, of clips), "
+                    f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip` or `video`, of clips), "
                     "and `label` for classes"
                 )
-            wanted = [key for key in (label, "label_name", group, *_CAPTIONS) if key in known]
+            wanted = [key for key in (label, "label_name", group, *_WORDS) if key in known]
             table = file.read(wanted)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
@@ -561,9 +643,18 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
         number, row_group, row = places[index]
         return _opened(cells(number, row_group)[row].as_py(), paths[number].parent)
 
-    names, groups = [f"row {index}" for index in range(len(places))], _groups(columns, group, paths[0])
-    kind = StripSource if pictures == "strip" else Source
-    return kind(names, np.array(labels), class_names, read, _captions(columns), groups)
+    names, words = [f"row {index}" for index in range(len(places))], _words(columns)
+    groups = _groups(columns, group, paths[0])
+    found = Source(names, np.array(labels), class_names, read, groups=groups, **words)
+    return found if pictures == "image" else _as_clips(found, strips=pictures == "strip")
+
+
+def _as_clips(source: Source, *, strips: bool = False) -> ClipSource:
+    """The same rows as clips: their files, or `strips`, which are pictures of stacked frames."""
+    from nar.data.clips import ClipSource
+
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(Source)}
+    return ClipSource(**fields | {"open": source.picture if strips else source.open})
 
 
 def _opened(cell: Any, folder: Path) -> Any:
@@ -575,11 +666,19 @@ def _opened(cell: Any, folder: Path) -> Any:
     raise ValueError("neither bytes nor a path")
 
 
-def _captions(columns: dict[str, list[Any]]) -> list[str] | None:
+def _words(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """The fields of a Source that describe its pictures; tags are lists, or words with commas between them."""
+    found: dict[str, Any] = {}
     for key in _CAPTIONS:
         if key in columns:
-            return [str(value or "") for value in columns[key]]
-    return None
+            found["captions"] = [str(value or "") for value in columns[key]]
+            break
+    if "style" in columns:
+        found["styles"] = [str(value or "") for value in columns["style"]]
+    if "tags" in columns:
+        lists = [value.split(",") if isinstance(value, str) else value or () for value in columns["tags"]]
+        found["tags"] = [tuple(str(tag).strip() for tag in tags) for tags in lists]
+    return found
 
 
 def _groups(columns: dict[str, list[Any]], group: str, path: Path | str) -> list[str] | None:

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nar import __version__
-from nar.metrics import efficientnet
+from nar import __version__, efficientnet
 from nar.metrics.frechet import (
     RunningStatistics,
     Statistics,

@@ -10,6 +10,7 @@ are generated. Legend: `B` batch, `T H W` frames and pixels, `t h w` the code gr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from nar.attention import Block, RMSNorm, rotations
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
-from nar.tokenizer.quantize import VectorQuantizer
+from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_EPS = 1e-6
 ROTATION_BASE = 100.0  # code grids are small: 10,000, as for text, would leave most pairs without a turn
@@ -49,8 +50,12 @@ class CausalTokenizerConfig:
     num_encoder_layers: int = 2
     num_decoder_layers: int = 4
     l2_norm: bool = True
+    quantizer: str = "vq"
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        check_quantizer(self.quantizer, self.vocab_size, self.code_dim, self.levels)
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "num_blocks" else 1
             if field.type == "int" and value < least:
@@ -59,6 +64,10 @@ class CausalTokenizerConfig:
             raise ValueError(f"patch_size {self.patch_size} is not a multiple of fold {self.fold}")
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of twice num_heads {self.num_heads}")
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Frames, height and width that codes of `grid` (t, h, w) stand for."""
+        return 1 + (grid[0] - 1) * self.frames_per_code, *(self.patch_size * size for size in grid[1:])
 
 
 class CausalTokenizer(nn.Module):
@@ -76,7 +85,9 @@ class CausalTokenizer(nn.Module):
         self.encoder_layers = _layers(config, config.num_encoder_layers)
         self.encoder_norm = RMSNorm(config.dim, NORM_EPS)
         self.to_code = nn.Linear(config.dim, config.code_dim)
-        self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
+        self.quantizer = build_quantizer(
+            config.quantizer, config.vocab_size, config.code_dim, l2_norm=config.l2_norm, levels=config.levels
+        )
         self.from_code = nn.Linear(config.code_dim, config.dim)
         self.decoder_layers = _layers(config, config.num_decoder_layers)
         self.decoder_norm = RMSNorm(config.dim, NORM_EPS)
@@ -235,7 +246,7 @@ def _fold(clips: Tensor, frames: int, side: int) -> Tensor:
     """Pixels (B, 3, t*frames, h*side, w*side) to channels (B, t, h, w, frames*3*side*side)."""
     x = clips.unflatten(4, (-1, side)).unflatten(3, (-1, side))
     x = x.unflatten(2, (clips.shape[2] // frames, frames))  # (B, 3, t, g, h, p, w, p); t may be 0
-    return x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4)
+    return cast(Tensor, x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4))
 
 
 def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
@@ -246,9 +257,9 @@ def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
 
 def _fold_channels(x: Tensor, side: int) -> Tensor:
     """(B, t, h*side, w*side, C) to (B, t, h, w, side*side*C)."""
-    return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4)
+    return cast(Tensor, x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4))
 
 
 def _unfold_channels(x: Tensor, side: int) -> Tensor:
     """The inverse of `_fold_channels`."""
-    return x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return cast(Tensor, x.unflatten(4, (side, side, -1)).transpose(3, 4).flatten(4, 5).flatten(2, 3))

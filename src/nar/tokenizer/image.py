@@ -7,6 +7,7 @@ Knows pixels and codes; does not know how codes are generated. Legend: `B` batch
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
-from nar.tokenizer.quantize import VectorQuantizer
+from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32
 
@@ -27,6 +28,9 @@ class ImageTokenizerConfig:
 
     `channel_multipliers` has one entry a resolution, finest first; each step down halves height and width, so the
     patch size is `pixel_shuffle` * 2 ** (len - 1). `norm_groups` must divide every channel count.
+
+    `quantizer` is "vq", a codebook of vocab_size x code_dim (compared by direction with `l2_norm`); "fsq" with
+    `levels`, one a dimension; or "lfq" or "bsq", one bit a dimension. See docs/tokenizers.md.
 
     `pixel_shuffle` folds that many pixels a side into channels before the first convolution and unfolds them after the
     last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
@@ -41,9 +45,12 @@ class ImageTokenizerConfig:
     l2_norm: bool = True
     norm_groups: int = NORM_GROUPS
     pixel_shuffle: int = 1
+    quantizer: str = "vq"
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        object.__setattr__(self, "levels", tuple(self.levels))
         sizes = ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups", "pixel_shuffle")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -55,11 +62,16 @@ class ImageTokenizerConfig:
                 raise ValueError(
                     f"channels {self.channels} x {multiplier} is not a multiple of norm_groups {self.norm_groups}"
                 )
+        check_quantizer(self.quantizer, self.vocab_size, self.code_dim, self.levels)
 
     @property
     def patch_size(self) -> int:
         """Pixels a side that one code stands for."""
         return self.pixel_shuffle * int(2 ** (len(self.channel_multipliers) - 1))
+
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Height and width that codes of `grid` (h, w) stand for."""
+        return tuple(self.patch_size * size for size in grid)
 
 
 class Reconstruction(NamedTuple):
@@ -80,7 +92,9 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
-        self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
+        self.quantizer = build_quantizer(
+            config.quantizer, config.vocab_size, config.code_dim, l2_norm=config.l2_norm, levels=config.levels
+        )
         self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
@@ -114,8 +128,13 @@ class ImageTokenizer(nn.Module):
         """
         return self.quantizer.encode(self.latents(pixels))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped."""
+    def decode(self, codes: Tensor, *, tile: int | None = None, overlap: int = 8) -> Tensor:
+        """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped.
+
+        With `tile`, squares of that many codes a side are decoded one by one, each `overlap` codes into the next, and
+        blended there: memory is then that of a tile. The decoder's norms and attention see a tile only, so that the
+        picture is not quite that of decoding the whole; docs/tokenizers.md has measured differences.
+        """
         if codes.ndim != 3:
             raise ValueError(f"codes must be (batch, height, width), not {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocab_size:
@@ -124,8 +143,30 @@ class ImageTokenizer(nn.Module):
                 f"this tokenizer has 0..{self.config.vocab_size - 1}; "
                 "were they made with another tokenizer?"
             )
+        if tile is not None and not 0 <= overlap < tile:
+            raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
+        if tile is not None and tile < max(codes.shape[1:]):
+            return self._decode_tiles(codes, tile, overlap)
         latents = self.quantizer.decode(codes).to(self.from_code.weight.dtype)
         return cast(Tensor, self.decoder(self.from_code(latents)))
+
+    def _decode_tiles(self, codes: Tensor, tile: int, overlap: int) -> Tensor:
+        height, width = codes.shape[1:]
+        patch = self.config.patch_size
+        total: Tensor | None = None
+        weights = torch.zeros(height * patch, width * patch, device=codes.device)
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                made = self.decode(codes[:, top : top + tile, left : left + tile])
+                rows, columns = (_ramp(size // patch, overlap, patch, made) for size in made.shape[-2:])
+                weight = rows[:, None] * columns
+                if total is None:
+                    total = made.new_zeros(*made.shape[:2], *weights.shape)
+                area = (slice(top * patch, top * patch + len(rows)), slice(left * patch, left * patch + len(columns)))
+                total[..., area[0], area[1]] += made * weight
+                weights[area] += weight
+        assert total is not None
+        return total / weights
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
@@ -162,6 +203,17 @@ def check_pixels(pixels: Tensor, patch_size: int) -> None:
         low, high = (float(value) for value in torch.aminmax(pixels.detach()))
         if not (low >= -1.5 and high <= 1.5):  # also false for NaN
             raise ValueError(f"picture values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `length` codes and overlap by at least `overlap`."""
+    return sorted({max(0, min(start, length - tile)) for start in range(0, length, tile - overlap)})
+
+
+def _ramp(size: int, overlap: int, patch: int, like: Tensor) -> Tensor:
+    """Weights (size * patch,) of a tile's pixels: 1 in its middle, falling towards both ends within the overlap."""
+    places = torch.arange(size * patch, device=like.device, dtype=like.dtype) + 0.5
+    return (torch.minimum(places, size * patch - places) / max(overlap * patch, 1)).clamp(max=1.0)
 
 
 class _Encoder(nn.Module):

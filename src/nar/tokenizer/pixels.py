@@ -19,3 +19,21 @@ def as_pictures(pixels: Tensor) -> list[Image.Image]:
         pixels = pixels.movedim(2, 3).flatten(3, 4)
     images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in images]
+
+
+def as_images(pixels: Tensor) -> np.ndarray:
+    """Float -1..1 (B, 3, H, W) or (B, 3, T, H, W), clamped, to uint8 (B, H, W, 3) or (B, T, H, W, 3)."""
+    images: np.ndarray = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return images
+
+
+def pad_to_multiple(pixels: Tensor, patch_size: int) -> Tensor:
+    """Pictures (B, 3, H, W) or clips (B, 3, T, H, W), the last row and column repeated up to a multiple of the patch.
+
+    Cut what a tokenizer makes of them to `[..., :H, :W]`.
+    """
+    height, width = pixels.shape[-2:]
+    rows, columns = (
+        torch.arange(size + -size % patch_size, device=pixels.device).clamp(max=size - 1) for size in (height, width)
+    )
+    return pixels[..., rows[:, None], columns]

@@ -1,16 +1,22 @@
-"""Continuous latents to discrete codes and back: the codebook of a tokenizer.
+"""Continuous latents to discrete codes and back: the codebook of a tokenizer, learned or fixed.
 
-Does not know whether the latents come from pictures or clips. Legend: `B` batch, `D` code_dim, `V` vocab_size,
-`...` the latent grid.
+Does not know whether the latents come from pictures or clips, nor how they are trained. Legend: `B` batch, `D`
+code_dim, `V` vocab_size, `...` the latent grid.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+QUANTIZERS = ("vq", "fsq", "lfq", "bsq")
+_CHUNK = 2**27  # distances held at once: half a gigabyte
+_GROUP = 9  # dimensions of a binary code whose joint distribution is held: 512 probabilities a latent
 
 
 class Quantized(NamedTuple):
@@ -18,15 +24,64 @@ class Quantized(NamedTuple):
 
     latents: Tensor  # (B, D, ...)
     codes: Tensor  # (B, ...) int64
-    codebook_loss: Tensor  # pulls codes to the encoder's output
-    commitment_loss: Tensor  # pulls the encoder's output to its code
+    codebook_loss: Tensor  # pulls codes to the encoder's output; 0 where the codebook is fixed
+    commitment_loss: Tensor  # pulls the encoder's output to its code; 0 for FSQ, whose codes are everywhere
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """The protocol of all quantisers: a kind says how latents become `points`, and what is `nearest` to them.
+
+    All of it is computed in float32, whatever the latents are and whether autocast is on: codes in training are those
+    of `encode`.
+    """
+
+    vocab_size: int
+    learned = False  # entries are parameters
+    committed = True  # latents are pulled to their entries
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantise `latents` (B, D, ...) with a straight-through gradient."""
+        with torch.autocast(latents.device.type, enabled=False):
+            points = self.points(latents)
+            codes = self.nearest(points.detach())
+            entries = self.entries(codes).float()
+            none = points.new_zeros(())
+            return Quantized(
+                (points + (entries - points).detach()).movedim(-1, 1).to(latents.dtype),
+                codes,
+                F.mse_loss(entries, points.detach()) if self.learned else none,
+                F.mse_loss(points, entries.detach()) if self.committed else none,
+            )
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Latents (B, D, ...) to codes (B, ...), int64."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.nearest(self.points(latents))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, ...) to latents (B, D, ...)."""
+        return self.entries(codes).movedim(-1, 1)
+
+    def points(self, latents: Tensor) -> Tensor:
+        """Latents (B, D, ...) as they are compared with entries, (B, ..., D) float32."""
+        raise NotImplementedError
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """The codes (B, ...) of the entries nearest to `points` (B, ..., D)."""
+        raise NotImplementedError
+
+    def entries(self, codes: Tensor) -> Tensor:
+        """The entries (B, ..., D) that `codes` (B, ...) stand for."""
+        raise NotImplementedError
+
+
+class VectorQuantizer(Quantizer):
     """Nearest entry of a learned codebook; with `l2_norm` both sides are normalised at use (LlamaGen, spherical VQ).
 
     The stored entries need not be of unit length. Ties go to the lowest index.
     """
+
+    learned = True
 
     def __init__(self, vocab_size: int, code_dim: int, *, l2_norm: bool = True) -> None:
         super().__init__()
@@ -39,44 +94,177 @@ class VectorQuantizer(nn.Module):
         """The entries as they are compared and decoded, (V, D)."""
         return F.normalize(self.embedding.weight, dim=-1) if self.l2_norm else self.embedding.weight
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """Quantise `latents` (B, D, ...) with a straight-through gradient; in float32 whatever the input is."""
+    def points(self, latents: Tensor) -> Tensor:
         points = latents.movedim(1, -1).float()
-        if self.l2_norm:
-            points = F.normalize(points, dim=-1)
-        codebook = self.codebook().float()
-        with torch.autocast(latents.device.type, enabled=False):
-            codes = _nearest(points.detach(), codebook.detach())
-        entries = F.embedding(codes, codebook)
-        straight_through = points + (entries - points).detach()
-        return Quantized(
-            straight_through.movedim(-1, 1).to(latents.dtype),
-            codes,
-            F.mse_loss(entries, points.detach()),
-            F.mse_loss(points, entries.detach()),
-        )
+        return F.normalize(points, dim=-1) if self.l2_norm else points
 
-    def encode(self, latents: Tensor) -> Tensor:
-        """Latents (B, D, ...) to codes (B, ...), int64."""
-        points = latents.movedim(1, -1).float()
-        return _nearest(F.normalize(points, dim=-1) if self.l2_norm else points, self.codebook().float())
+    def nearest(self, points: Tensor) -> Tensor:
+        codebook = self.codebook().detach().float()
+        squares = codebook.square().sum(-1)  # |z|^2 is the same for every entry and left out
+        pieces = points.flatten(0, -2).split(max(1, _CHUNK // self.vocab_size))
+        codes = [torch.addmm(squares, piece, codebook.T, alpha=-2.0).argmin(-1) for piece in pieces]
+        return torch.cat(codes).reshape(points.shape[:-1])
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, ...) to latents (B, D, ...)."""
-        return F.embedding(codes, self.codebook()).movedim(-1, 1)
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook())
 
     @torch.no_grad()
     def restart(self, latents: Tensor, dead: Tensor, generator: torch.Generator) -> None:
         """Move the entries marked in `dead` (V,) bool onto randomly drawn latents (B, D, ...); revives a codebook."""
-        points = latents.movedim(1, -1).flatten(0, -2).float()
-        if self.l2_norm:
-            points = F.normalize(points, dim=-1)
+        points = self.points(latents).flatten(0, -2)
         drawn = torch.randint(len(points), (int(dead.sum()),), generator=generator)
         self.embedding.weight[dead] = points[drawn.to(points.device)].to(self.embedding.weight.dtype)
 
+    @torch.no_grad()
+    def cluster(self, latents: Tensor, total: Callable[[Tensor], Tensor] = lambda share: share) -> Tensor:
+        """Move every entry to the mean of its latents (B, D, ...): one step of k-means; returns their counts (V,).
 
-def _nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    flat = points.flatten(0, -2)
-    # |z|^2 is the same for every entry and left out.
-    distance = torch.addmm(codebook.square().sum(-1), flat, codebook.T, alpha=-2.0)
-    return distance.argmin(-1).reshape(points.shape[:-1])
+        `total` sums over processes that each hold a share of the latents. Entries without latents stay.
+        """
+        counts, sums = (total(part) for part in self.members(latents, self.encode(latents)))
+        used = counts > 0
+        means = sums[used] / counts[used, None]
+        self.embedding.weight[used] = (F.normalize(means, dim=-1) if self.l2_norm else means).to(
+            self.embedding.weight.dtype
+        )
+        return counts
+
+    @torch.no_grad()
+    def members(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """For every entry the count (V,) and the sum (V, D) of the latents (B, D, ...) that have its code (B, ...)."""
+        points = self.points(latents).flatten(0, -2)
+        sums = points.new_zeros(self.vocab_size, points.shape[-1]).index_add_(0, codes.flatten(), points)
+        return torch.bincount(codes.flatten(), minlength=self.vocab_size).float(), sums
+
+
+class ScalarQuantizer(Quantizer):
+    """Finite scalar quantisation (Mentzer et al. 2023): every dimension is bounded and rounded to one of its levels.
+
+    Nothing is learned and nothing can die. Entries run from -1 to 1; the first dimension is the fastest in a code.
+    """
+
+    committed = False
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.levels = levels
+        self.vocab_size = math.prod(levels)
+
+    def points(self, latents: Tensor) -> Tensor:
+        half, shift, offset = self._bounds(latents)
+        bounded = torch.tanh(latents.movedim(1, -1).float() + shift) * half - offset
+        return bounded / (self._levels(latents) // 2)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        middle = self._levels(points) // 2
+        digits = (points * middle).round().long() + middle
+        return (digits * self._places(points)).sum(-1)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        levels = self._levels(codes)
+        digits = codes[..., None] // self._places(codes) % levels
+        return (digits - levels // 2) / (levels // 2)
+
+    def _levels(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.levels, device=like.device)
+
+    def _places(self, like: Tensor) -> Tensor:
+        return torch.tensor([math.prod(self.levels[:index]) for index in range(len(self.levels))], device=like.device)
+
+    def _bounds(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Half the range, a shift that keeps 0 at 0, and the half level by which even numbers of levels are off."""
+        half = [(level - 1) * 1.001 / 2 for level in self.levels]  # a little more, so that the ends are reached
+        offset = [0.0 if level % 2 else 0.5 for level in self.levels]
+        shift = [math.atanh(off / reach) for off, reach in zip(offset, half, strict=True)]
+        return tuple(torch.tensor(values, device=like.device) for values in (half, shift, offset))  # type: ignore[return-value]
+
+
+class BinaryQuantizer(Quantizer):
+    """The signs of a latent are the bits of its code: 2 ** code_dim codes without a table.
+
+    Lookup-free quantisation (Yu et al. 2023) has entries of -1 and 1; `spherical` (BSQ, Zhao et al. 2024) first brings
+    latents to unit length and has entries of that length. Both need the entropy loss, or bits stop changing.
+    """
+
+    def __init__(self, code_dim: int, *, spherical: bool) -> None:
+        super().__init__()
+        self.vocab_size = 2**code_dim
+        self.code_dim = code_dim
+        self.spherical = spherical
+        self.scale = code_dim**-0.5 if spherical else 1.0
+
+    def points(self, latents: Tensor) -> Tensor:
+        points = latents.movedim(1, -1).float()
+        return F.normalize(points, dim=-1) if self.spherical else points
+
+    def nearest(self, points: Tensor) -> Tensor:
+        return ((points > 0) * self._places(points)).sum(-1)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return ((codes[..., None] & self._places(codes)) > 0) * (2 * self.scale) - self.scale
+
+    def entropies(
+        self, latents: Tensor, sharpness: float = 4.0, mean: Callable[[Tensor], Tensor] = lambda share: share
+    ) -> tuple[Tensor, Tensor]:
+        """Mean entropy of single latents (B, D, ...), to be small, and that of the mean code, to be large; in nats.
+
+        A latent gives each code the probability softmax(-|z - c|^2 / T), of which each bit is independent: its log-odds
+        are `sharpness` where z is at its entry. The mean code is exact over groups of 9 bits at most, taken as
+        independent of each other. `mean` averages over processes that each hold a share of the latents.
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            odds = self.points(latents).flatten(0, -2) * (sharpness / self.scale)  # (N, D)
+            single = (F.softplus(odds) - odds * odds.sigmoid()).sum(-1).mean()
+            joint = odds.new_zeros(())
+            for bits in odds.split(math.ceil(self.code_dim / math.ceil(self.code_dim / _GROUP)), dim=-1):
+                both = torch.stack((F.logsigmoid(-bits), F.logsigmoid(bits)), -1)  # (N, d, 2)
+                logs = both[:, 0]
+                for index in range(1, bits.shape[-1]):
+                    logs = (logs[:, :, None] + both[:, index, None, :]).flatten(1)  # (N, 2 ** (index + 1))
+                share = logs.exp().mean(0)
+                whole = share + (mean(share.detach()) - share.detach())  # of all processes; the gradient of this one
+                joint = joint - torch.xlogy(whole, whole.clamp_min(1e-30)).sum()
+            return single, joint
+
+    def _places(self, like: Tensor) -> Tensor:
+        return 2 ** torch.arange(self.code_dim, device=like.device)
+
+
+def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """A code (...) for every row of `logits` (..., V): where its cumulative distribution passes `uniforms` (...)."""
+    shares = logits.float().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(shares, (uniforms.float() * shares[..., -1])[..., None], right=True).squeeze(-1)
+    return drawn.clamp_max(logits.shape[-1] - 1)
+
+
+def build_quantizer(
+    kind: str, vocab_size: int, code_dim: int, *, l2_norm: bool = True, levels: tuple[int, ...] = ()
+) -> Quantizer:
+    """The quantiser that a tokenizer's config describes, see `check_quantizer`."""
+    check_quantizer(kind, vocab_size, code_dim, levels)
+    if kind == "fsq":
+        return ScalarQuantizer(levels)
+    if kind in ("lfq", "bsq"):
+        return BinaryQuantizer(code_dim, spherical=kind == "bsq")
+    return VectorQuantizer(vocab_size, code_dim, l2_norm=l2_norm)
+
+
+def check_quantizer(kind: str, vocab_size: int, code_dim: int, levels: tuple[int, ...]) -> None:
+    """Raise ValueError unless `kind` is known and its sizes agree: `levels` of fsq, 2 ** code_dim of lfq and bsq."""
+    if kind not in QUANTIZERS:
+        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, not {kind!r}")
+    if kind != "fsq" and levels:
+        raise ValueError(f"levels {levels} are of quantizer fsq, not of {kind}; leave them out")
+    if kind == "fsq":
+        if not levels or min(levels) < 2:
+            raise ValueError(f"quantizer fsq needs levels of at least 2 each, such as [8, 8, 8, 5, 5], not {levels}")
+        if (math.prod(levels), len(levels)) != (vocab_size, code_dim):
+            raise ValueError(
+                f"levels {levels} make vocab_size {math.prod(levels)} and code_dim {len(levels)}, "
+                f"not {vocab_size} and {code_dim}; they must agree"
+            )
+    if kind in ("lfq", "bsq") and vocab_size != 2**code_dim:
+        raise ValueError(
+            f"quantizer {kind} has one bit a dimension: code_dim {code_dim} makes vocab_size {2**code_dim}, "
+            f"not {vocab_size}"
+        )

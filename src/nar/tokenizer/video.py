@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
-from nar.tokenizer.quantize import VectorQuantizer
+from nar.tokenizer.quantize import VectorQuantizer, draw_codes
 
 NORMS = ("none", "layer", "layer_all", "batch", "batch_all")
 
@@ -91,6 +92,10 @@ class VideoTokenizerConfig:
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}; null means that it is learned")
 
+    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
+        """Frames, height and width that codes of `grid` stand for: always those of the sizes."""
+        return self.num_frames, self.image_size, self.image_size
+
     @property
     def patch_grid(self) -> tuple[int, int, int]:
         """Patches of a clip along time, height and width."""
@@ -117,7 +122,7 @@ class VideoTokenizer(nn.Module):
         self.queries = _Positions(
             config.num_tokens, wide, config.position_base, learned=config.learned_queries, shift=config.query_type
         )
-        self.encoder = _Transformer(wide, config.num_encoder_layers, config.num_encoder_heads)
+        self.encoder = Bidirectional(wide, config.num_encoder_layers, config.num_encoder_heads)
         self.to_code = nn.Linear(wide, config.code_dim)
         self.code_norm = _code_norm(config)
         self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
@@ -138,7 +143,7 @@ class VideoTokenizer(nn.Module):
         self.pixel_queries = _GridPositions(
             config.patch_grid, narrow, learned=config.learned_pixel_queries, shift=config.pixel_query_type
         )
-        self.decoder = _Transformer(narrow, config.num_decoder_layers, config.num_decoder_heads)
+        self.decoder = Bidirectional(narrow, config.num_decoder_layers, config.num_decoder_heads)
         self.norm_out = nn.LayerNorm(narrow, eps=1e-6)
         self.to_pixels = nn.Linear(narrow, 3 * math.prod(stride))
         self.init_weights()
@@ -152,13 +157,14 @@ class VideoTokenizer(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.to_pixels.weight)
 
-    def forward(self, clips: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
+    def forward(self, clips: Tensor, *, uniforms: Tensor | None = None) -> Reconstruction:
         """Reconstruct `clips` (B, 3, T, H, W) in -1..1, with the quantiser's losses.
 
-        With `generator` the codes of a stochastic quantiser are sampled, as in training; else they are the nearest.
+        With `uniforms` (B, *grid) in [0, 1) the codes of a stochastic quantiser are sampled, one number each, as in
+        training; else they are the nearest.
         """
         latents = self.latents(clips)
-        points, codes = self._quantize(latents, generator)
+        points, codes = self._quantize(latents, uniforms)
         entries = self.quantizer.decode(codes)
         straight_through = points + (entries - points).detach()
         return Reconstruction(
@@ -200,7 +206,10 @@ class VideoTokenizer(nn.Module):
         Raises:
             ValueError: wrong axes, size, number of frames or values; a `generator` for a deterministic quantiser.
         """
-        return self._quantize(self.latents(clips), generator)[1]
+        uniforms = None
+        if generator is not None:
+            uniforms = torch.rand(len(clips), *self.config.grid, generator=generator, device=generator.device)
+        return self._quantize(self.latents(clips), uniforms)[1]
 
     def decode(self, codes: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Codes (B, *grid) to clips (B, 3, T, H, W), about -1..1 and not clamped; T is `num_frames`, or all.
@@ -238,19 +247,19 @@ class VideoTokenizer(nn.Module):
         config = {"kind": "video-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
         write_folder(folder, config, self.state_dict())
 
-    def _quantize(self, latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _quantize(self, latents: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (B, D, *grid) to points as they are compared, of the same shape, and codes (B, *grid)."""
         with torch.autocast(latents.device.type, enabled=False):
             points = latents.float()
             if self.config.l2_norm:
                 points = F.normalize(points, dim=1)
-            if generator is None:
+            if uniforms is None:
                 return points, self.quantizer.encode(points.detach())
             if not self.config.stochastic:
                 raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
             scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
             scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature.detach()
-            drawn = torch.multinomial((scores * scale).softmax(-1), 1, generator=generator)
+            drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
 
     def _decode(self, latents: Tensor, num_frames: int) -> Tensor:
@@ -291,7 +300,7 @@ class VideoTokenizer(nn.Module):
                 raise ValueError(f"clip values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
 
 
-class _Transformer(nn.Sequential):
+class Bidirectional(nn.Sequential):
     """Pre-norm blocks in which every token sees every other."""
 
     def __init__(self, dim: int, num_layers: int, num_heads: int) -> None:
@@ -329,7 +338,7 @@ class _GridPositions(nn.Module):
                 nn.Parameter(_sinusoid(torch.arange(size, dtype=torch.float64), dim).float()) for size in grid
             )
         else:
-            self.register_buffer("table", _sinusoid_grid(grid, dim))
+            self.register_buffer("table", sinusoid_grid(grid, dim))
         self.learned = learned
         self.shift = nn.Parameter(0.02 * torch.randn(dim)) if shift else None
 
@@ -398,7 +407,7 @@ def _sinusoid(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def _sinusoid_grid(grid: tuple[int, int, int], dim: int) -> Tensor:
+def sinusoid_grid(grid: tuple[int, int, int], dim: int) -> Tensor:
     """One row a patch, (P, dim): the table of its time plus [table of its column | table of its row]."""
     time, row, column = (
         axis.flatten()

@@ -6,31 +6,67 @@ Knows real and reconstructed pictures; does not know the tokenizer's other losse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nar.tokenizer.adversarial import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
+from nar.tokenizer.clip_adversarial import (
+    ClipDiscriminator,
+    discriminator_logistic_loss,
+    generator_logistic_loss,
+    lecam_loss,
+    noisy_labels,
+)
 from nar.training.distributed import Workers
+from nar.training.optim import load_side_state, side_state
 
 
 @dataclass(frozen=True)
 class AdversaryConfig:
-    """A PatchGAN with hinge losses.
+    """A PatchGAN with hinge losses, or for clips LARP's transformer with logistic ones; `weight` 0 turns it off.
 
-    `weight` is the strength of its gradient at the decoder's last layer, relative to that of the reconstruction loss
-    (VQGAN's adaptive weight); 0 turns it off. It acts from step `start` on, and is trained from the beginning.
+    With `adaptive`, `weight` is the strength of its gradient at the decoder's last layer relative to that of the
+    reconstruction loss (VQGAN); otherwise its loss is simply multiplied by `weight` (LlamaGen). It acts on the
+    tokenizer from step `start` on, and is itself trained from step `learn_from` on: with the published trainers that
+    is `start` too; it learns in every `every`-th step only. `clip_norm` bounds the norm of its gradient, 0 does not.
+
+    `network` is "patch", with `num_layers` convolutions from `channels` on, or "transformer", with `num_layers` layers
+    of width `channels` and `num_heads`; this one learns from noisy labels, and `lecam` is the strength of its LeCam
+    regularisation, which compares logits with their means, moving with `lecam_decay`.
     """
 
     weight: float = 0.0
     start: int = 0
+    network: str = "patch"
+    num_heads: int = 8
+    every: int = 1
+    lecam: float = 0.0
+    lecam_decay: float = 0.999
+    adaptive: bool = True
+    learn_from: int = 0
     channels: int = 64
     num_layers: int = 3
     learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
         if self.weight < 0:
             raise ValueError(f"adversary.weight must be at least 0, not {self.weight}")
+        if self.network not in ("patch", "transformer"):
+            raise ValueError(f"adversary.network must be patch or transformer, not {self.network!r}")
+        if self.every < 1 or (self.lecam and self.network == "patch"):
+            raise ValueError(
+                f"adversary.every {self.every} must be at least 1, and lecam {self.lecam} is of the network transformer"
+            )
+        if self.learn_from > self.start:
+            raise ValueError(
+                f"adversary.learn_from {self.learn_from} is after adversary.start {self.start}: "
+                "an untrained discriminator would act on the tokenizer"
+            )
 
 
 class Adversary:
@@ -38,58 +74,89 @@ class Adversary:
 
     def __init__(self, config: AdversaryConfig, workers: Workers) -> None:
         self.config, self._workers = config, workers
-        self.discriminator = PatchDiscriminator(config.channels, config.num_layers).to(workers.device)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=(0.5, 0.9))
+        self.discriminator = _network(config).to(workers.device)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=config.betas)
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._means = torch.zeros(2, device=workers.device)  # of the logits of real and of made clips
 
     def loss(self, real: Tensor, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, step: int) -> Tensor:
-        """The tokenizer's adversarial loss on reconstructed pictures `fake` (B, 3, H, W), already weighted.
+        """The tokenizer's adversarial loss on reconstructed pictures `fake`, like `real`, already weighted.
 
         `reconstruction` is its reconstruction loss, and `last_layer` the weight at which the two are balanced.
         """
-        self._seen.append((real.float(), fake.detach().float()))
+        if step >= self.config.learn_from and step % self.config.every == 0:
+            self._seen.append((real.float(), fake.detach().float()))
         if step < self.config.start:
             return torch.zeros((), device=fake.device)
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(False)
-        adversarial = generator_hinge_loss(self.discriminator(fake))
+        judged = self._judge(fake)
+        adversarial = (
+            generator_hinge_loss(judged) if self.config.network == "patch" else generator_logistic_loss(judged)
+        )
+        if not self.config.adaptive:
+            return self.config.weight * adversarial
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (had,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
         balance = (wanted.norm() / (had.norm() + 1e-6)).clamp(max=1e4)
         weighted: Tensor = self.config.weight * balance * adversarial
         return weighted
 
-    def update(self) -> Tensor:
-        """One step of the discriminator on the pictures seen since the last one; returns its own loss."""
+    def update(self, generator: torch.Generator) -> Tensor | None:
+        """One step of the discriminator on the pictures seen since the last one; returns its own loss.
+
+        None when it saw none, before it learns. `generator` is the step's, the same on every process.
+        """
+        if not self._seen:
+            return None
         real, fake = (torch.cat(pictures) for pictures in zip(*self._seen, strict=True))
         self._seen = []
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(True)
-        loss = discriminator_hinge_loss(self.discriminator(real), self.discriminator(fake))
+        loss = self._discriminator_loss(real, fake, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.discriminator.parameters():
             if parameter.grad is not None:
                 parameter.grad = self._workers.sum(parameter.grad) / self._workers.count
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.clip_norm)
         self.optimizer.step()
         return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and optimizer moments by name."""
-        values = {f"adversary.{name}": tensor for name, tensor in self.discriminator.state_dict().items()}
-        for index, parameter in enumerate(self.discriminator.parameters()):
-            fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}  # what Adam starts from
-            moments = self.optimizer.state.get(parameter) or fresh | {"exp_avg_sq": torch.zeros_like(parameter)}
-            values |= {f"adversary.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-        return values
+        """Weights, optimizer moments and mean logits by name."""
+        means = {"adversary.mean_logits": self._means} if self.config.lecam else {}
+        return side_state("adversary", self.discriminator, self.optimizer) | means
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        names = self.discriminator.state_dict().keys()
-        self.discriminator.load_state_dict({name: state[f"adversary.{name}"] for name in names})
-        for index, parameter in enumerate(self.discriminator.parameters()):
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {
-                name: state[f"adversary.{index}.{name}"].to(parameter.device if name != "step" else "cpu")
-                for name in moments
-            }
+        load_side_state("adversary", self.discriminator, self.optimizer, state)
+        if self.config.lecam:
+            self._means = state["adversary.mean_logits"].to(self._means.device)
+
+    def _judge(self, pixels: Tensor) -> Tensor:
+        """Logits of pictures, or of clips: a patch network sees their frames one by one."""
+        if self.config.network == "patch" and pixels.ndim == 5:
+            pixels = pixels.transpose(1, 2).flatten(0, 1)
+        return cast(Tensor, self.discriminator(pixels))
+
+    def _discriminator_loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
+        judged = self._judge(real), self._judge(fake)
+        if self.config.network == "patch":
+            return discriminator_hinge_loss(*judged)
+        # Drawn for all processes, so that any number of them draws the same.
+        noise = torch.randn(2, self._workers.count * len(real), generator=generator)
+        mine = noise[:, self._workers.rank * len(real) : (self._workers.rank + 1) * len(real)].to(real.device)
+        loss = discriminator_logistic_loss(*judged, *noisy_labels(mine))
+        if self.config.lecam:
+            loss = loss + self.config.lecam * lecam_loss(*judged, *self._means)
+            means = self._workers.mean(torch.stack([logits.detach().float().mean() for logits in judged]))
+            self._means = self.config.lecam_decay * self._means + (1 - self.config.lecam_decay) * means
+        return loss
+
+
+def _network(config: AdversaryConfig) -> nn.Module:
+    if config.network == "patch":
+        return PatchDiscriminator(config.channels, config.num_layers)
+    return ClipDiscriminator(config.channels, config.num_layers, config.num_heads)

@@ -77,6 +77,10 @@ class Workers:
             dist.all_reduce(values)
         return values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all processes."""
+        return self.sum(values) / self.count
+
     def gather(self, values: Tensor) -> Tensor:
         """The `values` of all processes, of one shape, joined along the first axis in the order of ranks."""
         if self.count == 1:

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -126,8 +127,11 @@ class Task(Protocol):
         """The mean loss over a batch and what `fetch` gave for it, and values to log."""
         ...
 
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
-        """Upkeep after an optimizer step (reviving dead codes, say), the same on every process."""
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
+        """Upkeep after an optimizer step (reviving dead codes, say), the same on every process.
+
+        Returns what the user should be warned of, if anything.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -234,7 +238,10 @@ def train(
                 )
             for optimizer in state.optimizers:
                 optimizer.step()
-            task.after_step(step, num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
+            warning = task.after_step(step, num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
+            if warning and log is not None:
+                warnings.warn(warning, stacklevel=2)
+                log.record(step + 1, (step + 1) * plan.batch_size, {"warning": warning})
             update_average(state.average, task.module, step, plan.ema_decay)
             bar.update(plan.batch_size)
             checkpoints.check()
@@ -493,12 +500,15 @@ class _Log:
             stack.callback(self._board.close)
 
     def scalars(self, step: int, images_seen: int, values: dict[str, float]) -> None:
-        record = {"step": step, "images_seen": images_seen, "time": round(time.time(), 1), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self.record(step, images_seen, values)
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, images_seen)
+
+    def record(self, step: int, images_seen: int, values: Mapping[str, float | str]) -> None:
+        record = {"step": step, "images_seen": images_seen, "time": round(time.time(), 1), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def picture(self, step: int, images_seen: int, picture: Image.Image) -> None:
         path = self._previews / f"{step:07d}.png"

@@ -110,3 +110,23 @@ def _hidden_matrices(module: nn.Module) -> list[Tensor]:
         for name, part in sorted(module.named_modules())
         if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "output" and part.weight.requires_grad
     ]
+
+
+def side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and Adam's moments, by name, of a network that is trained beside the one that the loop trains."""
+    values = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, parameter in enumerate(module.parameters()):
+        fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}  # what Adam starts from
+        moments = optimizer.state.get(parameter) or fresh | {"exp_avg_sq": torch.zeros_like(parameter)}
+        values |= {f"{prefix}.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return values
+
+
+def load_side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """The inverse of `side_state`."""
+    module.load_state_dict({name: state[f"{prefix}.{name}"] for name in module.state_dict()})
+    for index, parameter in enumerate(module.parameters()):
+        optimizer.state[parameter] = {
+            name: state[f"{prefix}.{index}.{name}"].to(parameter.device if name != "step" else "cpu")
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }

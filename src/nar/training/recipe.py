@@ -6,6 +6,7 @@ Knows keys and their meaning; does not know how anything is trained.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -15,14 +16,20 @@ from nar.data.sources import (
     held_out,
     open_source,
 )  # fmt: skip
+from nar.data.video import Windows
+from nar.data.wording import WORDINGS
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
+from nar.text import TextEncoderConfig
 from nar.tokenizer import TokenizerConfig
 from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.video import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
+from nar.training.codebook import CodebookConfig
 from nar.training.loop import Plan
+from nar.training.prior import PriorConfig
+from nar.training.words import TEXT_FEATURES
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,15 @@ class DataConfig:
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
+        num_frames: of a clip; 0 for pictures, or all frames of clips in tables.
+        stride: every how many-th frame of a clip is taken.
+        frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are.
+        windows: where in a longer clip: at the "start", in the "centre", at a "random" place in each step, or "all",
+            one sample each.
+        wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
+            caption, tags and style ("varied", see `nar.data.wording`).
+        heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
+        text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
         codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
             the first is held out.
     """
@@ -51,6 +67,13 @@ class DataConfig:
     group: str = ""
     views: str = "centre"
     augment: str = "none"
+    num_frames: int = 0
+    stride: int = 1
+    frame_rate: float = 0.0
+    windows: str = "centre"
+    wording: str = "plain"
+    heldout_pairs: int = 0
+    text_features: str = "cached"
     codes: str = ""
     heldout_codes: str = ""
 
@@ -59,17 +82,31 @@ class DataConfig:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
         if self.augment not in ("none", "flip", "crop", "loop"):
             raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
+        if self.wording not in WORDINGS:
+            raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
+        if self.text_features not in TEXT_FEATURES:
+            raise ValueError(
+                f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
+            )
+        Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
+
+    @property
+    def clip_windows(self) -> Windows | None:
+        """Which frames of clips are taken; None for pictures, and for clips in tables that are taken whole."""
+        return Windows(self.num_frames, self.stride, self.frame_rate, self.windows) if self.num_frames else None
 
     def open(self) -> tuple[Source, Source]:
         """The pictures to learn from, and those held out."""
         if not self.source:
             raise ValueError("this recipe needs pictures: data.source=FOLDER (or a .parquet or .tar file, or a hub id)")
-        train = open_source(self.source, size=self.size, label=self.label, group=self.group)
-        split = "test" if self.validation == "auto" else self.validation
+        opened = partial(
+            open_source, self.source, size=self.size, label=self.label, group=self.group, windows=self.clip_windows
+        )
+        train, split = opened(), "test" if self.validation == "auto" else self.validation
         try:
-            return train, open_source(self.source, size=self.size, split=split, label=self.label, group=self.group)
+            return train, opened(split=split)
         except FileNotFoundError:
             if self.validation != "auto":
                 raise
@@ -80,19 +117,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerLossConfig:
-    """Weights of the tokenizer's loss, and when unused codes are revived.
+class TokenizerLossConfig(CodebookConfig):
+    """Weights of the parts of a tokenizer's loss; the rest is about its codebook.
 
-    `restart_every` steps, codes that were not used since the last time move onto random latents, until `restart_until`
-    (a fraction of the training); 0 turns it off.
+    Attributes:
+        l1, l2: of the difference of pixels on the -1..1 scale.
+        perceptual: of the distance of features, those of EfficientNet-Lite0 or, with `lpips`, LPIPS.
+        lpips: a folder with VGG16's weights and LPIPS's, see `nar.tokenizer.perceptual.load_lpips`.
+        codebook, commitment: of the distance between latents and their codes, as it moves one or the other.
+        entropy: for lfq and bsq, of the entropy of single latents minus `entropy_diversity` times that of the mean
+            code, in nats; a bit whose latent is at its entry has log-odds of `entropy_sharpness`.
     """
 
     l1: float = 0.0
     l2: float = 1.0
+    perceptual: float = 0.0
+    lpips: str = ""
     codebook: float = 1.0
     commitment: float = 0.25
-    restart_every: int = 0
-    restart_until: float = 0.6
+    entropy: float = 0.02
+    entropy_diversity: float = 1.0
+    entropy_sharpness: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("l1", "l2", "perceptual", "codebook", "commitment", "entropy"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"tokenizer_loss.{name} must be at least 0, not {getattr(self, name)}")
 
 
 def _open_model() -> ModelConfig:
@@ -114,6 +165,9 @@ class Recipe(Plan):
 
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
+
+    With a `text_encoder` the model learns from captions instead of classes; `prompts` are what its previews show, by
+    default captions that are held out.
     """
 
     about: str = ""
@@ -124,18 +178,22 @@ class Recipe(Plan):
     video_tokenizer: VideoTokenizerConfig | None = None
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     init: str = ""
     train_encoder: bool = True
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
     lora_rank: int = 0
     model: ModelConfig = field(default_factory=_open_model)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "prompts", tuple(self.prompts))
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
         if self.causal_tokenizer and self.video_tokenizer:

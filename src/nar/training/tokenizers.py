@@ -13,22 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.data.sources import (
-    BROKEN,
-    Source,
-    centre_crop,
-    check_broken,
-    load_pictures,
-    random_crop,
-)  # fmt: skip
+from nar.data.sources import BROKEN, Source, check_broken, load_pictures
 from nar.folder import load_state, read_weights
+from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
 from nar.tokenizer import Tokenizer, new_tokenizer
+from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.tokenizer.pixels import as_pictures, as_pixels
+from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
+from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
-from nar.training.recipe import Recipe
+from nar.training.prior import Prior
+from nar.training.recipe import DataConfig, Recipe, TokenizerLossConfig
 
 
 class TokenizerTask:
@@ -46,14 +44,41 @@ class TokenizerTask:
         self.module.to(workers.device)
         self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
         train, heldout = recipe.data.open()
-        self.source = train if recipe.data.augment == "crop" or _too_large(train, recipe.data.size) else None
+        fresh = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
+        self.source = train if fresh or _too_large(train, recipe.data) else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
+        config = recipe.tokenizer_config
+        self.stochastic = bool(getattr(config, "stochastic", False))
+        self._grid = self._code_grid() if self.stochastic or recipe.prior.weight else ()
+        self.prior = None
+        if recipe.prior.weight:
+            steps = recipe.num_steps(self.num_samples)
+            self.prior = Prior(recipe.prior, math.prod(self._grid), config.code_dim, steps, workers)
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
-        self.used = torch.zeros(recipe.tokenizer_config.vocab_size, dtype=torch.bool, device=workers.device)
-        self._latents: list[Tensor] = []
+        # Codes that are to stay what they are need no care, only counting.
+        care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
+        self.codebook = Codebook(self.module.quantizer, care, workers)
+        # Measured where there is a network for it, also when it is not part of the loss.
+        self.distance = _distance(recipe.tokenizer_loss)
+        if self.distance is not None:
+            self.distance.to(workers.device)
+
+    @torch.no_grad()
+    def _code_grid(self) -> tuple[int, ...]:
+        """The grid of codes of a sample."""
+        pixels = as_pixels(self.heldout.images[:1]).to(self.workers.device)
+        return tuple(self.module.quantizer.encode(self.module.latents(pixels)).shape[1:])
+
+    def _draws(self, batch: Batch) -> Tensor:
+        """Three uniform numbers in [0, 1) for every code of every sample, (b, 3, *grid), the sample's own."""
+        made = torch.empty(len(batch.indices), 3, *self._grid)
+        for row, uniform in enumerate(batch.uniforms[:, 5].tolist()):
+            seed = (batch.step << 24) + int(uniform * 2**24)
+            torch.rand(made[row].shape, generator=torch.Generator().manual_seed(seed), out=made[row])
+        return made
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         return ()
@@ -70,18 +95,15 @@ class TokenizerTask:
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
-        """A picture (size, size, 3) of the source; for a broken one, which is listed in the run, the next."""
+        """A picture or clip (..., size, size, 3) of the source; for a broken one, listed in the run, the next."""
         assert self.source is not None
         for step in range(len(self.source)):
             index = (int(row) + step) % len(self.source)
             try:
-                picture = self.source.picture(index)
+                data = self.recipe.data
+                return self.source.array(index, data.size, uniforms.tolist(), crop=data.augment == "crop")
             except BROKEN as error:
                 self._report(index, error)
-                continue
-            size = self.recipe.data.size
-            crop = self.recipe.data.augment == "crop"
-            return np.asarray(random_crop(picture, size, uniforms.tolist()) if crop else centre_crop(picture, size))
         raise ValueError(f"no picture of {self.recipe.data.source} can be read")
 
     def _report(self, index: int, error: Exception) -> None:
@@ -96,63 +118,67 @@ class TokenizerTask:
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
         pixels = data.to(self.workers.device)
-        made = self.module(pixels)
+        draws = self._draws(batch)
+        made = self.module(pixels, uniforms=draws[:, 0].to(pixels.device)) if self.stochastic else self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
+        values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
+        if weights.perceptual:
+            assert self.distance is not None
+            perceptual = self.distance(_frames(pixels), _frames(made.pixels)).mean()
+            loss = loss + weights.perceptual * perceptual
+            values["perceptual"] = perceptual.detach()
         if self.adversary is not None:
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
-        self._latents.append(made.latents.detach())
-        codes = made.codes.unique()
-        self.used[codes] = True
-        return loss, {
-            "psnr": psnr(error.detach()),
-            "commitment": made.commitment_loss.detach(),
-            "codes_in_batch": torch.tensor(float(codes.numel()), device=self.workers.device),
-        }
+        quantizer = self.module.quantizer
+        if self.prior is not None:
+            predicted = self.prior.loss(quantizer, made, draws[:, 1:].flatten(2), batch.step)
+            loss = loss + self.recipe.prior.weight * predicted
+            values["prior"] = predicted.detach()
+        if isinstance(quantizer, BinaryQuantizer) and weights.entropy:
+            single, joint = quantizer.entropies(made.latents, weights.entropy_sharpness, self.workers.mean)
+            loss = loss + weights.entropy * (single - weights.entropy_diversity * joint)
+            values |= {"entropy_single": single.detach(), "entropy_mean": joint.detach()}
+        self.codebook.see(made.latents, made.codes)
+        return loss, values | {"commitment": made.commitment_loss.detach()}
 
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
         if self.adversary is not None:
-            self.adversary.update()
-        every = self.recipe.tokenizer_loss.restart_every
-        last = self.recipe.tokenizer_loss.restart_until * num_steps
-        latents, self._latents = self._latents, []
-        if every and step % every == 0 and step <= last:
-            # In the order of the batch, whatever number of processes and pieces computed it.
-            pieces = torch.stack([self.workers.gather(piece) for piece in latents])
-            used = self.workers.sum(self.used.float()) > 0
-            dead = torch.ones_like(used) if step == 0 else ~used  # the first time all: a start on the data
-            self.module.quantizer.restart(pieces.flatten(0, 1), dead, generator)
-            self.used.zero_()
+            self.adversary.update(generator)
+        if self.prior is not None:
+            self.prior.update()
+        return self.codebook.update(step, num_steps, generator)
 
     def state(self) -> dict[str, Tensor]:
-        adversary = {} if self.adversary is None else self.adversary.state()
-        return {"used": self.workers.sum(self.used.float()) > 0, **adversary}
+        beside = [part.state() for part in (self.adversary, self.prior) if part is not None]
+        return self.codebook.state() | {name: tensor for state in beside for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.used = state["used"].to(self.workers.device)
-        if self.adversary is not None:
-            self.adversary.load_state(state)
+        self.codebook.load_state(state)
+        for part in (self.adversary, self.prior):
+            if part is not None:
+                part.load_state(state)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         device, vocab_size = self.workers.device, self.recipe.tokenizer_config.vocab_size
-        squared, codes = torch.zeros(1, device=device), torch.zeros(vocab_size, device=device)
+        sums, codes = torch.zeros(3, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images[:2000]
         for rows in share(len(images), _batch_size(images), self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
-            squared += (made.pixels.clamp(-1, 1) - pixels).square().flatten(1).mean(1).sum()
+            found = made.pixels.clamp(-1, 1)
+            pair = _frames(pixels), _frames(found)
+            similarity = ssim(pair[0] + 1, pair[1] + 1, peak=2.0)
+            distance = torch.zeros_like(similarity) if self.distance is None else self.distance(*pair)
+            means = torch.stack([squared_error(*pair), similarity, distance]).mean(1)
+            sums += means * len(pixels)
             codes += torch.bincount(made.codes.flatten(), minlength=vocab_size)
-        error = float(self.workers.sum(squared)) / len(images)
-        codes = self.workers.sum(codes)
-        shares = codes / codes.sum()
-        return {
-            "loss": error,
-            "psnr": 10 * math.log10(4 / error),
-            "usage": float((codes > 0).float().mean()),
-            "perplexity": float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())),
-        }
+        loss, similar, different = (self.workers.sum(sums) / len(images)).tolist()
+        perceptual = {} if self.distance is None else {self.distance.name: different}
+        use = code_use(self.workers.sum(codes))
+        return {"loss": loss, "psnr": psnr(loss, peak=2.0), "ssim": similar, **perceptual, **use}
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
@@ -166,9 +192,14 @@ class TokenizerTask:
         module.save_pretrained(folder, training=training)
 
 
+def _frames(pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as they are; clips (B, 3, T, H, W) as their frames (B * T, 3, H, W)."""
+    return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
+
+
 def _batch_size(images: np.ndarray) -> int:
     """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
-    return max(1, min(250, 250 * 64 * 64 * 3 // images[0].size))
+    return max(1, min(250, 250 * 64 * 64 * 3 // math.prod(images.shape[1:])))
 
 
 def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
@@ -182,11 +213,23 @@ def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     return turned[::-1] if direction < 0.5 else turned
 
 
-def _too_large(source: Source, size: int) -> bool:
+def _too_large(source: Source, data: DataConfig) -> bool:
     """Whether decoded pictures had better not all be in memory."""
-    return len(source) * size * size * 3 > 2**31
+    return len(source) * max(1, data.num_frames) * data.size * data.size * 3 > 2**31
 
 
-def psnr(error: Tensor) -> Tensor:
+def _psnr(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of an error on the -1..1 scale."""
     return 10 * torch.log10(4 / error.square().mean())
+
+
+def _distance(weights: TokenizerLossConfig) -> EfficientNetDistance | Lpips | None:
+    """The network that compares pictures; None where none is asked for and there are no weights to measure with."""
+    if weights.lpips:
+        return load_lpips(weights.lpips)
+    try:
+        return EfficientNetDistance()
+    except ModuleNotFoundError:
+        if weights.perceptual:
+            raise
+        return None

@@ -1,7 +1,6 @@
-"""From captions to the features that text models condition on; so far the cleaning and padding of published models.
+"""Captions made readable: what captions from the web carry is removed, as for the published text models.
 
-Knows strings and padded feature arrays; does not know the transformer or how features enter it.
-Dimensions: B captions, T token positions, C feature channels.
+Knows strings; does not know encoders or features.
 """
 
 from __future__ import annotations
@@ -9,9 +8,6 @@ from __future__ import annotations
 import html
 import re
 from urllib.parse import unquote_plus
-
-import torch
-from torch import Tensor
 
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _HOST = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"  # and the path, but not the ?query
@@ -100,22 +96,6 @@ def clean_caption(caption: str) -> str:
         text = _JOINTS.sub(" ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _apply(_LEFTOVERS, text.strip()).strip()
-
-
-def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the valid positions of features (B, T, C) to the end, in order, and set the padding to exact zeros.
-
-    `mask` (B, T) is true (or 1) where a position is valid; it is returned moved in the same way, in its own dtype.
-    The last valid token is then always the last condition token, which predicts the first token of the picture.
-    """
-    if features.ndim != 3 or mask.shape != features.shape[:2]:
-        raise ValueError(
-            f"features {tuple(features.shape)} and mask {tuple(mask.shape)} do not fit; needed are (B, T, C) and (B, T)"
-        )
-    order = torch.argsort(mask.bool().int(), dim=1, stable=True)  # padding first, both in their old order
-    moved_mask = mask.gather(1, order)
-    moved = features.gather(1, order[..., None].expand_as(features))
-    return moved.masked_fill(~moved_mask.bool()[..., None], 0), moved_mask
 
 
 def _apply(rules: Rules, text: str) -> str:

@@ -1,11 +1,12 @@
 """EfficientNet-Lite0, an ImageNet classifier whose weights come with a package: features without any download.
 
-Its numbers are named after it (FD-EffLite0, KID-EffLite0), never FID. It does not know statistics or where pictures
-come from. Dimensions: B pictures, H x W pixels, C channels.
+Its numbers are named after it (FD-EffLite0, KID-EffLite0, distance-EffLite0), never FID or LPIPS. It does not know
+statistics, losses or where pictures come from. Dimensions: B pictures, H x W pixels, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _STAGES = (
     (1, 1, 16, 3, 1), (2, 6, 24, 3, 2), (2, 6, 40, 5, 2), (3, 6, 80, 3, 2), (3, 6, 112, 5, 1), (4, 6, 192, 5, 2),
     (1, 6, 320, 3, 1),
 )  # fmt: skip
+_BLOCKS_TO = {2: 1, 4: 3, 8: 5, 16: 11, 32: 16}  # how many of the 16 blocks end with a stride: the last at each
 # Each convolution of a block or of the ends, and the norm that follows it.
 _PAIRS = (
     ("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"),
@@ -61,12 +63,28 @@ class EfficientNetLite0(nn.Module):
         x = images.to(self._fc.weight.dtype)
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 255)
-        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)  # a third faster in depthwise layers
-        x = F.relu6(self._bn0(_same(self._conv_stem, x)))
+        x = self._stem(x)
         for block in self._blocks:
             x = block(x)
         pooled: Tensor = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
         return pooled
+
+    def stages(self, images: Tensor, strides: Sequence[int] = (2, 4, 8, 16, 32)) -> list[Tensor]:
+        """The last features (B, C, H / stride, W / stride) at each of `strides`, of pictures (B, 3, H, W) in 0..255.
+
+        Pictures keep their size, and gradients flow to them.
+        """
+        wanted = [_BLOCKS_TO[stride] for stride in strides]
+        found, x = [], self._stem(images)
+        for number, block in enumerate(list(self._blocks)[: max(wanted)], start=1):
+            x = block(x)
+            if number in wanted:
+                found.append(x)
+        return found
+
+    def _stem(self, images: Tensor) -> Tensor:
+        x = ((images - 127) / 128).contiguous(memory_format=torch.channels_last)  # a third faster in depthwise layers
+        return F.relu6(self._bn0(_same(self._conv_stem, x)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1000) of ImageNet's classes."""

@@ -1,0 +1,194 @@
+"""How much of pictures and clips survives: numbers of pairs, real and reconstructed, and of what a weak code ties.
+
+Knows arrays; does not know who reconstructed them. Dimensions: B pictures, T frames, H x W pixels, V codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Distances (B,) of pictures (B, 3, H, W) in -1..1."""
+
+_WINDOW, _SIGMA = 11, 1.5
+
+
+def psnr(error: Tensor | float, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error; 100 at most, which equal pictures get."""
+    return min(100.0, 10 * math.log10(peak**2 / max(float(error), 1e-30)))
+
+
+def squared_error(real: Tensor, made: Tensor) -> Tensor:
+    """Mean squared error (B,) of pictures or clips (B, ...) on one scale."""
+    return (made.float() - real.float()).square().flatten(1).mean(1)
+
+
+def ssim(real: Tensor, made: Tensor, peak: float = 255.0) -> Tensor:
+    """Structural similarity (B,) of pictures (B, C, H, W) (Wang et al. 2004), the mean over channels.
+
+    A Gaussian window of 11 pixels (sigma 1.5) slides over places where it fits; it is smaller in smaller pictures.
+    `peak` is the range of the values.
+    """
+    real, made = real.float(), made.float()
+    channels, height, width = real.shape[1:]
+    column, row = (_taps(min(_WINDOW, length), real) for length in (height, width))
+    kernel = (column[:, None] * row).expand(channels, 1, -1, -1)
+
+    def blurred(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, groups=channels)
+
+    mean_real, mean_made = blurred(real), blurred(made)
+    variance_real = blurred(real.square()) - mean_real.square()
+    variance_made = blurred(made.square()) - mean_made.square()
+    covariance = blurred(real * made) - mean_real * mean_made
+    luminance, contrast = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    similar = (2 * mean_real * mean_made + luminance) * (2 * covariance + contrast)
+    possible = (mean_real.square() + mean_made.square() + luminance) * (variance_real + variance_made + contrast)
+    return (similar / possible).mean((1, 2, 3))
+
+
+def _taps(size: int, like: Tensor) -> Tensor:
+    places = torch.arange(size, device=like.device) - (size - 1) / 2
+    return torch.softmax(-places.square() / (2 * _SIGMA**2), 0)
+
+
+def code_use(counts: Tensor) -> dict[str, float]:
+    """What share of the codes is used, as how many equally frequent ones they count, and how many never occur.
+
+    `counts` (V,) says how often each code occurs.
+    """
+    shares = counts.double() / counts.sum().clamp_min(1)
+    return {
+        "usage": float((counts > 0).double().mean()),
+        "perplexity": float(torch.exp(-torch.xlogy(shares, shares).sum())),
+        "dead_codes": float((counts == 0).sum()),
+    }
+
+
+def compare(
+    real: np.ndarray,
+    made: np.ndarray,
+    *,
+    distances: Mapping[str, Distance] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """What is left of `real` pictures or clips in `made`, both uint8 (B, H, W, 3) or (B, T, H, W, 3).
+
+    "psnr" is that of the mean error over all of them, "psnr_each" the mean of each one's own, in dB; "ssim" and
+    `distances` are means, of clips over their frames. Clips also have "psnr_of_differences": that of the changes from
+    frame to frame, which a motionless clip gets without any.
+
+    Raises:
+        ValueError: the two have not one shape, or are not uint8 pictures or clips.
+    """
+    if real.shape != made.shape or real.ndim not in (4, 5) or real.shape[-1] != 3 or not len(real):
+        raise ValueError(
+            f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {made.shape}"
+        )
+    if real.dtype != np.uint8 or made.dtype != np.uint8:
+        raise ValueError(f"pictures must be uint8 0..255, not {real.dtype} and {made.dtype}")
+    errors, rows, motion = [], [], []
+    for start in range(0, len(real), batch_size):
+        first, second = (
+            torch.from_numpy(np.ascontiguousarray(side[start : start + batch_size])).to(device) for side in (real, made)
+        )
+        errors.append(squared_error(first, second))
+        if real.ndim == 5:
+            motion.append(squared_error(first.float().diff(dim=1), second.float().diff(dim=1)))
+        frames = [side.reshape(-1, *side.shape[-3:]).movedim(-1, 1).float() for side in (first, second)]
+        scaled = [side / 127.5 - 1 for side in frames]
+        rows.append(
+            torch.stack(
+                [ssim(frames[0], frames[1]), *(distance(*scaled) for distance in (distances or {}).values())], -1
+            )
+        )
+    error, means = torch.cat(errors), torch.cat(rows).mean(0)
+    numbers = {"psnr": psnr(error.mean()), "psnr_each": sum(map(psnr, error.tolist())) / len(error)}
+    if motion:
+        numbers["psnr_of_differences"] = psnr(torch.cat(motion).mean())
+    return numbers | dict(zip(("ssim", *(distances or {})), means.tolist(), strict=True))
+
+
+def thumbnails(real: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Pictures (B, H, W, 3) reduced to one pixel a token of the `grid` and enlarged again, both bicubic."""
+    height, width = real.shape[1:3]
+
+    def through(picture: np.ndarray) -> np.ndarray:
+        small = Image.fromarray(picture).resize(grid[::-1], Image.Resampling.BICUBIC)
+        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+    return np.stack([through(picture) for picture in real])
+
+
+def motionless(real: np.ndarray) -> np.ndarray:
+    """Clips (B, T, H, W, 3) in which every frame is the mean of all."""
+    return np.broadcast_to(real.mean(1, keepdims=True).round().astype(np.uint8), real.shape)
+
+
+def nearest_patches(
+    train: np.ndarray, real: np.ndarray, patch: tuple[int, ...], vocab_size: int, *, iterations: int = 15, seed: int = 0
+) -> np.ndarray:
+    """`real` pictures or clips with each patch replaced by the nearest of `vocab_size` ones.
+
+    Those are the k-means of at most 64 patches an entry, drawn from the pictures in `train`; `patch` is (h, w) or
+    (t, h, w), and divides both.
+
+    Raises:
+        ValueError: `train` has fewer than two patches an entry.
+    """
+    generator = np.random.default_rng(seed)
+    per_picture = math.prod(real.shape[1:-1]) // math.prod(patch)
+    if len(train) * per_picture < 2 * vocab_size:
+        raise ValueError(f"{len(train)} pictures have too few patches to fit {vocab_size} of them")
+    wanted = min(len(train) * per_picture, 64 * vocab_size)
+    # From as many pictures as there are, a few patches of each.
+    shown = train[generator.permutation(len(train))[: -(-wanted // max(1, wanted // len(train)))]]
+    share = -(-wanted // len(shown))
+    sample = np.concatenate(
+        [_patches(picture[None], patch)[generator.permutation(per_picture)[:share]] for picture in shown]
+    )
+    points = torch.from_numpy(sample).float()
+    entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size])]
+    for _ in range(iterations):
+        codes = _nearest(points, entries)
+        counts = torch.bincount(codes, minlength=vocab_size)
+        sums = torch.zeros_like(entries).index_add_(0, codes, points)
+        entries = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], entries)
+    found = [
+        _from_patches(
+            entries[_nearest(torch.from_numpy(_patches(picture[None], patch)).float(), entries)], patch, picture
+        )
+        for picture in real
+    ]
+    return np.stack(found)
+
+
+def _nearest(points: Tensor, entries: Tensor) -> Tensor:
+    squares = entries.square().sum(1)
+    pieces = points.split(max(1, 2**24 // len(entries)))
+    return torch.cat([torch.addmm(squares, piece, entries.T, alpha=-2.0).argmin(1) for piece in pieces])
+
+
+def _patches(pictures: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
+    """Pictures or clips (B, ..., 3) to patches (n, d), in raster order."""
+    split = [part for length, size in zip(pictures.shape[1:-1], patch, strict=True) for part in (length // size, size)]
+    axes = len(patch)
+    order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
+    return pictures.reshape(len(pictures), *split, 3).transpose(order).reshape(-1, math.prod(patch) * 3)
+
+
+def _from_patches(patches: Tensor, patch: tuple[int, ...], like: np.ndarray) -> np.ndarray:
+    """The inverse of `_patches` for one picture or clip of the shape of `like`, rounded to uint8."""
+    grid = [length // size for length, size in zip(like.shape[:-1], patch, strict=True)]
+    axes = len(patch)
+    order = [axis for pair in zip(range(axes), range(axes, 2 * axes), strict=True) for axis in pair]
+    pixels = patches.round().clamp(0, 255).to(torch.uint8).numpy().reshape(*grid, *patch, 3)
+    return pixels.transpose(*order, 2 * axes).reshape(like.shape)

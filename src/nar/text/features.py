@@ -1,0 +1,134 @@
+"""Features of captions on disk, so that each caption is encoded once, whatever is trained how often.
+
+Knows files and arrays, and when to ask an encoder; does not know models or training. A folder holds the features of one
+encoder at one length: parts of float16 token states without padding, memory-mapped, and their captions.
+Dimensions: B captions, T token positions, C feature channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nar.folder import CONFIG, from_dict, read_config
+from nar.text.encoder import TextEncoder, TextEncoderConfig
+
+PART_SIZE = 4096  # captions encoded, and then written, at a time
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class Features:
+    """Features of captions in a folder that `cached` has written; they are read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        values = read_config(folder)
+        self.folder, self.dim = folder, int(values.pop("dim"))
+        self.config = from_dict(TextEncoderConfig, values, folder / CONFIG)
+        self._states: list[Tensor] = []
+        self._places: list[tuple[int, int, int]] = []  # part, first token, end
+        self._rows: dict[str, int] = {}
+        for path in sorted(folder.glob("part-*.safetensors")):
+            self._add(path)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self._rows
+
+    def rows(self, captions: Iterable[str]) -> np.ndarray:
+        """The numbers of captions, for `take`; raises KeyError for one that is not here."""
+        return np.array([self._rows[caption] for caption in captions], np.int64)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool: as `TextEncoder.encode`."""
+        length = self.config.max_length
+        features = torch.zeros(len(rows), length, self.dim)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            part, start, end = self._places[row]
+            features[index, length - (end - start) :] = self._states[part][start:end]
+            mask[index, length - (end - start) :] = True
+        return features, mask
+
+    def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same for captions that are here."""
+        return self.take(self.rows(captions))
+
+    def _add(self, path: Path) -> None:
+        try:
+            tensors = load_file(path)  # memory-mapped
+            captions: list[str] = json.loads(tensors["captions"].numpy().tobytes())
+            ends: list[int] = tensors["ends"].tolist()
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} can't be read ({error}); delete it, it is made again") from error
+        self._rows |= {caption: len(self) + index for index, caption in enumerate(captions)}
+        self._places += [(len(self._states), *place) for place in zip([0, *ends], ends, strict=False)]
+        self._states.append(tensors["states"])
+
+    def write(self, captions: Sequence[str], states: Sequence[Tensor]) -> None:
+        """Add the token states (tokens, C) of captions."""
+        ends = torch.tensor([len(state) for state in states]).cumsum(0)
+        text = json.dumps(list(captions)).encode()
+        path = self.folder / f"part-{len(self._states):05d}.safetensors"
+        tensors = {
+            "states": torch.cat(list(states)).clamp(-_LARGEST, _LARGEST).half().cpu(),
+            "ends": ends,
+            "captions": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        }
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, staging)
+        staging.replace(path)
+        self._add(path)
+
+
+def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *, quiet: bool = False) -> Features:
+    """The features of captions, from the part of `folder` that is this encoder's; those not there are encoded first.
+
+    The encoder is known by its digest, length and cleaning. Each caption is encoded once, in pieces that are kept when
+    the process ends early. One process writes at a time.
+    """
+    config = encoder.config
+    kept = Path(folder) / f"{config.digest[:16]}-{config.max_length}{'-clean' if config.clean else ''}"
+    if not (kept / CONFIG).is_file():
+        kept.mkdir(parents=True, exist_ok=True)
+        staging = kept / f".{CONFIG}.{os.getpid()}"
+        staging.write_text(json.dumps(dataclasses.asdict(config) | {"dim": encoder.dim}, indent=1) + "\n", "utf-8")
+        staging.replace(kept / CONFIG)
+    features = Features(kept)
+    missing = [caption for caption in dict.fromkeys(captions) if caption not in features]
+    with tqdm(
+        total=len(missing), desc="encoding captions", unit="caption", disable=True if quiet or not missing else None
+    ) as bar:
+        for start in range(0, len(missing), PART_SIZE):
+            piece = missing[start : start + PART_SIZE]
+            features.write(piece, encoder.states(piece))
+            bar.update(len(piece))
+    return features
+
+
+def found(config: TextEncoderConfig, captions: Iterable[str], folder: str | Path) -> Features | None:
+    """The features of captions where `folder` has all of them from this encoder, which itself is not needed then.
+
+    A `max_length` of 0 and a `digest` of "" in `config` stand for any.
+    """
+    for path in sorted(Path(folder).glob(f"*/{CONFIG}")):
+        features = Features(path.parent)
+        wanted = dataclasses.replace(
+            config,
+            max_length=config.max_length or features.config.max_length,
+            digest=config.digest or features.config.digest,
+        )
+        if features.config == wanted and all(caption in features for caption in captions):
+            return features
+    return None

@@ -1,0 +1,177 @@
+"""The codebook of a tokenizer in training: its start, its upkeep, how much of it is in use, and a word of warning.
+
+Knows latents and codes of a step, on all processes; does not know pixels, losses or who calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nar.tokenizer.quantize import BinaryQuantizer, Quantizer, VectorQuantizer
+from nar.training.distributed import Workers
+
+_NEVER = 2**30  # steps since a code was used that never was
+_WINDOW = 50  # steps over which usage is stated, at least
+_ITERATIONS = 5  # of k-means on each of the first batches
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """How a learned codebook is kept in use.
+
+    `restart_every` steps, codes that were not used since the last time move onto random latents, until `restart_until`
+    (a fraction of the training); 0 turns it off. On each of the first `kmeans_steps` batches k-means goes on from the
+    entries that the batch before has left. `codebook_decay` above 0, say 0.99, makes each entry a moving average of its
+    latents in place of learning it by gradient.
+
+    A warning comes when less than `warn_usage` of the codes, or less than half of what once was, is in use; 0 turns
+    it off.
+    """
+
+    restart_every: int = 0
+    restart_until: float = 0.6
+    kmeans_steps: int = 0
+    codebook_decay: float = 0.0
+    warn_usage: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.codebook_decay < 1:
+            raise ValueError(f"codebook_decay must be from 0 up to, not including, 1, not {self.codebook_decay}")
+        if not 0 <= self.warn_usage < 1:
+            raise ValueError(f"warn_usage must be a share from 0 up to, not including, 1, not {self.warn_usage}")
+        if min(self.restart_every, self.kmeans_steps) < 0:
+            raise ValueError("restart_every and kmeans_steps must be at least 0, which turns them off")
+
+
+class Codebook:
+    """Upkeep of `quantizer` after every step, the same on all processes, from what `see` was shown in it."""
+
+    def __init__(self, quantizer: Quantizer, config: CodebookConfig, workers: Workers) -> None:
+        self.quantizer, self.config, self._workers = quantizer, config, workers
+        self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) else None
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._warned = False
+        state = {
+            "idle": torch.full((quantizer.vocab_size,), _NEVER, dtype=torch.int32),  # steps since a code was used
+            "recent": torch.zeros(quantizer.vocab_size),  # counts, those of earlier steps fading
+            "window": torch.ones((), dtype=torch.int32),  # steps over which usage is stated
+            "peak": torch.zeros(()),  # the highest usage so far
+        }
+        if self._vectors is not None and config.codebook_decay:
+            self._vectors.requires_grad_(False)
+            weight = self._vectors.embedding.weight
+            state |= {"mean_counts": torch.ones(len(weight)), "mean_sums": weight.detach().clone()}
+        self._state = {name: tensor.to(workers.device) for name, tensor in state.items()}
+
+    def see(self, latents: Tensor, codes: Tensor) -> None:
+        """Remember latents (B, D, ...) and codes (B, ...) of this process until the step ends."""
+        self._seen.append((latents.detach(), codes.detach()))
+
+    def update(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
+        """Look after the codebook, after optimizer step number `step`; returns a warning when it first collapses."""
+        seen, self._seen = self._seen, []
+        tokens = sum(codes.numel() for _, codes in seen) * self._workers.count
+        # Long enough for each of equally frequent codes to occur, all but 1 in 50.
+        window = max(_WINDOW, math.ceil(4 * self.quantizer.vocab_size / tokens))
+        self._count(torch.cat([codes.flatten() for _, codes in seen]), window)
+        if self._vectors is not None:
+            self._tend(self._vectors, seen, step, num_steps, generator)
+        return self._warning(step, window)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What is in use, over a window of at least 50 steps: "usage", "perplexity" and "dead_codes", to be logged."""
+        recent = self._state["recent"]
+        shares = recent / recent.sum().clamp_min(1e-12)
+        dead = (self._state["idle"] >= self._state["window"]).sum().float()
+        return {
+            "usage": 1 - dead / len(recent),
+            "perplexity": torch.exp(-torch.xlogy(shares, shares).sum()),
+            "dead_codes": dead,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is remembered between steps."""
+        return {f"codebook.{name}": tensor for name, tensor in self._state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, tensor in self._state.items():
+            tensor.copy_(state[f"codebook.{name}"])
+
+    def _count(self, codes: Tensor, window: int) -> None:
+        counts = self._workers.sum(torch.bincount(codes, minlength=self.quantizer.vocab_size).float())
+        idle, recent = self._state["idle"], self._state["recent"]
+        idle.add_(1).clamp_(max=_NEVER).masked_fill_(counts > 0, 0)
+        recent.mul_(1 - 1 / window).add_(counts)
+        self._state["window"].fill_(window)
+
+    def _tend(
+        self, quantizer: VectorQuantizer, seen: list[tuple[Tensor, Tensor]], step: int, num_steps: int,
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        config = self.config
+        restarts = config.restart_every and step % config.restart_every == 0
+        restarts = restarts and step <= config.restart_until * num_steps
+        clusters = step < config.kmeans_steps
+        if config.codebook_decay:
+            self._average(quantizer, seen)
+        if not (restarts or clusters):
+            return
+        # In the order of the batch, whatever number of processes and pieces computed it.
+        latents = torch.stack([self._workers.gather(piece) for piece, _ in seen]).flatten(0, 1)
+        # The first time all: a start on the data.
+        moved = torch.ones_like(self._state["idle"]) > 0 if step == 0 else self._state["idle"] >= config.restart_every
+        if step == 0 or not clusters:
+            quantizer.restart(latents, moved, generator)
+        if clusters:
+            own = torch.cat([piece for piece, _ in seen])
+            for _ in range(_ITERATIONS):
+                counts = quantizer.cluster(own, self._workers.sum)
+                quantizer.restart(latents, counts == 0, generator)
+            moved = torch.ones_like(moved)
+        if config.codebook_decay:
+            self._state["mean_counts"][moved] = 1.0
+            self._state["mean_sums"][moved] = quantizer.embedding.weight.detach()[moved]
+
+    @torch.no_grad()
+    def _average(self, quantizer: VectorQuantizer, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Move entries to the moving averages of their latents; one whose average is of almost nothing stays."""
+        found = quantizer.members(torch.cat([piece for piece, _ in seen]), torch.cat([codes for _, codes in seen]))
+        means = self._state["mean_counts"], self._state["mean_sums"]
+        for mean, now in zip(means, found, strict=True):
+            mean.lerp_(self._workers.sum(now), 1 - self.config.codebook_decay)
+        alive = means[0] > 1e-3
+        quantizer.embedding.weight[alive] = (means[1] / means[0].clamp_min(1e-3)[:, None])[alive]
+
+    def _warning(self, step: int, window: int) -> str | None:
+        if self._warned or not self.config.warn_usage or (step + 1) % window:
+            return None
+        usage, peak = float(self.scalars()["usage"]), float(self._state["peak"])
+        self._state["peak"].fill_(max(usage, peak))
+        low, falling = usage < self.config.warn_usage, usage < 0.5 * peak
+        if step + 1 < 2 * window or not (low or falling):
+            return None
+        self._warned = True
+        size = self.quantizer.vocab_size
+        what = f"is only {usage:.1%}" if low else f"has fallen from {peak:.1%} to {usage:.1%}"
+        return (
+            f"the codebook collapses: usage {what} after {step + 1} steps, {round(usage * size)} of {size} codes "
+            f"in the last {window}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        config = self.config
+        if self._vectors is None:
+            entropy = "raise tokenizer_loss.entropy, " if isinstance(self.quantizer, BinaryQuantizer) else ""
+            return f"{entropy}lower optim.learning_rate, or look whether all pictures are alike"
+        settings = [
+            ("tokenizer.l2_norm=true", not self._vectors.l2_norm),
+            ("tokenizer_loss.kmeans_steps=10", not config.kmeans_steps),
+            ("tokenizer_loss.restart_every=100", not config.restart_every),
+        ]
+        unset = [setting for setting, missing in settings if missing]
+        return f"set {', '.join(unset) or 'a smaller tokenizer.vocab_size'}, or lower optim.learning_rate"

@@ -1,0 +1,116 @@
+"""The conditions of a set of codes, sample by sample: their classes, or their captions as features.
+
+Knows codes, captions and where features come from; does not know models or steps. Which of a sample's captions is taken
+is decided by a number that comes with the sample, so that it depends on the seed and the step only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar.condition import ClassCondition, Condition, TextCondition
+from nar.data.codes import Codes
+from nar.text import TextEncoder, TextEncoderConfig, cached, found
+from nar.training.distributed import Workers
+
+TEXT_FEATURES = ("cached", "on-the-fly")
+
+
+class Conditions(Protocol):
+    """What the samples of a set are made from."""
+
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
+        """The condition of some samples, on the CPU or the encoder's device; `draws` (b,) in [0, 1) pick a wording of
+        each, None the first."""
+        ...
+
+
+class Labels:
+    """Samples by class."""
+
+    def __init__(self, codes: Codes) -> None:
+        self._labels = codes.labels
+
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> ClassCondition:  # noqa: ARG002
+        """See `Conditions`."""
+        return ClassCondition(torch.from_numpy(self._labels[rows]))
+
+
+class Words:
+    """Samples by caption: `wordings` are the ways to say what each shows. An empty one is the null condition."""
+
+    def __init__(self, text: Text, wordings: Sequence[Sequence[str]]) -> None:
+        self._text = text
+        counts = np.array([len(forms) for forms in wordings], np.int64)
+        self._starts, self._counts = counts.cumsum() - counts, counts
+        self._places = text.places([form for forms in wordings for form in forms])
+
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> TextCondition:
+        """See `Conditions`."""
+        picked = 0 if draws is None else (np.asarray(draws) * self._counts[rows]).astype(np.int64)
+        return self._text.condition(self._places[self._starts[rows] + picked])
+
+
+class Text:
+    """The encoder of a training and what it made of all captions, kept on disk or encoded again in each step.
+
+    Captions are numbered in the order in which they first occur.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        captions: Sequence[str],
+        *,
+        kind: str,
+        folders: Sequence[Path],
+        workers: Workers,
+    ) -> None:
+        """Encode `captions` where `kind` is "cached" and none of `folders` has them; the last one takes what is new."""
+        self._numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        self._captions = list(self._numbers)
+        self._blank = torch.tensor([not caption.strip() for caption in self._captions], dtype=torch.bool)
+        self._encoder: TextEncoder | None = None
+        features = None
+        if kind == "cached":
+            features = next(filter(None, (found(config, self._captions, folder) for folder in folders)), None)
+        if features is None:
+            fast = kind == "on-the-fly" and workers.device.type == "cuda"
+            dtype = torch.bfloat16 if fast else None
+            self._encoder = encoder = TextEncoder.open(config, device=workers.device, dtype=dtype)
+            if kind == "cached":
+                if workers.first:
+                    cached(encoder, self._captions, folders[-1])
+                    encoder.close()
+                workers.wait()
+                features, self._encoder = cached(encoder, self._captions, folders[-1]), None
+        self._features = features
+        opened = features or self._encoder
+        assert opened is not None
+        self.config, self.dim = opened.config, opened.dim
+        self._rows = None if features is None else features.rows(self._captions)
+
+    def places(self, captions: Sequence[str]) -> np.ndarray:
+        """The numbers of captions."""
+        return np.array([self._numbers[caption] for caption in captions], np.int64)
+
+    def condition(self, places: np.ndarray) -> TextCondition:
+        """The captions of these numbers as a condition."""
+        if self._features is not None and self._rows is not None:
+            features, mask = self._features.take(self._rows[places])
+        else:
+            assert self._encoder is not None
+            features, mask = self._encoder.encode([self._captions[place] for place in places])
+        null: Tensor = self._blank[torch.from_numpy(places)]
+        return TextCondition(features, mask, null.to(features.device))
+
+    def record(self) -> dict[str, object]:
+        """What a model's `config.json` says of its encoder."""
+        return dataclasses.asdict(self.config)

@@ -1,0 +1,56 @@
+"""The adversary of tokenizer training: its two ways of weighing, and when it learns and acts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nar.tokenizer.adversarial import generator_hinge_loss
+from nar.training.adversary import Adversary, AdversaryConfig
+from nar.training.distributed import Workers
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+def adversary(**changes: object) -> Adversary:
+    torch.manual_seed(0)
+    return Adversary(AdversaryConfig(**{"weight": 0.5, "channels": 8, "num_layers": 1, **changes}), ALONE)
+
+
+def test_a_fixed_weight_is_a_factor_and_an_adaptive_one_a_share_of_the_gradient() -> None:
+    real, layer = torch.rand(2, 3, 16, 16), nn.Conv2d(3, 3, 1)
+    fake = layer(real)
+    reconstruction = 100 * (fake - real).square().mean()
+    fixed, adaptive = adversary(adaptive=False), adversary()
+    expected = 0.5 * generator_hinge_loss(fixed.discriminator(fake))
+    torch.testing.assert_close(fixed.loss(real, fake, reconstruction, layer.weight, 0), expected)
+    loss = adaptive.loss(real, fake, reconstruction, layer.weight, 0)
+    (wanted,) = torch.autograd.grad(reconstruction, layer.weight, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, layer.weight)
+    torch.testing.assert_close(found.norm(), 0.5 * wanted.norm(), rtol=1e-3, atol=0)
+
+
+def test_it_learns_and_acts_from_its_steps_on() -> None:
+    judge = adversary(start=3, learn_from=2, adaptive=False, clip_norm=1.0, learning_rate=1e-2)
+    real, fake = torch.ones(4, 3, 16, 16), -torch.ones(4, 3, 16, 16, requires_grad=True)
+    before = {name: tensor.clone() for name, tensor in judge.discriminator.state_dict().items()}
+    for step in range(3):
+        assert float(judge.loss(real, fake, fake.sum(), fake, step)) == 0
+        learned = judge.update()
+        assert (learned is None) == (step < 2)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in judge.discriminator.state_dict().items())
+    losses = []
+    for step in range(3, 12):
+        assert float(judge.loss(real, fake, fake.sum(), fake, step).detach()) != 0
+        learned = judge.update()
+        assert learned is not None
+        losses.append(float(learned))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"adversary\.weight must be at least 0, not -1"):
+        AdversaryConfig(weight=-1)
+    with pytest.raises(ValueError, match=r"learn_from 5 is after adversary\.start 2: an untrained discriminator"):
+        AdversaryConfig(start=2, learn_from=5)

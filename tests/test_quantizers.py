@@ -1,0 +1,267 @@
+"""Quantisers: that codes are what their papers say, that each trains without collapse, and that a collapse is told."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nar import load_tokenizer
+from nar.data.sources import load_pictures
+from nar.metrics.reconstruction import psnr
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.quantize import BinaryQuantizer, ScalarQuantizer, VectorQuantizer, build_quantizer
+from nar.training.codebook import Codebook, CodebookConfig
+from nar.training.distributed import Workers
+from nar.training.tasks import run_recipe
+from training_runs import equal, losses, tokenizer_recipe, weights
+
+EMOJI = Path(__file__).parent / "data" / "emoji-mini.parquet"
+SIZES = {
+    "vq": {"vocab_size": 256, "code_dim": 8},
+    "fsq": {"vocab_size": 240, "code_dim": 3, "levels": (8, 6, 5)},
+    "lfq": {"vocab_size": 256, "code_dim": 8},
+    "bsq": {"vocab_size": 256, "code_dim": 8},
+}
+BODY = {
+    "channels": 16, "channel_multipliers": [1], "pixel_shuffle": 4, "num_blocks": 1, "latent_channels": 32,
+    "norm_groups": 4,
+}  # fmt: skip
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+def quantizer(kind: str) -> VectorQuantizer | ScalarQuantizer | BinaryQuantizer:
+    torch.manual_seed(0)
+    made = build_quantizer(kind, **SIZES[kind])
+    if isinstance(made, VectorQuantizer):
+        torch.nn.init.normal_(made.embedding.weight)
+    assert isinstance(made, VectorQuantizer | ScalarQuantizer | BinaryQuantizer)
+    return made
+
+
+def short_recipe(folder: Path, kind: str, tokenizer: dict[str, object], loss: dict[str, object], steps: int) -> Path:
+    """A recipe of a tiny tokenizer on the small emoji, 32x32 pixels to 8x8 codes."""
+    return tokenizer_recipe(
+        folder, tokenizer={**BODY, **SIZES[kind], "quantizer": kind, **tokenizer}, tokenizer_loss=loss,
+        data={"source": str(EMOJI), "size": 32, "group": "hexcode"}, batch_size=16, num_images=16 * steps,
+        log_every=50, preview_every=1000, checkpoint_every=1000, ema_decay=0.9,
+        optim={"learning_rate": 4e-3, "warmup_images": 160, "weight_decay": 0.0, "curve": "cosine"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("vq", {"kmeans_steps": 5, "restart_every": 20}),
+        pytest.param(
+            "vq", {"kmeans_steps": 5, "restart_every": 20, "codebook_decay": 0.9}, marks=pytest.mark.slow, id="vq-decay"
+        ),
+        ("fsq", {}),
+        ("lfq", {"entropy": 0.1}),
+        ("bsq", {}),
+    ],
+)
+def test_each_learns_real_pictures_without_collapse(tmp_path: Path, kind: str, loss: dict[str, object]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # no word of a collapse
+        folder = run_recipe(str(short_recipe(tmp_path, kind, {}, loss, 100)), [f"run={tmp_path / 'run'}"])
+    assert folder is not None
+    run = folder.parent
+    pictures = load_pictures(EMOJI, size=32).images.astype(np.float32)
+    constant = psnr(float(np.square(pictures - pictures.mean(0)).mean()))  # what one code could at best
+    assert losses(run, "heldout_psnr")[-1] > constant + 1.5
+    assert losses(run, "heldout_usage")[-1] > 0.35
+    assert losses(run, "heldout_perplexity")[-1] > 32
+    tokenizer = load_tokenizer(folder)  # strictly, with the quantiser that its config names
+    assert isinstance(tokenizer, ImageTokenizer)
+    assert tokenizer.config.quantizer == kind
+    assert losses(run, "heldout_dead_codes")[-1] < 0.65 * tokenizer.config.vocab_size
+
+
+def test_a_collapse_is_told_once_with_what_to_change(tmp_path: Path) -> None:
+    path = short_recipe(tmp_path, "vq", {"vocab_size": 2048, "l2_norm": False}, {}, 150)
+    advice = r"set tokenizer\.l2_norm=true, tokenizer_loss\.kmeans_steps=10, tokenizer_loss\.restart_every=100"
+    with pytest.warns(
+        UserWarning, match=f"the codebook collapses: usage is only .* of 2048 codes .*{advice}"
+    ) as caught:
+        run_recipe(str(path), [f"run={tmp_path / 'run'}"])
+    told = [str(warning.message) for warning in caught if "collapses" in str(warning.message)]
+    assert len(told) == 1
+    assert losses(tmp_path / "run", "warning") == told
+
+
+def test_falling_usage_is_told() -> None:
+    book = Codebook(VectorQuantizer(64, 4), CodebookConfig(), ALONE)
+    said = []
+    for step in range(300):
+        codes = torch.arange(64) if step < 140 else torch.arange(64) % 20
+        book.see(torch.randn(1, 4, 64), codes[None])
+        said.append(book.update(step, 300, torch.Generator()))
+    assert [step for step, text in enumerate(said) if text] == [199]
+    assert "usage has fallen from 100.0% to 31.2% after 200 steps, 20 of 64 codes in the last 50" in str(said[199])
+    assert "set tokenizer_loss.kmeans_steps=10" in str(said[199])
+    scalars = book.scalars()
+    assert (float(scalars["dead_codes"]), float(scalars["usage"])) == (44, 20 / 64)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_codes_in_training_are_those_of_encode_under_autocast(kind: str) -> None:
+    made, latents = quantizer(kind), torch.randn(2, SIZES[kind]["code_dim"], 9, 7)
+    plain = made.encode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = made(latents)
+        assert torch.equal(trained.codes, made.encode(latents))
+    assert torch.equal(trained.codes, plain)
+    torch.testing.assert_close(trained.latents, made.decode(plain), atol=1e-6, rtol=1e-5)
+    half = latents.bfloat16()
+    assert torch.equal(made(half).codes, made.encode(half))
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_entries_are_their_own_codes_and_gradients_pass(kind: str) -> None:
+    made = quantizer(kind)
+    codes = torch.arange(SIZES[kind]["vocab_size"])
+    entries = made.entries(codes)
+    assert len(entries.unique(dim=0)) == len(codes)
+    assert torch.equal(made.nearest(entries.detach()), codes)
+    latents = torch.randn(2, SIZES[kind]["code_dim"], 3, 3, requires_grad=True)
+    made(latents).latents.square().sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.any()
+
+
+def test_fsq_rounds_to_the_nearest_of_all_lattice_points() -> None:
+    made, latents = quantizer("fsq"), torch.randn(4, 3, 50) * 2
+    assert isinstance(made, ScalarQuantizer)
+    grid = torch.cartesian_prod(*(torch.arange(level) - level // 2 for level in made.levels)) / torch.tensor([4, 3, 2])
+    scale = torch.tensor([4, 3, 2])  # levels are one apart on the lattice, whatever an entry's scale
+    points = made.points(latents)
+    expected = grid[torch.cdist((points * scale).flatten(0, 1), grid * scale).argmin(1)]
+    torch.testing.assert_close(made.entries(made.encode(latents)).flatten(0, 1), expected)
+    ends = made.encode(torch.tensor([[-99.0], [99.0]]).expand(2, 3).T[None])
+    assert ends.tolist() == [[0, made.vocab_size - 1]]
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_binary_codes_are_signs_and_their_entropies_are_those_of_the_softmax(spherical: bool) -> None:
+    made, latents = BinaryQuantizer(4, spherical=spherical), torch.randn(3, 4, 5)
+    points = F.normalize(latents, dim=1) if spherical else latents
+    bits = (points > 0).long()
+    assert torch.equal(made.encode(latents), (bits * torch.tensor([1, 2, 4, 8])[:, None]).sum(1))
+    entries = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4))) * made.scale
+    if spherical:
+        torch.testing.assert_close(entries.norm(dim=1), torch.ones(16))
+    squares = torch.cdist(points.movedim(1, -1).flatten(0, 1), entries).square()
+    shares = torch.softmax(-squares * 3.0 / (4 * made.scale**2), 1)
+
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.xlogy(p, p).sum(-1)
+
+    single, joint = made.entropies(latents, sharpness=3.0)
+    torch.testing.assert_close(single, entropy(shares).mean())
+    torch.testing.assert_close(joint, entropy(shares.mean(0)))
+
+
+def test_entropy_of_halves_that_share_their_mean_is_that_of_the_whole() -> None:
+    """Two processes with gradients averaged, as DDP does, against one process with both halves."""
+    made, latents = BinaryQuantizer(11, spherical=True), torch.randn(8, 11, 6, requires_grad=True)
+    _, whole = made.entropies(latents)
+    (wanted,) = torch.autograd.grad(whole, latents)
+    halves = [half.detach().requires_grad_() for half in latents.chunk(2)]
+    means: list[list[Tensor]] = [[], []]
+    for side, half in enumerate(halves):  # what each would contribute
+        made.entropies(half, mean=lambda share, kept=means[side]: kept.append(share) or share)
+    both = [(first + second) / 2 for first, second in zip(*means, strict=True)]
+    for side, half in enumerate(halves):
+        shares = iter(both)
+        _, joint = made.entropies(half, mean=lambda share, shares=shares: next(shares))  # noqa: ARG005
+        torch.testing.assert_close(joint, whole)
+        (found,) = torch.autograd.grad(joint, half)
+        torch.testing.assert_close(found / 2, wanted.chunk(2)[side])
+
+
+@torch.no_grad()
+def test_a_large_vocabulary_costs_no_table() -> None:
+    for kind, sizes in (("bsq", {"code_dim": 18}), ("fsq", {"code_dim": 6, "levels": (8,) * 6})):
+        made = build_quantizer(kind, 2**18, **sizes)
+        codes = made.encode(torch.randn(2, sizes["code_dim"], 40, 40) * 2)
+        assert codes.max() > 2**17
+        assert not list(made.parameters())
+        assert torch.equal(made.nearest(made.entries(codes)), codes)
+
+
+def test_kmeans_finds_separated_clusters_and_sums_over_processes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(8, 4, generator=generator), dim=1)
+    latents = (centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=generator)).T[None]
+    made = VectorQuantizer(8, 4)
+    config = CodebookConfig(kmeans_steps=3)
+    book = Codebook(made, config, ALONE)
+    for step in range(3):
+        book.see(latents, made.encode(latents))
+        book.update(step, 10, generator)
+    points = made.points(latents).flatten(0, 1)
+    apart = torch.cdist(points, made.codebook()).amin(1).mean()
+    drawn = torch.stack([torch.cdist(points, points[torch.randperm(400)[:8]]).amin(1).mean() for _ in range(20)])
+    assert apart < drawn.mean()  # better than entries drawn from the latents
+    assert torch.bincount(made.encode(latents).flatten(), minlength=8).min() > 0
+    again, other = VectorQuantizer(8, 4), VectorQuantizer(8, 4)
+    again.load_state_dict(made.state_dict())
+    other.load_state_dict(made.state_dict())
+    again.cluster(latents)
+    second = other.members(latents[..., 200:], other.encode(latents[..., 200:]))
+    parts = iter(second)
+    other.cluster(latents[..., :200], lambda share: share + next(parts))
+    torch.testing.assert_close(again.embedding.weight, other.embedding.weight)
+
+
+@pytest.mark.parametrize("loss", [{"kmeans_steps": 3, "codebook_decay": 0.9, "restart_every": 3, "perceptual": 0.1}])
+def test_a_run_goes_on_bit_for_bit_with_the_state_of_its_codebook(tmp_path: Path, loss: dict[str, object]) -> None:
+    path = short_recipe(tmp_path, "vq", {}, loss, 6)
+    every = ["checkpoint_every=2", "log_every=1", "preview_every=5"]
+    run_recipe(str(path), [f"run={tmp_path / 'straight'}", *every])
+
+    def crash(*_: object) -> dict[str, float]:
+        raise RuntimeError("power cut")
+
+    broken = [f"run={tmp_path / 'broken'}", *every]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_recipe(str(path), broken, metrics=crash)
+    run_recipe(str(path), broken)
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
+    for name in ("loss", "usage", "perplexity", "perceptual"):
+        assert losses(tmp_path / "straight", name) == losses(tmp_path / "broken", name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantizer": "fvq"}, "quantizer must be one of vq, fsq, lfq, bsq, not 'fvq'"),
+        ({"quantizer": "fsq"}, r"needs levels of at least 2 each, such as \[8, 8, 8, 5, 5\]"),
+        ({"quantizer": "fsq", "levels": (8, 8)}, "make vocab_size 64 and code_dim 2, not 16384 and 8"),
+        ({"quantizer": "bsq"}, "code_dim 8 makes vocab_size 256, not 16384"),
+        ({"levels": (8, 8)}, "are of quantizer fsq, not of vq"),
+    ],
+)
+def test_sizes_that_do_not_agree_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizerConfig(**changes)
+
+
+def test_a_moving_average_follows_its_latents() -> None:
+    made = VectorQuantizer(2, 2, l2_norm=False)
+    made.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    book = Codebook(made, CodebookConfig(codebook_decay=0.5), ALONE)
+    latents = torch.tensor([[2.0, 4.0, -3.0], [1.0, 1.0, 1.0]])[None]
+    book.see(latents, made.encode(latents))
+    book.update(0, 10, torch.Generator())
+    # Halfway from one latent at each entry to the two at (2, 1) and (4, 1) and the one at (-3, 1).
+    torch.testing.assert_close(made.embedding.weight.data, torch.tensor([[7 / 3, 2 / 3], [-2.0, 0.5]]))
+    assert not made.embedding.weight.requires_grad
+    assert float(book.scalars()["usage"]) == 1.0

