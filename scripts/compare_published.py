@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nar import ClassCondition, Sampling, Transformer, generate
 from nar.bench import IMAGE_GUIDANCE, VIDEO_GUIDANCE, preset_model
-from nar.precision import convert
 from nar.sampling import Session
 
 
@@ -124,12 +123,11 @@ def _rotate(x: Tensor, phases: Tensor) -> Tensor:
 
 def runner(way: str, preset: str, scale: float):
     """A function of the batch size that draws one batch."""
-    model = preset_model(preset).requires_grad_(False)
     if way == "published":
-        published = Published(model)
+        published = Published(preset_model(preset).requires_grad_(False))
         return lambda batch: published.generate(torch.arange(batch), scale)
-    if way != "plain":  # plain: this package's decoding on weights that are not packed
-        model = convert(model, way, "cpu")
+    # plain: this package's decoding on weights that are not packed
+    model = preset_model(preset, precision=None if way == "plain" else way).requires_grad_(False)
     session, sampling = Session(model), Sampling(guidance_scale=scale)
     return lambda batch: generate(model, ClassCondition(torch.arange(batch)), sampling, session=session)
 

@@ -1,13 +1,17 @@
-"""Everything about speed that needs a GPU, in one run: correctness first, then the peers' and the paper's protocol.
+"""Everything about speed that needs a GPU, in one run of under nine minutes: correctness first, then the numbers.
 
-    python scripts/gpu_bench.py --json gpu.json                    # NAR-L, B, XL and video L; about half an hour
-    python scripts/gpu_bench.py --device cpu --presets NAR-video-S --warmups 0 --repetitions 1 --largest 2   # a dry run
+    python scripts/gpu_bench.py --json gpu.json                                       # NAR-L, B, XL and video L
+    python scripts/gpu_bench.py --device cpu --presets tiny --quick --json dry.json   # a dry run of every part
 
-1. CUDA graphs draw what eager decoding draws, byte for byte, in bfloat16 and in float32, over shapes and settings.
-2. One picture, and batches of 64, tokens only, with 100 warm-ups and 500 runs (the peers' protocol).
-3. The largest batch that fits, doubling from 64 (the paper's protocol), 10 runs each.
-4. The same with compiled feed-forward layers.
-5. Raster, PAR-4x and manhattan side by side at batch 1, with the pixel decoder.
+Correctness, on the first preset of pictures:
+- CUDA graphs draw what eager decoding draws, byte for byte, in bfloat16 and in float32, over shapes and settings.
+- bfloat16 against float32: logits, and how often the likeliest token is the same.
+- FlexAttention against the dense mask: forward, and gradients, at 32x32 tokens.
+- A training step under autocast with either attention: the same loss, and its time.
+Numbers: one picture and batches of 64 with 100 warm-ups and 500 runs (the peers' protocol; fewer for all presets but
+the first), the largest batch that fits (the paper's), compiled feed-forward layers, schedules side by side with pixels.
+
+A part that fails is reported, and the others run. Parts that would begin after `--minutes` are left out, and say so.
 """
 
 from __future__ import annotations
@@ -15,81 +19,205 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 
-from nar import ClassCondition, Sampling, generate
+from nar import ClassCondition, ModelConfig, Sampling, Transformer, generate
 from nar.bench import SCHEDULES, Row, Setup, bench_preset, compare, preset_model, table
-from nar.precision import convert
+from nar.presets import PRESETS, Preset, find
 from nar.sampling import Session
 
-TARGETS = {("NAR-L", 1): "25 ms", ("NAR-L", 64): "700 pictures/s, 4.7 GB"}
+TARGETS = {("NAR-L", 1): "target 25 ms", ("NAR-L", 64): "target 700 pictures/s in 4.7 GB"}
+SETTINGS = (
+    Sampling(guidance_scale=2.0),
+    Sampling(guidance_scale=2.0, guidance_interval=40, top_k=100),
+    Sampling(guidance_scale=1.5, guidance_curve="linear", top_p=0.9),
+    Sampling(temperature=0),
+)
+_TINY = {"grid": (4, 4), "vocab_size": 64, "num_classes": 1000, "dim": 32, "num_layers": 2, "num_heads": 2}
+PRESETS["tiny"] = Preset("tiny", "nar-c2i", "none", 0, _TINY)
 
 
-def check(preset: str, device: str) -> None:
+def graphs_equal_eager(preset: str, device: str) -> dict[str, object]:
     """Raise unless graphs and eager decoding draw the same tokens."""
-    settings = (
-        Sampling(guidance_scale=2.0),
-        Sampling(guidance_scale=2.0, guidance_interval=40, top_k=100),
-        Sampling(guidance_scale=1.5, guidance_curve="linear", top_p=0.9),
-        Sampling(temperature=0),
-    )
+    compared = 0
     for dtype in ("bfloat16", "float32"):
-        model = convert(preset_model(preset), dtype, device)
-        session = Session(model, num_kept=len(settings))
+        model = preset_model(preset, precision=dtype, device=device)
+        session = Session(model, num_kept=len(SETTINGS))
         for batch in (1, 3):
             condition = ClassCondition(torch.arange(batch))
-            for sampling in settings:
+            for sampling in SETTINGS:
                 for seed in (0, 1):
-                    graphs = generate(model, condition, sampling, seed=seed, session=session)
+                    recorded = generate(model, condition, sampling, seed=seed, session=session)
                     eager = generate(model, condition, sampling, seed=seed)
-                    assert torch.equal(graphs, eager), f"{preset} {dtype} batch {batch} {sampling} seed {seed}"
+                    assert torch.equal(recorded, eager), f"{dtype}, batch {batch}, {sampling}, seed {seed}"
+                    compared += 1
         assert session.graphs or device == "cpu", "recording failed; see the warning"
-        print(f"{preset} {dtype}: graphs == eager", flush=True)
+    return {"generations compared": compared, "graphs": session.graphs}
+
+
+@torch.inference_mode()
+def half_against_single(preset: str, device: str) -> dict[str, object]:
+    """Logits in bfloat16 beside those in float32, given the same codes."""
+    condition, found = ClassCondition(torch.arange(2)), {}
+    for dtype in ("float32", "bfloat16"):
+        model = preset_model(preset, precision=dtype, device=device)
+        codes = torch.randint(
+            model.config.vocab_size, (2, *model.config.grid), generator=torch.Generator().manual_seed(0)
+        )
+        found[dtype] = model(codes.to(device), condition)
+    single, half = found["float32"], found["bfloat16"]
+    error = float((half - single).std() / single.std())
+    assert error < 0.05, f"error {error:.3f} of the logits' spread"
+    same = float((half.argmax(-1) == single.argmax(-1)).float().mean())
+    return {"error in units of the logits' spread": error, "likeliest token is the same": same}
+
+
+def _wide(preset: str, device: str) -> Transformer:
+    """The size of a preset at 32x32 tokens, in float32 and trainable."""
+    torch.manual_seed(0)
+    config = ModelConfig(**{**find(preset).config, "grid": (32, 32)})
+    model = Transformer(config).to(device)
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    return model
+
+
+def _batch(model: Transformer, count: int) -> tuple[torch.Tensor, ClassCondition]:
+    codes = torch.randint(model.config.vocab_size, (count, *model.config.grid), device=model.device)
+    return codes, ClassCondition(torch.arange(count))
+
+
+def flex_equals_dense(preset: str, device: str) -> dict[str, object]:
+    """FlexAttention against the dense mask: outputs, and, where it has them, gradients of all weights."""
+    model = _wide(preset, device)
+    codes, condition = _batch(model, 2)
+    outputs, gradients = [], []
+    for flex in (False, True):
+        with torch.set_grad_enabled(device != "cpu"):  # it has no backward on a CPU
+            hidden = model.hidden(codes, condition, flex=flex)
+        outputs.append(hidden.detach())
+        if device != "cpu":
+            model.zero_grad()
+            hidden.square().mean().backward()
+            gradients.append([parameter.grad.clone() for parameter in model.blocks.parameters()])
+    error = float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
+    assert error < 5e-3, f"outputs differ by {error:.1e} of the largest"
+    worst = max(
+        (float((b - a).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*gradients, strict=True)), default=None
+    ) if gradients else None  # fmt: skip
+    assert worst is None or worst < 2e-2, f"gradients differ by {worst:.1e}"
+    return {"outputs differ by": error, "gradients differ by": worst}
+
+
+def training_step(preset: str, device: str) -> dict[str, object]:
+    """A step of AdamW under autocast at 32x32 tokens, by either attention: loss and seconds."""
+    found: dict[str, object] = {}
+    losses = []
+    for flex in (False, True) if device != "cpu" else (False,):
+        model = _wide(preset, device)
+        codes, condition = _batch(model, 8 if device != "cpu" else 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device != "cpu")
+        tokens, times = model.in_order(codes), []
+        for number in range(4):
+            started = perf_counter()
+            with torch.autocast(device, torch.bfloat16):
+                logits = model.logits(model.hidden(codes, condition, flex=flex))
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            value = float(loss)  # waits
+            times.append(perf_counter() - started)
+            if number == 0:
+                losses.append(value)
+        assert value < losses[-1], f"the loss rose from {losses[-1]} to {value}"
+        found["flex" if flex else "dense"] = {"first loss": losses[-1], "last loss": value, "seconds": min(times[1:])}
+    assert max(losses) - min(losses) < 0.02, f"first losses {losses}"
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--presets", default="NAR-L,NAR-B,NAR-XL,NAR-video-L")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--warmups", type=int, default=100)
-    parser.add_argument("--repetitions", type=int, default=500)
-    parser.add_argument("--largest", type=int, default=4096, help="stop doubling here")
+    parser.add_argument("--minutes", type=float, default=8.5, help="parts that would begin later are left out")
+    parser.add_argument("--largest", type=int, default=4096, help="stop doubling the batch here")
+    parser.add_argument("--quick", action="store_true", help="batches of 2 and single runs")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    began = perf_counter()
     rows: list[Row] = []
+    report: dict[str, object] = {"torch": torch.__version__, "parts": (parts := []), "rows": []}
+    if given.device == "cuda":
+        report["device"] = torch.cuda.get_device_name()
+    many = 2 if given.quick else 64
 
-    def measure(preset: str, schedules: tuple[str, ...] = ("manhattan",), **changes: object) -> list[Row]:
-        setup = Setup(
-            dtype="bfloat16", device=given.device, pixels=False, warmups=given.warmups, repetitions=given.repetitions
-        )
-        found = bench_preset(preset, dataclasses.replace(setup, **changes), schedules)
+    def measure(
+        preset: str, batch: int, runs: tuple[int, int], schedules: tuple[str, ...] = ("manhattan",), **changes: object
+    ) -> None:
+        warmups, repetitions = (0, 1) if given.quick else runs
+        setup = Setup((batch,), dtype="bfloat16", device=given.device, pixels=False)
+        setup = dataclasses.replace(setup, warmups=warmups, repetitions=repetitions, **changes)
+        found = bench_preset(preset, setup, schedules)
         rows.extend(found)
-        print(preset, changes, *(TARGETS.get((row.model, row.batch_size), "") for row in found))
-        print(table(found), *compare(found), sep="\n", flush=True)
-        if given.json:
-            given.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return found
+        print(TARGETS.get((preset, batch), ""), table(found), *compare(found), sep="\n", flush=True)
 
-    for preset in given.presets.split(","):
-        check(preset, given.device)
-        measure(preset, batch_sizes=(1,))
-        batch = min(64, given.largest)
-        measure(preset, batch_sizes=(batch,))
-        while (batch := batch * 2) <= given.largest:
+    def doubled(preset: str) -> None:
+        batch = 2 * many
+        while batch <= (2 * many if given.quick else given.largest) and perf_counter() - began < 60 * given.minutes:
             try:
-                measure(
-                    preset, batch_sizes=(batch,), warmups=min(2, given.warmups), repetitions=min(10, given.repetitions)
-                )
+                measure(preset, batch, (1, 3))
             except torch.OutOfMemoryError:
                 print(f"{preset}: batch {batch} does not fit")
-                break
-        measure(preset, batch_sizes=(1, min(64, given.largest)), compiled=True)
-        measure(
-            preset, SCHEDULES, batch_sizes=(1,), pixels=True, warmups=min(5, given.warmups),
-            repetitions=min(20, given.repetitions),
-        )  # fmt: skip
+                return
+            batch *= 2
+
+    def attempt(name: str, part: Callable[[], dict[str, object] | None]) -> None:
+        started = perf_counter()
+        outcome: dict[str, object] = {"part": name}
+        if started - began > 60 * given.minutes:
+            outcome["status"] = "left out: no time"
+        else:
+            try:
+                outcome |= {"status": "passed", **(part() or {})}
+            except Exception as error:
+                traceback.print_exc()
+                outcome |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+        outcome["part_seconds"] = round(perf_counter() - started, 1)
+        print(f"== {json.dumps(outcome)}", flush=True)
+        parts.append(outcome)
+        report["rows"] = [dataclasses.asdict(row) for row in rows]
+        if given.json:
+            given.json.write_text(json.dumps(report, indent=1))
+        if given.device == "cuda":
+            torch.cuda.empty_cache()
+
+    presets = given.presets.split(",")
+    pictures = [preset for preset in presets if len(find(preset).config["grid"]) == 2]
+    if pictures:
+        smallest = "NAR-B" if "NAR-B" in pictures else pictures[0]
+        for check in (graphs_equal_eager, half_against_single, flex_equals_dense, training_step):
+            attempt(f"{smallest}: {check.__name__}", partial(check, smallest, given.device))
+    for number, preset in enumerate(presets):
+        runs = (100, 500) if number == 0 else (5, 20)
+        attempt(f"{preset}: one", partial(measure, preset, 1, runs))
+        attempt(f"{preset}: batch of {many}", partial(measure, preset, many, runs))
+    for preset in presets[:1]:
+        if given.device != "cpu":
+            attempt(f"{preset}: compiled", partial(measure, preset, 1, (5, 50), compiled=True))
+        attempt(f"{preset}: schedules with pixels", partial(measure, preset, 1, (3, 10), SCHEDULES, pixels=True))
+    for preset in presets:
+        attempt(f"{preset}: largest batch", partial(doubled, preset))
+    print("\n" + "\n".join(f"{row.model:>12}  {line}" for row in rows for line in table([row]).splitlines()[1:]))
+    failed = [str(outcome["part"]) for outcome in parts if outcome["status"] != "passed"]
+    print(f"{len(parts) - len(failed)} of {len(parts)} parts passed" + "".join(f"\nnot: {name}" for name in failed))
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,24 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     assert Image.open(files[1]).size[1] > 100
 
 
+def test_tokenizers_are_measured_in_every_dtype_and_layout(toy_folder: Path, tmp_path: Path) -> None:
+    command = (
+        f"bench --tokenizer {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --json {tmp_path / 'rows'}"
+    )
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    rows = json.loads((tmp_path / "rows").read_text())
+    kinds = {(row["operation"], row["dtype"], row["layout"], row["batch_size"]) for row in rows}
+    assert len(rows) == len(kinds) == 2 * 2 * 2 * 2
+    for operation, batch in (("encode", 1), ("encode", 2), ("decode", 1), ("decode", 2)):
+        same = [row for row in rows if (row["operation"], row["batch_size"]) == (operation, batch)]
+        assert [row["latency_seconds"] for row in same if row["fastest"]] == [min(r["latency_seconds"] for r in same)]
+        assert [row["change"] for row in same if (row["dtype"], row["layout"]) == ("float32", "contiguous")] == [0]
+        assert all(row["change"] < (0.5 if operation == "encode" else 5) for row in same)
+        assert any(row["change"] > 0 for row in same if row["dtype"] == "bfloat16") or operation == "encode"
+    assert result.stdout.count("*") == 4
+
+
 def test_published_sizes_under_every_schedule() -> None:
     config = ModelConfig(**bench.find("NAR-B").config)
     video = ModelConfig(**bench.find("NAR-video-S").config)
@@ -56,6 +74,9 @@ def test_published_sizes_under_every_schedule() -> None:
         ([], "either MODEL or --preset"),
         (["toy", "--preset", "NAR-B"], "either MODEL or --preset"),
         (["--preset", "NAR-Q"], "did you mean"),
+        (["--preset", "NAR-B", "--tokenizer", "VQ-16"], "only one"),
+        (["--tokenizer", "NAR-B"], "not a tokenizer"),
+        (["--tokenizer", "VQ-16", "--plot", "x.png"], "leave it out"),
         (["--preset", "VQ-16", "--tokens-only"], "tokenizer"),
         (["--preset", "NAR-B", "--batch-sizes", "one"], "1,8"),
         (["--preset", "NAR-B", "--batch-sizes", "0"], "positive"),

@@ -23,8 +23,8 @@ ALLOWED = {
     "precision": set(),
     "attention": set(),
     "condition": {"attention"},
-    "model": {"order", "condition", "attention", "folder"},
-    "sampling": {"model", "order", "attention", "condition"},
+    "model": {"order", "condition", "attention", "folder", "precision"},
+    "sampling": {"model", "order", "attention", "condition", "precision"},
     "text": {"text", "folder"},
     "prompts": set(),
     "colours": set(),
@@ -37,7 +37,7 @@ ALLOWED = {
         "sheet", "text",
     },
     "pipeline": {
-        "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "precision", "clips", "window"
+        "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "clips", "window"
     },
     "window": {"condition", "model", "tokenizer"},
     "convert": {"model", "tokenizer", "presets", "folder"},

@@ -67,7 +67,7 @@ class Cache:
     """Keys and values of everything fed so far: one contiguous prefix per layer, owned by the call that uses it.
 
     Allocated once for `length` positions; `reset` starts over in the same memory. `extend` writes behind the prefix;
-    `commit` makes that part of it once all layers have written.
+    `commit` makes that part of it once all layers have written. `dtype` may be smaller than the computation's.
     """
 
     def __init__(
@@ -118,6 +118,21 @@ def _flex(device_type: str) -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def _attend_smaller(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention to keys and values of a smaller dtype than the queries'.
+
+    Two rows of the batch at a time: their converted copies stay in the processor's cache, which makes it as fast as a
+    float32 cache is. PyTorch's own float16 kernel took twice as long, converting all at once a fifth longer.
+    """
+    parts = []
+    for row in range(0, len(q), 2):
+        rows = slice(row, row + 2)
+        keys, values = k[rows].to(q.dtype), v[rows].to(q.dtype)
+        shown = mask if mask is None or len(mask) == 1 else mask[rows]
+        parts.append(F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=shown))
+    return torch.cat(parts)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries, keys and values come from one projection."""
 
@@ -150,8 +165,10 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
         if isinstance(mask, BlockMask):
             y = cast(Tensor, _flex(x.device.type)(q, k, v, block_mask=mask))
-        else:
+        elif k.dtype == q.dtype:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = _attend_smaller(q, k, v, mask)
         return cast(Tensor, self.proj(y.transpose(1, 2).reshape(batch, length, dim)))
 
 

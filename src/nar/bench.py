@@ -24,15 +24,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
-from nar.folder import from_dict, read_config
+from nar.folder import from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import find_model
-from nar.precision import convert
-from nar.presets import find
+from nar.precision import PackedLinear, convert, fill
+from nar.presets import PRESETS, find
 from nar.sampling import Sampling, Session, generate
-from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
+from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.video import VideoTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -75,6 +76,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TokenizerRow:
+    """One measurement of a tokenizer: pictures (or clips) to codes, or back.
+
+    Attributes:
+        layout: of convolutions' weights, "contiguous" or "channels_last".
+        change: against float32 of the contiguous layout: of codes, the share that differs; of pixels, the mean absolute
+            difference in units of 1/255.
+        fastest: of its operation and batch size.
+    """
+
+    tokenizer: str
+    operation: str
+    dtype: str
+    layout: str
+    batch_size: int
+    latency_seconds: float
+    images_per_second: float
+    change: float
+    fastest: bool
+    size: tuple[int, ...]
+    device: str
+    threads: int
+    warmups: int
+    repetitions: int
+
+
+@dataclass(frozen=True)
 class Setup:
     """What to measure, and how often."""
 
@@ -95,23 +123,46 @@ class Setup:
             raise ValueError(f"warmups {self.warmups} must be at least 0, repetitions {self.repetitions} at least 1")
 
 
-def preset_model(name: str, schedule: str | None = None) -> Transformer:
-    """A model of a published size with random weights; `schedule` puts its backbone under another one."""
+def preset_model(
+    name: str,
+    schedule: str | None = None,
+    precision: str | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A model of a published size with random weights; `schedule` puts its backbone under another one.
+
+    `precision` and `device` as in `Transformer.from_pretrained`; the weights before conversion are always the same.
+    """
     config = _preset_config(name)
-    return _random(config if schedule is None else with_schedule(config, schedule))
+    return _random(config if schedule is None else with_schedule(config, schedule), precision, device)
 
 
 def preset_tokenizer(config: ModelConfig) -> Tokenizer:
     """A tokenizer of the published kind with random weights, for the grid of a preset."""
+    if len(config.grid) == 2:
+        return _random_tokenizer(ImageTokenizerConfig(vocab_size=config.vocab_size))
+    return _random_tokenizer(VideoTokenizerConfig(vocab_size=config.vocab_size))
+
+
+def _random_tokenizer(config: ImageTokenizerConfig | VideoTokenizerConfig) -> Tokenizer:
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    tokenizer: Tokenizer
-    if len(config.grid) == 2:
-        tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=config.vocab_size))
-    else:
-        tokenizer = VideoTokenizer(VideoTokenizerConfig(vocab_size=config.vocab_size))
+    made = new_tokenizer(config)
     torch.random.set_rng_state(generator_state)
-    return tokenizer.eval().requires_grad_(False)
+    return made.eval().requires_grad_(False)
+
+
+def _tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a published size, of a tokenizer's folder, or inside a model's folder."""
+    preset = PRESETS.get(str(source))
+    if preset is not None and "channel_multipliers" in preset.config:
+        return _random_tokenizer(ImageTokenizerConfig(**preset.config))
+    if preset is not None and preset.kind == "larp-tokenizer":
+        return _random_tokenizer(VideoTokenizerConfig(**preset.config))
+    if preset is not None:
+        raise ValueError(f"preset {source!r} is not a tokenizer; give VQ-16, VQ-8, LARP-L-long, or a folder")
+    folder = find_model(source)
+    return load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
 
 
 def with_schedule(config: ModelConfig, schedule: str) -> ModelConfig:
@@ -130,7 +181,7 @@ def bench_preset(
     """Measure the backbone of a published size, with random weights, under several schedules."""
     config = _preset_config(name)
     tokenizer = preset_tokenizer(config) if setup.pixels else None
-    models = ((schedule, partial(preset_model, name, schedule)) for schedule in schedules)
+    models = ((schedule, partial(preset_model, name, schedule, setup.dtype, setup.device)) for schedule in schedules)
     default = IMAGE_GUIDANCE if len(config.grid) == 2 else VIDEO_GUIDANCE
     return _bench(name, models, tokenizer, setup, default, report)
 
@@ -150,12 +201,77 @@ def bench_folder(
 
     def load(schedule: str) -> Transformer:
         if schedule == shape.schedule:
-            return Transformer.from_pretrained(folder)
-        return _random(with_schedule(shape, schedule))
+            return Transformer.from_pretrained(folder, setup.dtype, setup.device)
+        return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
 
     models = ((schedule, partial(load, schedule)) for schedule in schedules or (shape.schedule,))
     default = float(config.get("sampling", {}).get("guidance_scale", 1.0))
     return _bench(str(source), models, tokenizer, setup, default, report)
+
+
+def bench_tokenizer(
+    source: str | Path, setup: Setup, *, report: Callable[[TokenizerRow], None] | None = None
+) -> list[TokenizerRow]:
+    """Measure a tokenizer, a folder or a published size with random weights, in every dtype and memory layout.
+
+    Pictures have 16x16 codes and random pixels. `setup.dtype` is not used.
+    """
+    device = torch.device(setup.device)
+    tokenizer = _tokenizer(source).to(device)
+    config = tokenizer.config
+    size: tuple[int, ...] = (16 * config.patch_size,) * 2  # of pixels
+    if isinstance(config, VideoTokenizerConfig):
+        size = (config.num_frames, config.image_size, config.image_size)
+    elif isinstance(config, CausalTokenizerConfig):
+        size = (1 + 3 * config.frames_per_code, *size)
+    layouts = {"contiguous": torch.contiguous_format}
+    if isinstance(tokenizer, ImageTokenizer):
+        layouts["channels_last"] = torch.channels_last
+    plain: dict[tuple[str, int], Tensor] = {}
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for layout, memory_format in layouts.items():
+            tokenizer = tokenizer.to(getattr(torch, dtype), memory_format=memory_format)  # type: ignore[call-overload]
+            for batch in setup.batch_sizes:
+                pixels = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+                if ("encode", batch) not in plain:  # float32 comes first
+                    codes = plain["encode", batch] = _inferred(tokenizer.encode, pixels)
+                    plain["decode", batch] = _inferred(tokenizer.decode, codes)
+                codes, fed = plain["encode", batch], pixels.to(getattr(torch, dtype))
+                for operation, run in (
+                    ("encode", partial(_inferred, tokenizer.encode, fed)),
+                    ("decode", partial(_inferred, tokenizer.decode, codes)),
+                ):
+                    found, exact = run(), plain[operation, batch]
+                    change = (found != exact).float() if operation == "encode" else (found - exact).abs() * 127.5
+                    seconds = _median(run, setup, device)
+                    row = TokenizerRow(
+                        tokenizer=str(source),
+                        operation=operation,
+                        dtype=dtype,
+                        layout=layout,
+                        batch_size=batch,
+                        latency_seconds=seconds,
+                        images_per_second=batch / seconds,
+                        change=float(change.mean()),
+                        fastest=False,
+                        size=size,
+                        device=_device_name(device),
+                        threads=torch.get_num_threads(),
+                        warmups=setup.warmups,
+                        repetitions=setup.repetitions,
+                    )
+                    rows.append(row)
+                    if report is not None:
+                        report(row)
+    best = {
+        min(
+            (row for row in rows if (row.operation, row.batch_size) == kind),
+            key=lambda row: row.latency_seconds,
+        )
+        for kind in plain
+    }
+    return [dataclasses.replace(row, fastest=row in best) for row in rows]
 
 
 def compare(rows: Sequence[Row]) -> list[str]:
@@ -180,6 +296,26 @@ def compare(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def tokenizer_table(rows: Sequence[TokenizerRow]) -> str:
+    """Rows as text, aligned; a star marks the fastest of each operation and batch size."""
+    lines = [("operation", "batch", "dtype", "layout", "seconds", "per s", "change", "")]
+    for row in sorted(rows, key=lambda row: (row.operation, row.batch_size)):
+        change = f"{row.change:.2%} of codes" if row.operation == "encode" else f"{row.change:.2f} of 255"
+        lines.append(
+            (
+                row.operation,
+                str(row.batch_size),
+                row.dtype,
+                row.layout,
+                f"{row.latency_seconds:.3f}",
+                f"{row.images_per_second:.2f}",
+                change,
+                "*" if row.fastest else "",
+            )
+        )
+    return _aligned(lines)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Rows as text, aligned."""
     head = ("schedule", "steps", "batch", "seconds", "per s", "with pixels", "per s", "memory", "floors", "reached")
@@ -201,7 +337,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.floor_fraction:.0%}",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
@@ -270,7 +410,6 @@ def _bench(
     for schedule, load in models:
         model = load()  # the one before it is gone by now, which the peak memory relies on
         weights, products = _work(model, sampling)
-        model = convert(model, setup.dtype, device)
         steps = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
@@ -281,7 +420,7 @@ def _bench(
             seconds = _median(run, setup, device)
             peak = _peak(device)
             if tokenizer is not None and batch not in decoding:
-                decoding[batch] = _median(partial(_decode, tokenizer, codes), setup, device)
+                decoding[batch] = _median(partial(_inferred, tokenizer.decode, codes), setup, device)
             both = seconds + decoding[batch] if tokenizer is not None else None
             reading = steps * weights * WEIGHT_BYTES[setup.dtype] / bandwidth
             multiplying = batch * 2 * products / arithmetic
@@ -321,14 +460,16 @@ def _preset_config(name: str) -> ModelConfig:
     return ModelConfig(**preset.config)
 
 
-def _random(config: ModelConfig) -> Transformer:
+def _random(config: ModelConfig, precision: str | torch.dtype | None, device: torch.device | str) -> Transformer:
     """A model with random weights, the same every time; the output, which starts at zero, is random too."""
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    model = Transformer(config).eval()
-    nn.init.normal_(model.output.weight, std=0.02)
-    torch.random.set_rng_state(generator_state)
-    return model
+    generator = torch.Generator().manual_seed(0)
+    with without_weights():
+        model = Transformer(config)
+
+    def draw(name: str, into: Tensor) -> None:
+        into.fill_(1.0) if "norm" in name else into.normal_(std=0.02, generator=generator)
+
+    return fill(model, draw, precision, device).eval()
 
 
 def _condition(config: ModelConfig, batch: int) -> Condition:
@@ -346,8 +487,8 @@ def _condition(config: ModelConfig, batch: int) -> Condition:
 def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
     """Weights that one step reads, and multiplications for one picture, attention's included."""
     config, schedule = model.config, model.layout.schedule
-    in_blocks = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
-    in_output = model.output.weight.numel()
+    in_blocks = _num_weights(model.blocks)
+    in_output = _num_weights(model.output)
     fed, seen = config.num_condition, config.num_condition**2
     for front in range(schedule.num_steps - 1):
         count = schedule.slot_fronts[front]
@@ -356,6 +497,11 @@ def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
     halves = 2 if sampling.guidance_scale != 1.0 else 1
     attention = 2 * config.num_blocks * config.dim * seen
     return in_blocks + in_output, halves * (fed * in_blocks + attention) + schedule.num_positions * in_output
+
+
+def _num_weights(module: nn.Module) -> int:
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | PackedLinear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
@@ -395,8 +541,8 @@ def _wait(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _decode(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
-    return tokenizer.decode(codes)
+def _inferred(function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    return function(given)
 
 
 def _reset_peak(device: torch.device) -> None:

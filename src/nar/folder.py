@@ -10,13 +10,16 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -24,7 +27,7 @@ Config = TypeVar("Config")
 
 
 def write_folder(
-    folder: str | Path, config: dict[str, Any], state: dict[str, torch.Tensor], *, parts: dict[str, Path] | None = None
+    folder: str | Path, config: dict[str, Any], state: dict[str, Tensor], *, parts: dict[str, Path] | None = None
 ) -> None:
     """Write `config.json` and `model.safetensors`; `parts` maps a subfolder's name to a model folder to copy into it.
 
@@ -73,17 +76,64 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+class Weights:
+    """The tensors of a model folder, each read when asked for: what was read before need not stay in memory.
+
+    Attributes:
+        shapes: by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is truncated or of another format.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / WEIGHTS
+        if not self._path.is_file():
+            raise FileNotFoundError(f"{self._path} is missing: the model folder is incomplete, copy it again")
+        with self.opened() as file:
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def copy(self, name: str, into: Tensor) -> None:
+        """Copy one tensor into another. The file is opened for it alone: pages that were read through a file count as
+        this process's memory for as long as it is open."""
+        with self.opened() as file:
+            into.copy_(file.get_tensor(name))
+
+    def opened(self) -> Any:
+        """The open file, a context."""
+        try:
+            return safe_open(self._path, "pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._path} is truncated or not a safetensors file ({error}); copy it again, "
+                "or use `nar convert` on it"
+            ) from error
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made in this context are on the meta device: they have shapes, but no values.
+
+    `torch.device("meta")` alone imports 800 modules (75 MB) to draw random numbers that nobody sees.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Read `model.safetensors` of a model folder; raises ValueError if it is truncated or of another format."""
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the model folder is incomplete, copy it again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); copy it again, or use `nar convert` on it"
-        ) from error
+    weights = Weights(folder)
+    with weights.opened() as file:
+        return {name: file.get_tensor(name) for name in weights.shapes}
 
 
 def digest(folder: str | Path) -> str:
@@ -95,19 +145,25 @@ def digest(folder: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_state(module: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
+def load_state(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
     """Load `state` into `module` strictly: same names, same shapes; the module's dtype is kept.
 
     Raises:
         ValueError: names the tensors that are missing, left over, or of another shape.
     """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
+    check_shapes(module, {name: tuple(tensor.shape) for name, tensor in state.items()}, origin)
+    module.load_state_dict(state, assign=next(iter(module.state_dict().values())).device.type == "meta")
+
+
+def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], origin: str | Path) -> None:
+    """Raise a ValueError that names what is missing, left over, or of another shape than `module` has it."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = sorted(own.keys() - found.keys())
+    extra = sorted(found.keys() - own.keys())
     shapes = [
-        f"{name} is {tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
+        f"{name} is {found[name]}, the model needs {own[name]}"
+        for name in sorted(own.keys() & found.keys())
+        if own[name] != found[name]
     ]
     problems = [
         f"{label}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
@@ -116,7 +172,6 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], origin: str | 
     ]
     if problems:
         raise ValueError(f"the weights in {origin} do not fit this model; {'; '.join(problems)}")
-    module.load_state_dict(state, assign=next(iter(own.values())).device.type == "meta")
 
 
 def from_dict(cls: type[Config], values: Any, origin: str | Path) -> Config:

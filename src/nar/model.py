@@ -25,8 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, rotations
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import Weights, check_shapes, from_dict, read_config, without_weights, write_folder
 from nar.order import Schedule, build
+from nar.precision import PackedLinear, fill
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
                 nn.GELU(approximate="tanh"),
                 nn.Linear(dim, dim, bias=False),
             )
-            self.register_buffer("null_text", torch.randn(config.text_length, config.text_dim) / config.text_dim**0.5)
+            self.register_buffer("null_text", torch.empty(config.text_length, config.text_dim))
         if config.prefix_grid:
             self.separator = nn.Parameter(torch.empty(dim))
         if self.layout.schedule.num_special:
@@ -205,11 +206,13 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V."""
+        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V; null words of length 1."""
         for name, parameter in self.named_parameters():
             if not name.endswith("norm.weight") and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
+        if self.config.text_dim:
+            nn.init.normal_(cast(Tensor, self.null_text), std=self.config.text_dim**-0.5)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -226,6 +229,13 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights, and of the computation."""
         return self.tokens.weight.dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of cached keys and values: half of the memory beside weights of 16 or 8 bits, whose rounding is no finer."""
+        layer = cast(Block, self.blocks[0]).attention.qkv
+        smaller = isinstance(layer, PackedLinear) and layer.precision in ("float16", "int8")
+        return torch.float16 if smaller else self.dtype
 
     def forward(self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None) -> Tensor:
         """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
@@ -285,10 +295,11 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for one whole generation."""
         config = self.config
-        length = config.num_condition + len(self.layout.slots)
+        schedule = self.layout.schedule
+        length = config.num_condition + schedule.fed(schedule.num_steps - 1).start  # the last front is not fed
         return Cache(
             config.num_blocks, batch_size, config.num_heads, length, config.dim // config.num_heads,
-            device=self.device, dtype=self.dtype,
+            device=self.device, dtype=self.cache_dtype,
         )  # fmt: skip
 
     def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:
@@ -504,15 +515,22 @@ class Transformer(nn.Module):
         return other
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Transformer:
-        """Load a model folder, strictly; weights stored in half precision are read into float32."""
+    def from_pretrained(
+        cls, folder: str | Path, precision: str | torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Transformer:
+        """Load a model folder, strictly; weights stored in half precision are read into float32.
+
+        With a `precision` (see `nar.precision`) the model is for inference only, on `device`, and each weight is
+        converted as it is read: memory never holds all of them in float32 beside the others.
+        """
         config = read_config(folder)
         if config.get("kind") != "transformer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a transformer")
-        with torch.device("meta"):
+        with without_weights():
             model = cls(from_dict(ModelConfig, config.get("model"), Path(folder) / "config.json"))
-        load_state(model, {name: tensor.float() for name, tensor in read_weights(folder).items()}, folder)
-        return model.eval()
+        weights = Weights(folder)
+        check_shapes(model, weights.shapes, folder)
+        return fill(model, weights.copy, precision, device).eval()
 
     def save_pretrained(
         self,

@@ -26,7 +26,6 @@ from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondi
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
 from nar.model import Transformer
-from nar.precision import convert
 from nar.sampling import Sampling, Session, generate_fronts
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
@@ -177,15 +176,13 @@ class Pipeline:
                 f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
                 "or convert the model again with --tokenizer FOLDER"
             )
-        model = Transformer.from_pretrained(folder)
-        tokenizer = load_tokenizer(folder / "tokenizer")
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
         text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
         text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
         return cls(
-            convert(model, dtype, place),
-            tokenizer.to(place),
+            Transformer.from_pretrained(folder, dtype, place),
+            load_tokenizer(folder / "tokenizer").to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
             text=from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 PRECISIONS = ("float32", "float16", "int8", "bfloat16")
 Module = TypeVar("Module", bound=nn.Module)
 Product = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor], Product]
+Source = Callable[[str, Tensor], None]  # writes the tensor of a name into the given one
 
 
 def convert(model: Module, precision: str | torch.dtype, device: torch.device | str) -> Module:
@@ -32,18 +34,63 @@ def convert(model: Module, precision: str | torch.dtype, device: torch.device | 
     Raises:
         ValueError: an unknown precision, or one that this device has no kernels for.
     """
+    name, dtype, pack = _plan(precision, torch.device(device))
+    model = model.to(device, dtype)
+    if pack is None:
+        return model
+    for path in _linear(model)[::-1]:  # the output comes last: it is the largest, and the others have shrunk by then
+        _replace(model, path, PackedLinear(model.get_parameter(f"{path}.weight").detach(), name))
+    return model.requires_grad_(False)
+
+
+def fill(model: Module, source: Source, precision: str | torch.dtype | None, device: torch.device | str) -> Module:
+    """Give `model`, made on the meta device, its values, and convert each as it comes: memory never holds a whole model
+    in two formats. Without a `precision` it stays in float32 and can be trained.
+
+    Raises:
+        ValueError: an unknown precision, or one that this device has no kernels for.
+    """
+    device = torch.device(device)
+    name, dtype, pack = _plan(precision or "float32", device)
+    linear = [] if precision is None or pack is None else _linear(model)
+    empty = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # One buffer for all: blocks of many sizes that come and go leave holes in the heap, 180 MB for NAR-B.
+    buffer = torch.empty(max(tensor.numel() for tensor in empty.values()))
+    for path in sorted(empty, key=lambda path: path.count(".")):  # the output, which is the largest, comes early
+        values = buffer[: empty[path].numel()].view(empty[path].shape)
+        source(path, values)
+        owner, _, last = path.rpartition(".")
+        if owner in linear:
+            _replace(model, owner, PackedLinear(values.to(dtype), name))
+            continue
+        value = values.to(device, dtype, copy=True)
+        is_parameter = isinstance(empty[path], nn.Parameter)
+        setattr(model.get_submodule(owner), last, nn.Parameter(value) if is_parameter else value)
+    return model.to(device).requires_grad_(not linear)  # `to`: what else the model keeps on its device
+
+
+def _plan(precision: str | torch.dtype, device: torch.device) -> tuple[str, torch.dtype, Pack | None]:
+    """The name of a precision, the dtype of what is not packed, and what packs the rest."""
     name = str(precision).removeprefix("torch.")
     if name not in PRECISIONS:
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, not {name!r}")
-    device = torch.device(device)
     if device.type != "cpu":
         if name == "int8":
             raise ValueError(f"dtype int8 is for CPUs only; on {device.type} use bfloat16")
-        return model.to(device, getattr(torch, name))
+        return name, getattr(torch, name), None
     if name in ("float16", "int8") and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise ValueError(f"dtype {name} needs an x86-64 build of PyTorch on a CPU; use float32")
-    model = model.to(device, torch.bfloat16 if name == "bfloat16" else torch.float32)
-    return model if _pack(name) is None else _packed(model, name)
+    return name, torch.bfloat16 if name == "bfloat16" else torch.float32, _pack(name)
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """Where the layers are that can be packed."""
+    return [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.bias is None]
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    owner, _, last = path.rpartition(".")
+    setattr(model.get_submodule(owner), last, layer)
 
 
 class PackedLinear(nn.Module):
@@ -67,20 +114,7 @@ class PackedLinear(nn.Module):
         raise ValueError("a model packed for inference can't be saved; load it again with Transformer.from_pretrained")
 
 
-def _packed(model: Module, precision: str) -> Module:
-    """Replace every linear layer without bias; the original weights go one by one, so that memory never holds both.
-
-    The model's own layers come last: the output is the largest, and is copied when the others have shrunk.
-    """
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)][::-1]:
-        for name in [name for name, _ in parent.named_children()]:
-            layer = getattr(parent, name)
-            if isinstance(layer, nn.Linear) and layer.bias is None:
-                setattr(parent, name, PackedLinear(layer.weight.detach(), precision))
-    return model.requires_grad_(False)
-
-
-def _pack(precision: str) -> Callable[[Tensor], Product] | None:
+def _pack(precision: str) -> Pack | None:
     """What turns a weight (out, in) into its product with rows; None where PyTorch's own is as good."""
     if precision == "float16":
         return _float16
@@ -101,12 +135,16 @@ def _reordered(weight: Tensor) -> Product:
 
 def _float16(weight: Tensor) -> Product:
     limit = torch.finfo(torch.float16).max
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.clamp(-limit, limit), None)
+    low, high = torch.aminmax(weight)
+    if low < -limit or high > limit:
+        weight = weight.clamp(-limit, limit)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 def _int8(weight: Tensor) -> Product:
-    scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
+    low, high = torch.aminmax(weight, dim=1)
+    scales = (torch.maximum(-low, high) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():  # PyTorch plans to drop this constructor; it is the only way to these kernels yet
         warnings.simplefilter("ignore")

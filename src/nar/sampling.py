@@ -21,11 +21,14 @@ from torch import Tensor
 from nar.attention import Block
 from nar.condition import Condition, drop, map_condition, parts
 from nar.model import Transformer
+from nar.order import Schedule
+from nar.precision import PackedLinear
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 SMALLEST_TEMPERATURE = 1e-5
+MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # drawn from at once, which takes a few copies
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,7 @@ class Sampling:
     """How tokens are drawn from logits.
 
     Attributes:
-        guidance_scale: strength of classifier-free guidance; 1.0 is off. A sequence or a `guidance_curve` name varies
-            it over fronts.
+        guidance_scale: strength of classifier-free guidance; 1.0 is off.
         guidance_interval: guidance ends, for good, before the first front that finds more than this number of tokens
             generated; the first front is always guided. None never ends it.
         guidance_curve: "constant"; "linear", "cosine" or "power" (cubic) rise from 1.0 at the first front to
@@ -159,6 +161,8 @@ class Session:
         self.num_kept = num_kept
         self.serial = 0  # of the latest generation
         self._buffers: OrderedDict[tuple[int, int, bool], _Buffers] = OrderedDict()
+        if compiled and any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise ValueError("compiled is for GPUs: on a CPU weights are packed for kernels that no compiler improves")
         if compiled:
             for block in model.blocks:
                 cast(Block, block).feed_forward.compile(dynamic=True)
@@ -205,7 +209,7 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
     if front == 0:
         hidden = model.prefill(buffers.embedded, buffers.key_mask, cache)
     else:
-        if cache.batch_size > batch and _guidance_over(sampling, positions.start):
+        if cache.batch_size > batch and front > last_guided(sampling, schedule):
             cache.keep(batch)
         last = tokens[:, schedule.front(front - 1)]
         fed = torch.cat([last, last]) if cache.batch_size > batch else last
@@ -213,10 +217,14 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
     if cache.batch_size > batch:
         scale = sampling.guidance_at(front, schedule.num_steps)
         hidden = hidden[:batch] if scale == 1.0 else hidden[batch:].lerp(hidden[:batch], scale)
-    logits = model.logits(hidden)
-    drawn = draw(logits, buffers.streams[:, positions], sampling.temperature, sampling.top_k, sampling.top_p)
-    given = buffers.known[:, positions]
-    tokens[:, positions] = torch.where(given >= 0, given, drawn)
+    numbers, given = buffers.streams[:, positions], buffers.known[:, positions]
+    logits = model.logits(hidden).flatten(0, 1)
+    rows = max(1, (MOST_LOGITS_CPU if logits.device.type == "cpu" else MOST_LOGITS) // logits.shape[1])
+    drawn = [
+        draw(part, number, sampling.temperature, sampling.top_k, sampling.top_p)
+        for part, number in zip(logits.split(rows), numbers.flatten().split(rows), strict=True)
+    ]
+    tokens[:, positions] = torch.where(given >= 0, given, torch.cat(drawn).view_as(given))
 
 
 def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[torch.cuda.CUDAGraph]:
@@ -255,7 +263,7 @@ def _steps(
     schedule = model.layout.schedule
     batch = len(parts(condition)[0])
     embedded, key_mask = model.embed(condition)
-    if any(sampling.guidance_at(front, schedule.num_steps) != 1.0 for front in range(schedule.num_steps)):
+    if last_guided(sampling, schedule) >= 0:
         other, other_mask = model.embed(_null(model, condition) if negative is None else negative)
         embedded = torch.cat([embedded, other])
         key_mask = None if key_mask is None or other_mask is None else torch.cat([key_mask, other_mask])
@@ -286,7 +294,7 @@ def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], 
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token (B, n) from each distribution of `logits` (B, n, V), by inverse CDF at `uniform` (B, n) in [0, 1)."""
+    """One token (...) from each distribution of `logits` (..., V), by inverse CDF at `uniform` (...) in [0, 1)."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(-1)
@@ -319,8 +327,16 @@ def uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count)
 
 
-def _guidance_over(sampling: Sampling, num_generated: int) -> bool:
-    return sampling.guidance_interval is not None and num_generated > sampling.guidance_interval
+def last_guided(sampling: Sampling, schedule: Schedule) -> int:
+    """The last front whose guidance is not 1.0 and within the interval; -1 when there is none: up to it the
+    unconditional half is fed, also at fronts of scale 1.0 before, since later fronts see what those fed."""
+    end = math.inf if sampling.guidance_interval is None else sampling.guidance_interval
+    guided = [
+        front
+        for front in range(schedule.num_steps)
+        if sampling.guidance_at(front, schedule.num_steps) != 1.0 and (front == 0 or schedule.front(front).start <= end)
+    ]
+    return guided[-1] if guided else -1
 
 
 def _null(model: Transformer, condition: Condition) -> Condition:

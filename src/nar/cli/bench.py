@@ -1,10 +1,10 @@
-"""`nar bench`: the speed of models, as a table and JSON rows."""
+"""`nar bench`: the speed of models and tokenizers, as a table and JSON rows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,8 @@ from nar.cli.app import app, atomically, usable_device
 
 
 @app.command(
-    epilog="Example: nar bench --preset NAR-B --dtype float16 --repetitions 2 --json bench.json --plot bench.png"
+    epilog="Examples: nar bench --preset NAR-B --dtype float16 --repetitions 2 --json bench.json --plot bench.png; "
+    "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1"
 )
 def bench(
     model: Annotated[
@@ -20,6 +21,13 @@ def bench(
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A published size with random weights instead; see nar info --presets.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure a tokenizer instead, encoding and decoding in every dtype and layout: a folder, a bundled "
+            "name, or VQ-16, VQ-8, LARP-L-long with random weights."
+        ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Pictures at once.")] = "1",
     schedule: Annotated[
@@ -47,8 +55,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure how fast models draw: schedules side by side, beside what the machine could do at best."""
-    if (model is None) == (preset is None):
-        raise ValueError("give either MODEL or --preset NAME (see nar info --presets), not both and not neither")
+    if [model, preset, tokenizer].count(None) != 2:
+        raise ValueError(
+            "give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, and only one of them"
+        )
+    if tokenizer is not None and plot_file is not None:
+        raise ValueError("--plot draws models, not tokenizers; leave it out, or write --json FILE")
     try:
         sizes = tuple(int(part) for part in batch_sizes.split(","))
     except ValueError:
@@ -73,6 +85,21 @@ def bench(
         repetitions=repetitions,
     )
 
+    def write(found: list[Any]) -> None:
+        if json_file is not None:
+            text = json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n"
+            atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    if tokenizer is not None:
+        found = measure.bench_tokenizer(tokenizer, setup)
+        typer.echo(
+            f"{tokenizer}: {'x'.join(map(str, found[0].size))} pixels on {found[0].device}, "
+            f"{found[0].threads} threads, medians of {repetitions} after {warmups + 2} warm-ups"
+        )
+        typer.echo(measure.tokenizer_table(found))
+        write(found)
+        return
+
     def report(row: measure.Row) -> None:
         typer.echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
 
@@ -88,8 +115,6 @@ def bench(
     typer.echo(measure.table(rows))
     for line in measure.compare(rows):
         typer.echo(line)
-    if json_file is not None:
-        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
-        atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    write(rows)
     if plot_file is not None:
         atomically(plot_file, lambda path: measure.plot(rows, path))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block, RMSNorm, rotations
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
@@ -165,7 +165,7 @@ class CausalTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("kind") != "causal-tokenizer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a causal-tokenizer")
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(from_dict(CausalTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
         load_state(tokenizer, {name: tensor.float() for name, tensor in read_weights(folder).items()}, folder)
         return tokenizer.eval()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32
@@ -147,7 +147,8 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
         if tile is not None and tile < max(codes.shape[1:]):
             return self._decode_tiles(codes, tile, overlap)
-        return cast(Tensor, self.decoder(self.from_code(self.quantizer.decode(codes))))
+        latents = self.quantizer.decode(codes).to(self.from_code.weight.dtype)
+        return cast(Tensor, self.decoder(self.from_code(latents)))
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Height and width of the pictures that codes of this grid stand for."""
@@ -177,7 +178,7 @@ class ImageTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("kind") != "image-tokenizer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not an image-tokenizer")
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(from_dict(ImageTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
         state = {name: tensor.float() for name, tensor in read_weights(folder).items()}
         load_state(tokenizer, state, folder)

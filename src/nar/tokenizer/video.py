@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, write_folder
+from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
 from nar.tokenizer.quantize import VectorQuantizer, draw_codes
 
@@ -237,7 +237,7 @@ class VideoTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("kind") != "video-tokenizer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a video-tokenizer")
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(from_dict(VideoTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
         state = {
             name: tensor.float() if tensor.is_floating_point() else tensor
@@ -275,7 +275,7 @@ class VideoTokenizer(nn.Module):
                 f"in multiples of {step}"
             )
         grid = (num_frames // step, *config.patch_grid[1:])
-        codes = self.from_code(latents.flatten(2).transpose(1, 2))  # (B, Q, C)
+        codes = self.from_code(latents.flatten(2).transpose(1, 2).to(self.from_code.weight.dtype))  # (B, Q, C)
         codes = codes + self.code_positions()
         queries = self.pixel_queries(math.prod(grid)).to(codes.dtype).expand(len(codes), -1, -1)
         x = self.decoder(torch.cat((codes, queries), dim=1))[:, codes.shape[1] :]  # (B, P, C)
