@@ -177,11 +177,12 @@ class Pipeline:
                 "or convert the model again with --tokenizer FOLDER"
             )
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = Transformer.from_pretrained(folder, dtype, place)
         # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
         text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
         text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
         return cls(
-            Transformer.from_pretrained(folder, dtype, place),
+            model,
             load_tokenizer(folder / "tokenizer").to(place),
             config.get("class_names", ()),
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
