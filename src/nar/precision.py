@@ -138,7 +138,7 @@ def _reordered(weight: Tensor) -> Product:
         # 20 MB of NAR-B's 1.2 GB at batch 8, for 3 % of its time.
         rows = x.numel() // x.shape[-1]
         spare = -rows % 32 if rows > _EXACT_ROWS else 0
-        y = torch.ops.mkldnn._linear_pointwise(
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
             F.pad(x.reshape(rows, -1), (0, 0, 0, spare)) if spare else x, packed, None, "none", [], ""
         )
         return y[:rows].view(*x.shape[:-1], -1) if spare else y
