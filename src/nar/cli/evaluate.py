@@ -56,8 +56,8 @@ def evaluate(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A tokenizer folder. Alone: what it leaves of the held-out part of --real, beside baselines. Beside "
-            "drawn pictures: real ones with 2, 5, 10 % of their tokens redrawn; default: MODEL's."
+            help="A tokenizer folder, or emoji/tokenizer. Alone: what it leaves of the held-out part of --real, beside "
+            "baselines. Beside drawn pictures: real ones with 2, 5, 10 % of their tokens redrawn; default: MODEL's."
         ),
     ] = None,
     group: Annotated[
@@ -145,6 +145,7 @@ def evaluate(
     from nar.metrics.evaluate import as_table
     from nar.metrics.evaluate import evaluate as judge
     from nar.metrics.evaluate import write_reference as write
+    from nar.pipeline import find_model
 
     words = TextOptions(
         fake=fake, captions=captions, clip=clip, clip_prefix=clip_prefix, retrieval=retrieval, geneval=geneval,
@@ -196,7 +197,7 @@ def evaluate(
     if model is not None or _is_model(str(fake)):
         import dataclasses
 
-        from nar.pipeline import Pipeline, find_model
+        from nar.pipeline import Pipeline
         from nar.samples import made_by
 
         model = model or str(fake)
@@ -236,7 +237,7 @@ def evaluate(
             only_real=only_real,
             floor=None if floor is None else _real_pictures(floor, split, size),
             size=size,
-            calibration=_defects(Path(tokenizer), place, seed) if tokenizer and calibration else calibration,
+            calibration=_defects(find_model(tokenizer), place, seed) if tokenizer and calibration else calibration,
             resamplings=resamplings,
             seed=seed,
             cache=cache,

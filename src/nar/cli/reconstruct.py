@@ -46,10 +46,12 @@ def judge_tokenizer(
     from nar.folder import digest, read_config
     from nar.metrics.evaluate import evaluate
     from nar.metrics.reconstruction import code_use, compare
+    from nar.pipeline import find_model
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.perceptual import EfficientNetDistance
     from nar.training.recipe import DataConfig
 
+    folder = str(find_model(folder))
     tokenizer = load_tokenizer(folder)
     trained = read_config(folder).get("training", {}).get("config", {}).get("data", {})
     size = size or trained.get("size") or getattr(tokenizer.config, "image_size", None)
