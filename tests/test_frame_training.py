@@ -93,9 +93,9 @@ def recipe(folder: Path, kind: str = "causal", *, words: bool = True, **values: 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 250 steps on classes, words, and none, one or three frames."""
+    """A run of 150 steps on classes, words, and none, one or three frames."""
     folder = tmp_path_factory.mktemp("frames")
-    path = recipe(folder, num_images=250 * 32, checkpoint_every=1000, preview_every=250, log_every=10)
+    path = recipe(folder, num_images=150 * 32, checkpoint_every=1000, preview_every=150, log_every=10)
     run_recipe(str(path), [f"run={folder / 'run'}"])
     return folder / "run"
 
@@ -148,7 +148,7 @@ def test_the_folder_continues_clips(trained: Path) -> None:
         np.testing.assert_array_equal(video[:count], clip[:count])
         assert len(video) == 5
     assert len(pipe("left", prompt="red square", seed=0).videos[0]) == 5
-    sheet = Image.open(trained / "previews" / "0000250.png")
+    sheet = Image.open(trained / "previews" / "0000150.png")
     assert sheet.height > 8 * 64, "a row of frames for each prompt and each continued clip"
 
 
@@ -247,6 +247,15 @@ def test_frames_of_whole_clips_are_extracted_beside(tmp_path: Path, monkeypatch:
     video = pipe(frames=clip, seed=0, output_type="np").videos[0]
     np.testing.assert_array_equal(video[:2], clip)
     assert len(video) == 6
+    for name in ("c2v-LP-script", "f2v-LP"):  # the published protocols, with tiny sizes
+        tiny = [
+            f"run={tmp_path / name}", f"data.codes={tmp_path / 'codes'}", "model.grid=[3,2,2]", "model.dim=16",
+            "model.num_layers=1", "model.num_heads=2", "engine.compile=false", "batch_size=4", "epochs=0",
+            "num_images=8",
+        ]  # fmt: skip
+        tiny += ["model.prefix_grid=[3,2,2]", "given_frames=[2]"] if name == "f2v-LP" else []
+        assert run_recipe(name, tiny) is not None
+    assert losses(tmp_path / "f2v-LP", "heldout_bits_per_token_given_2")
     whole = Codes.open(tmp_path / "codes")
     part = whole.take(np.array([5, 3]))
     stills = Codes.open(tmp_path / "codes" / "given-2")
