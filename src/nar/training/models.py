@@ -64,20 +64,9 @@ class ModelTask:
         if classes is None:
             classes = self.text is None and not recipe.given_frames
         self.class_names = train.class_names if classes else ()
-        sizes: dict[str, Any] = {
-            "grid": train.grid, "vocab_size": self.tokenizer.config.vocab_size, "num_classes": len(self.class_names)
-        }  # fmt: skip
-        if self.text is not None:
-            sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
-        if recipe.given_frames:
-            sizes["prefix_grid"] = prefix_grid(self.tokenizer, train.grid, recipe.given_frames)
-            if recipe.model.prefix_grid not in ((), sizes["prefix_grid"]):
-                raise ValueError(
-                    f"given_frames {list(recipe.given_frames)} are codes of {sizes['prefix_grid']}, but "
-                    f"model.prefix_grid is {recipe.model.prefix_grid}; leave it out"
-                )
-            if sizes["prefix_grid"] == train.grid:
-                extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
+        sizes = self._sizes(train)
+        if sizes.get("prefix_grid") == train.grid:
+            extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
         torch.manual_seed(recipe.seed)
         self.module = _initial(recipe, sizes, self.text).to(workers.device)
         self.window = Window(self.module, self.tokenizer, recipe.given_frames) if recipe.given_frames else None
@@ -88,6 +77,22 @@ class ModelTask:
         self.heldout = Samples(heldout, **told)
         self.pairs = None if pairs is None else Samples(pairs, **told)
         self.num_samples = len(train)
+
+    def _sizes(self, codes: Codes) -> dict[str, Any]:
+        """The sizes of the model that follow from data, tokenizer and text encoder."""
+        sizes: dict[str, Any] = {
+            "grid": codes.grid, "vocab_size": self.tokenizer.config.vocab_size, "num_classes": len(self.class_names)
+        }  # fmt: skip
+        if self.text is not None:
+            sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
+        if given := self.recipe.given_frames:
+            sizes["prefix_grid"] = prefix_grid(self.tokenizer, codes.grid, given)
+            if (stated := self.recipe.model.prefix_grid) not in ((), sizes["prefix_grid"]):
+                raise ValueError(
+                    f"given_frames {list(given)} are codes of {sizes['prefix_grid']}, but model.prefix_grid is "
+                    f"{stated}; leave it out"
+                )
+        return sizes
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, Transformer)
