@@ -37,13 +37,13 @@ def test_it_learns_and_acts_from_its_steps_on() -> None:
     before = {name: tensor.clone() for name, tensor in judge.discriminator.state_dict().items()}
     for step in range(3):
         assert float(judge.loss(real, fake, fake.sum(), fake, step)) == 0
-        learned = judge.update()
+        learned = judge.update(torch.Generator())
         assert (learned is None) == (step < 2)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in judge.discriminator.state_dict().items())
     losses = []
     for step in range(3, 12):
         assert float(judge.loss(real, fake, fake.sum(), fake, step).detach()) != 0
-        learned = judge.update()
+        learned = judge.update(torch.Generator())
         assert learned is not None
         losses.append(float(learned))
     assert losses[-1] < 0.5 * losses[0]

@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRECISIONS = ("float32", "float16", "int8", "bfloat16")
 Module = TypeVar("Module", bound=nn.Module)
 Product = Callable[[Tensor], Tensor]
 Pack = Callable[[Tensor], Product]
+_EXACT_ROWS = 64
 Source = Callable[[str, Tensor], None]  # writes the tensor of a name into the given one
 
 
@@ -130,7 +132,18 @@ def _pack(precision: str) -> Pack | None:
 def _reordered(weight: Tensor) -> Product:
     # The layout for 32 rows is within 5 % of the best from 2 to 256 rows; the one for a single row takes twice as long.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    def product(x: Tensor) -> Tensor:
+        # oneDNN keeps a kernel of its own for each number of rows. 96, 128, 160, ... in place of all between them save
+        # 20 MB of NAR-B's 1.2 GB at batch 8, for 3 % of its time.
+        rows = x.numel() // x.shape[-1]
+        spare = -rows % 32 if rows > _EXACT_ROWS else 0
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            F.pad(x.reshape(rows, -1), (0, 0, 0, spare)) if spare else x, packed, None, "none", [], ""
+        )
+        return y[:rows].view(*x.shape[:-1], -1) if spare else y
+
+    return product
 
 
 def _float16(weight: Tensor) -> Product:
