@@ -143,7 +143,7 @@ def test_what_is_no_source_of_clips(tmp_path: Path, clips: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a folder, or a .parquet, .tar or .csv file of clips"):
         open_source(tmp_path / "nowhere", size=16, windows=Windows(2))
     source = open_source(clips, size=16, windows=Windows(2))
-    with pytest.raises(ValueError, match="clips have the views centre and flip"):
+    with pytest.raises(ValueError, match="clips have the views centre, flip and loop"):
         source.views(0, 16, "ten-crop")
 
 

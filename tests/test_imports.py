@@ -34,7 +34,7 @@ ALLOWED = {
     "metrics": {"metrics", "efficientnet", "prompts", "colours"},
     "training": {
         "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
-        "sheet", "text",
+        "sheet", "text", "window",
     },
     "pipeline": {
         "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "clips", "window"

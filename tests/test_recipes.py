@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -42,6 +43,18 @@ def test_published_models_have_their_sizes(recipe: str, preset: str) -> None:
     assert model == ModelConfig(**known.config)
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in Transformer(model).parameters()) == known.num_parameters
+
+
+def test_frame_prediction_and_clips_have_the_sizes_they_state() -> None:
+    for name, parameters in (("f2v-LP", 694_769_920), ("clips", None)):
+        recipe = load(Recipe, name)
+        sizes = {} if parameters else {"vocab_size": 4096, "num_classes": 8, "text_dim": 384, "text_length": 24}
+        sizes |= {} if parameters else {"prefix_grid": (2, 8, 8)}
+        with torch.device("meta"):
+            model = Transformer(dataclasses.replace(recipe.model, **sizes))
+        found = sum(parameter.numel() for parameter in model.parameters())
+        assert found == parameters if parameters else found < 4.0e6
+    assert model.layout.schedule.num_steps == 18
 
 
 @pytest.mark.parametrize("size", ["B", "M", "L", "XL", "XXL"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,26 @@ from PIL import Image
 
 from nar import cli
 from nar.condition import TextCondition
+from nar.config import load
 from nar.data.codes import Codes
+from nar.data.extract import extract
 from nar.data.sources import held_out_pairs
 from nar.data.wording import with_article, wordings
 from nar.folder import read_config
 from nar.model import Transformer
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import load_tokenizer
-from nar.training.models import token_losses
+from nar.training.distributed import Workers
+from nar.training.loop import _pieces
+from nar.training.models import ModelTask, token_losses
+from nar.training.recipe import Recipe
+from nar.training.samples import composed_codes
 from nar.training.tasks import run_recipe
 from text_encoders import tiny_encoder
 from training_runs import equal, losses, nar, recipe, weights
 
 pa = pytest.importorskip("pyarrow")
+ALONE = Workers(0, 1, torch.device("cpu"))
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 SHAPES = ("square", "cross", "circle", "triangle", "octopus", "apple")
 
@@ -130,9 +139,83 @@ def test_a_training_from_captions_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "halves"))
 
 
+MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
+
+
+def composed_recipe(folder: Path, **values: object) -> Path:
+    words_recipe(folder)
+    data = {
+        "source": str(MINI), "size": 16, "group": "hexcode", "wording": "varied", "composed": 0.4, "num_composed": 30,
+    }  # fmt: skip
+    return recipe(folder, data=data, text_encoder={"source": str(folder / "encoder"), "max_length": 12}, **values)
+
+
+def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None:
+    path = composed_recipe(tmp_path, batch_size=500, seed=3)
+    task = ModelTask(load(Recipe, str(path), [f"run={tmp_path / 'run'}"]), ALONE)
+    batch = _pieces(task.recipe, task.num_samples, ALONE, 0)[0]
+    codes, (words,) = task.fetch(batch)
+    assert isinstance(words, TextCondition)
+    scenes = Codes.open(tmp_path / "run" / "codes" / "composed")
+    assert len(scenes) == 30
+    assert scenes.captions is not None
+    picked = batch.uniforms[:, 5] < 0.4
+    assert picked.mean() == pytest.approx(0.4, abs=0.07)
+    all_scenes = torch.from_numpy(scenes.read(np.arange(30)))
+    assert task.text is not None
+    prompts = task.text.condition(task.text.places(scenes.captions))
+    seen = set()
+    for row in np.flatnonzero(picked)[:60]:
+        number = int(batch.uniforms[row, 5] / 0.4 * 30)
+        seen.add(number)
+        assert torch.equal(codes[row], all_scenes[number])
+        assert torch.equal(words.features[row], prompts.features[number])
+    assert len(seen) > 20
+    own = np.flatnonzero(~picked)
+    assert np.array_equal(codes[own], task.train.codes.read(batch.indices[own]))
+    assert task.heldout.read(np.arange(3))[0].shape == (3, 4, 4)
+
+
+def test_scenes_are_composed_of_what_is_learned_and_by_the_seed(tmp_path: Path) -> None:
+    path = composed_recipe(tmp_path)
+    made = load(Recipe, str(path), [f"run={tmp_path / 'run'}"])
+    source, _ = made.data.open()
+    folder = extract(tmp_path / "tokenizer", source, tmp_path / "codes", size=16, quiet=True)
+    train = Codes.open(folder)
+    assert train.captions is not None
+    learned = np.array([row for row, caption in enumerate(train.captions) if caption not in ("guitar", "lemon")])
+    few = composed_codes(made, source, train.take(learned), tmp_path / "tokenizer", ALONE)
+    all_runs = [
+        composed_codes(dataclasses.replace(made, run=str(tmp_path / name), seed=seed), source, train,
+                       tmp_path / "tokenizer", ALONE)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]  # fmt: skip
+    first, same, other = ([*(codes.captions or ())] for codes in all_runs)
+    assert any("guitar" in prompt for prompt in first)
+    assert not any("guitar" in prompt or "lemon" in prompt for prompt in few.captions or ())
+    assert first == same
+    assert first != other
+    rows = np.arange(30)
+    np.testing.assert_array_equal(all_runs[0].read(rows), all_runs[1].read(rows))
+
+
+def test_a_training_with_composed_scenes_resumes_bit_for_bit(tmp_path: Path) -> None:
+    path = composed_recipe(tmp_path)
+    run_recipe(str(path), [f"run={tmp_path / 'straight'}"])
+    run_recipe(str(path), [f"run={tmp_path / 'halves'}", "num_images=64"])
+    (tmp_path / "halves" / "model" / "config.json").unlink()
+    run_recipe(str(path), [f"run={tmp_path / 'halves'}"], override=True)
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "halves"))
+    with pytest.raises(ValueError, match=r"data\.composed needs pictures \(data\.source\) and a text_encoder"):
+        run_recipe(str(path), [f"run={tmp_path / 'none'}", "text_encoder.source=''"])
+    with pytest.raises(ValueError, match=r"data\.composed must be at least 0 and below 1, not 1\.0"):
+        run_recipe(str(path), [f"run={tmp_path / 'none'}", "data.composed=1.0"])
+
+
 @pytest.mark.slow
-def test_two_processes_learn_from_captions_what_one_does(tmp_path: Path) -> None:
-    path = words_recipe(tmp_path)
+@pytest.mark.parametrize("make", [words_recipe, composed_recipe])
+def test_two_processes_learn_from_captions_what_one_does(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path)
     run_recipe(str(path), [f"run={tmp_path / 'one'}"])
     nar("train", path, f"run={tmp_path / 'two'}", processes=2)
     for name in ("loss", "heldout_loss"):

@@ -14,8 +14,26 @@ from torch import Tensor
 from nar.condition import Condition, PrefixCondition, parts
 from nar.model import Transformer
 from nar.tokenizer import Tokenizer
+from nar.tokenizer.causal import CausalTokenizer
 
 KINETICS_GIVEN = 5  # frames, of 16: the published protocol of frame prediction
+
+
+def prefix_grid(tokenizer: Tokenizer, grid: tuple[int, ...], counts: Sequence[int]) -> tuple[int, ...]:
+    """The grid of codes that tells a model of clips of `grid` of up to so many given frames; see `Window`.
+
+    Raises:
+        ValueError: the model is one of pictures, or clips can't be cut after so many frames.
+    """
+    shape = tokenizer.pixel_shape(grid)
+    if len(shape) != 3:
+        raise ValueError("given_frames are for models of clips; leave them out for pictures")
+    allowed = range(1, shape[0], tokenizer.config.frames_per_code if isinstance(tokenizer, CausalTokenizer) else 1)
+    wrong = [count for count in counts if count and count not in allowed]
+    if wrong or not any(counts) or len(set(counts)) != len(counts):
+        shown = ", ".join(map(str, [0, *allowed][:12])) + (", ..." if len(allowed) > 11 else "")
+        raise ValueError(f"given_frames {list(counts)} must be different ones of {shown}, and not 0 alone")
+    return (1 + allowed.index(max(counts)), *grid[1:]) if isinstance(tokenizer, CausalTokenizer) else grid
 
 
 class Window:
@@ -81,10 +99,14 @@ class Window:
                 repeated = last[:, -1:].expand(-1, self.length - count, -1, -1)
                 found[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : self.prefix[0]]
             codes[row] = found[id(clip)]
+        return self.given(codes, counts)
+
+    def given(self, codes: Tensor, counts: Sequence[int]) -> PrefixCondition:
+        """Codes (B, *prefix) of which those of the first `counts` frames are given; the others are masked."""
         if len(self.counts) == 1:
             return PrefixCondition(codes)
-        steps = torch.tensor([self._steps(count) for count in counts], device=device)
-        mask = torch.arange(self.prefix[0], device=device) < steps[:, None]
+        steps = torch.tensor([self._steps(count) for count in counts], device=codes.device)
+        mask = torch.arange(self.prefix[0], device=codes.device) < steps[:, None]
         return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
 
     def known(self, condition: Condition) -> Tensor | None:

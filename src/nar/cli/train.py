@@ -39,7 +39,9 @@ def extract(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codes. The same command resumes.")],
     size: Annotated[int | None, typer.Option(min=1, help="Pixels a side. Default: the model's own, else 256.")] = None,
-    views: Annotated[str, typer.Option(help="Of each picture: centre, flip (and mirrored) or ten-crop.")] = "centre",
+    views: Annotated[
+        str, typer.Option(help="Of each picture: centre, flip (and mirrored), ten-crop; of clips: loop.")
+    ] = "centre",
     frames: Annotated[
         int | None, typer.Option(min=0, help="Frames of a clip. Default: the model's own, else 16; 0 for pictures.")
     ] = None,
@@ -50,6 +52,10 @@ def extract(
     windows: Annotated[
         str, typer.Option(help="Where in a longer clip: start, centre, or all (one sample each).")
     ] = "centre",
+    given_frames: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Frames to continue, for tokenizers that need whole clips: codes of these alone too."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
     group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
@@ -68,7 +74,10 @@ def extract(
     pad: Annotated[bool, typer.Option("--pad", help="Repeat edges up to a multiple of the tokenizer's patch.")] = False,
 ) -> None:
     """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
+    from dataclasses import replace
+
     from nar.data import extract as extraction
+    from nar.data.clips import ClipSource
     from nar.data.sources import open_source
     from nar.data.video import Windows
     from nar.folder import read_config
@@ -89,10 +98,16 @@ def extract(
     clips = Windows(frames, stride, frame_rate, windows) if frames else None
     with joined(device or "auto") as workers:
         source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)
-        extraction.extract(
-            folder, source, output, size=size, kind=views, batch_size=batch_size, device=workers.device,
-            threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait, pad=pad,
-        )  # fmt: skip
+        wanted = [(source, output)]
+        for given in given_frames or ():
+            if not isinstance(source, ClipSource):
+                raise ValueError("--given-frames is for clips: say how many frames they have with --frames")
+            wanted.append((replace(source, given=given), output / extraction.given_folder(given)))
+        for part, place in wanted:
+            extraction.extract(
+                folder, part, place, size=size, kind=views, batch_size=batch_size, device=workers.device,
+                threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait, pad=pad,
+            )  # fmt: skip
         if workers.first and text_encoder:
             from nar.data.codes import Codes
             from nar.text import TextEncoder, TextEncoderConfig, cached

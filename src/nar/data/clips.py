@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from nar.data.sources import Source, random_crop
+from nar.data.sources import VIEWS, Source, random_crop
 from nar.data.video import Windows, read_clip, squared, timeline
 
 
@@ -24,11 +24,13 @@ class ClipSource(Source):
     """Clips that are decoded when asked for: `open(i)` gives a file, its bytes, or a picture.
 
     A picture is a strip: square frames stacked top to bottom. `starts` says where each row's window begins, for rows
-    that are windows; None leaves that to `windows`.
+    that are windows; None leaves that to `windows`. With `given`, all frames after so many first ones are the last of
+    these: what a tokenizer that needs whole clips reads of given frames.
     """
 
     windows: Windows = field(default_factory=Windows)
     starts: Sequence[int] | None = None
+    given: int = 0
 
     def array(
         self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool = False
@@ -38,6 +40,13 @@ class ClipSource(Source):
         With `uniforms`, six numbers in [0, 1), the fifth picks the place of a "random" window; with `crop` the others
         pick one square for all frames, mirrored half of the time.
         """
+        return self._still(self._window(index, size, uniforms, crop=crop))
+
+    def _still(self, clips: np.ndarray) -> np.ndarray:
+        """Clips ([v,] T, size, size, 3) that stop after the `given` frames."""
+        return clips.take(np.arange(clips.shape[-4]).clip(max=self.given - 1), -4) if self.given else clips
+
+    def _window(self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool) -> np.ndarray:
         opened, windows = self.open(index), self.windows
         strip = _strip(opened)
         shown = np.arange(len(strip)) if strip is not None else timeline(opened).rows(windows.frame_rate)
@@ -57,11 +66,17 @@ class ClipSource(Source):
         return np.stack([squared(frame, size) for frame in clip])
 
     def views(self, index: int, size: int, kind: str) -> np.ndarray:
-        """What codes are made of, (v, T, size, size, 3): the window, and mirrored with "flip"."""
-        if kind not in ("centre", "flip"):
-            raise ValueError(f"clips have the views centre and flip, not {kind!r}")
-        clip = self.array(index, size)
-        return np.stack([clip, clip[:, :, ::-1]] if kind == "flip" else [clip])
+        """What codes are made of, (v, T, size, size, 3): the window, with "flip" and mirrored.
+
+        With "loop" eight of these begin at eight places of the clip, which then must be a loop, as far apart as can be.
+        """
+        if kind not in ("centre", "flip", "loop"):
+            raise ValueError(f"clips have the views centre, flip and loop, not {kind!r}")
+        clip = self._window(index, size, crop=False)
+        places = range(VIEWS["loop"] // 2) if kind == "loop" else range(1)
+        starts = [np.roll(clip, -(place * len(clip) // len(places)), axis=0) for place in places]
+        sides = [(start, start[:, :, ::-1]) if kind != "centre" else (start,) for start in starts]
+        return self._still(np.stack([side for both in sides for side in both]))
 
     def unrolled(self) -> Self:
         """One row a window, when `windows` asks for all; windows of one clip are held out together.

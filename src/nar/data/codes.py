@@ -133,6 +133,24 @@ class Codes:
             styles=None if self.styles is None else tuple(self.styles[row] for row in rows),
         )
 
+    def beside(self, folder: str | Path) -> Codes:
+        """The same samples as another folder has them: codes of the same source, otherwise seen.
+
+        Raises:
+            FileNotFoundError: there are no codes.
+            ValueError: they are of other samples, or in other views.
+        """
+        whole, other = Codes.open(self.folder), Codes.open(folder)
+        same = np.array_equal(whole.labels, other.labels) and whole.groups == other.groups
+        if not same or any(whole.manifest[key] != other.manifest[key] for key in ("tokenizer", "views", "grid")):
+            raise ValueError(
+                f"{folder} does not hold the samples, views and tokenizer of {self.folder}; extract both from one "
+                "source with the same settings"
+            )
+        return dataclasses.replace(
+            self, folder=other.folder, manifest=other.manifest, _shards=other._shards, _ends=other._ends
+        )
+
     def wordings(self, kind: str) -> list[tuple[str, ...]]:
         """What may be said of each sample: the caption ("plain"), or several forms of it ("varied").
 

@@ -6,6 +6,7 @@ out is the caller's choice of drawings.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from nar.colours import COLOURS, paint
+from nar.data.sources import Source
 from nar.prompts import RELATIONS, TASKS, composition, composition_prompts
 
 # Captions of emoji that are objects, and what a prompt calls them. Only things of a clear shape: a composed drawing
@@ -61,7 +63,7 @@ class _Piece(NamedTuple):
 
 
 def composed_scenes(
-    pictures: np.ndarray,
+    pictures: np.ndarray | Sequence[np.ndarray],
     captions: Sequence[str],
     seed: int,
     *,
@@ -96,6 +98,30 @@ def composed_scenes(
         images[index], wanted = _scene(task, drawings, names, size, generator)
         metadata.append(wanted)
     return Scenes(images, [wanted["prompt"] for wanted in metadata], metadata)
+
+
+def composed_source(source: Source, *, seed: int, number: int, size: int) -> Source:
+    """Scenes of the drawings in `source`, composed now and kept in memory, with their prompts as captions.
+
+    They have no class.
+
+    Raises:
+        ValueError: the drawings have no captions, or too few show an object.
+    """
+    if source.captions is None:
+        raise ValueError("scenes are composed of drawings with captions, and these have none")
+    rows = [row for row, caption in enumerate(source.captions) if caption in OBJECTS]
+    drawings = [source.array(row, size) for row in rows]
+    captions = [source.captions[row] for row in rows]
+    scenes = composed_scenes(drawings, captions, seed, number=number, size=size)
+    fingerprint = hashlib.sha256(scenes.pictures.tobytes()).hexdigest()[:16]
+    return Source(
+        [f"scene {index} of {fingerprint}" for index in range(number)],
+        np.full(number, -1),
+        source.class_names,
+        lambda index: Image.fromarray(scenes.pictures[index]),
+        scenes.prompts,
+    )
 
 
 def scene_prompts(*, num_per_task: int = 100, seed: int = 43) -> list[dict[str, Any]]:

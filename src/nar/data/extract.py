@@ -68,6 +68,7 @@ def extract(
         "source": _fingerprint(source),
         "shard_size": SHARD_SIZE,
         "padding": pad,
+        "given_frames": getattr(source, "given", 0),
     }
     _claim(folder, settings)
     tokenizer = load_tokenizer(tokenizer_folder).to(device)
@@ -93,7 +94,8 @@ def extract(
                 good = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
                 if good:
                     rows += [row for row, _ in good]
-                    pieces.append(_encode(tokenizer, np.stack([piece for _, piece in good]), device, pad))
+                    images = np.stack([piece for _, piece in good])
+                    pieces.append(_encode(tokenizer, images, device, batch_size, pad))
             broken += found
             if len(broken) > BROKEN_SHARE * len(source):
                 check_broken(broken, len(source))
@@ -106,6 +108,11 @@ def extract(
     return folder
 
 
+def given_folder(count: int) -> str:
+    """Name of the folder, in that of some clips' codes, with the codes of their first `count` frames alone."""
+    return f"given-{count}"
+
+
 def _views(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
     """The views (v, size, size, 3) uint8 of a picture, (v, T, size, size, 3) of a clip, or why it is broken."""
     try:
@@ -115,11 +122,16 @@ def _views(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
 
 
 @torch.inference_mode()
-def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, pad: bool) -> np.ndarray:
-    """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8."""
-    pixels = as_pixels(images.reshape(-1, *images.shape[2:])).to(device)
-    codes: Tensor = tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
-    made: np.ndarray = codes.unflatten(0, images.shape[:2]).cpu().numpy()
+def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, batch_size: int, pad: bool) -> np.ndarray:
+    """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8.
+
+    `batch_size` views at a time: sixteen views of a clip are as many clips.
+    """
+    flat, codes = images.reshape(-1, *images.shape[2:]), list[Tensor]()
+    for start in range(0, len(flat), batch_size):
+        pixels = as_pixels(flat[start : start + batch_size]).to(device)
+        codes.append(tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels).cpu())
+    made: np.ndarray = torch.cat(codes).unflatten(0, images.shape[:2]).numpy()
     return made
 
 
@@ -137,7 +149,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             key for key in settings if before.get(key, False) != settings[key]
-        ]  # False: padding, which older folders don't state
+        ]  # False: padding and given frames, which older folders don't state
         if changed:
             raise ValueError(
                 f"{folder} holds codes made with another {' and another '.join(changed)}; "

@@ -307,6 +307,8 @@ def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
     Ten-crop cuts the four corners and the middle out of a centre crop 1.1 times as large, of the picture and of its
     mirror image, as the published trainers do.
     """
+    if kind == "loop":
+        raise ValueError(f"pictures have the views centre, flip and ten-crop, not {kind!r}")
     if kind == "ten-crop":
         large = round(size * 1.1 - 0.5)
         square = centre_crop(picture, large)
@@ -321,7 +323,7 @@ def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
     return [centre, ImageOps.mirror(centre)] if kind == "flip" else [centre]
 
 
-VIEWS = {"centre": 1, "flip": 2, "ten-crop": 10}
+VIEWS = {"centre": 1, "flip": 2, "ten-crop": 10, "loop": 16}
 
 
 def random_crop(picture: Image.Image, size: int, uniforms: Sequence[float], *, smallest: float = 0.8) -> Image.Image:

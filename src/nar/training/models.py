@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nar.condition import ClassCondition, Condition, drop, map_condition
+from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, drop, map_condition
 from nar.data.codes import Codes
-from nar.data.extract import extract
-from nar.data.sources import held_out, held_out_pairs
-from nar.folder import digest
 from nar.model import Dropout, Transformer
 from nar.sampling import generate
-from nar.sheet import contact_sheet
+from nar.sheet import contact_sheet, film_strips
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.pixels import as_pictures
-from nar.training.checkpoint import atomically
+from nar.tokenizer.pixels import as_images, as_pictures
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.recipe import Recipe
-from nar.training.words import Conditions, Labels, Text, Words
+from nar.training.samples import Samples, code_sets, composed_codes, extract_given, record_held_out, without_pairs
+from nar.training.words import Text, dropped
+from nar.window import Window, prefix_grid
 
 TEXT = "text"  # the folder of features, in that of codes or of a run
 
@@ -41,44 +38,98 @@ class ModelTask:
 
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
-        if recipe.model.prefix_grid or (recipe.model.text_dim and not recipe.text_encoder.source):
+        if recipe.model.text_dim and not recipe.text_encoder.source:
+            raise ValueError("captions need text_encoder.source=NAME, which says what reads them")
+        if recipe.model.prefix_grid and not recipe.given_frames:
             raise ValueError(
-                "so far models of classes and of captions are trained: captions need text_encoder.source=NAME, and "
-                "given frames are not supported (model.prefix_grid=[])"
+                "model.prefix_grid needs given_frames=[N], numbers of frames that a clip's condition holds"
             )
-        self.train_codes, self.heldout_codes, self.tokenizer_folder = _code_sets(recipe, workers)
-        self.pair_codes = None
-        if recipe.data.heldout_pairs:
-            self.train_codes, self.pair_codes = _without_pairs(recipe, self.train_codes)
-        if workers.first and recipe.text_encoder.source:
-            _record_held_out(Path(recipe.run), self.heldout_codes, self.pair_codes)
+        if not (recipe.data.codes or recipe.tokenizer_path):
+            raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
+        self.tokenizer_folder = Path(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
+        sources = () if recipe.data.codes else recipe.data.open()
+        train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
-        self.text = _text(recipe, [self.train_codes, self.heldout_codes, self.pair_codes], workers)
-        self.class_names = () if self.text else self.train_codes.class_names
-        self.train_conditions = self._conditions(self.train_codes)
+        pairs = composed = None
+        if recipe.data.heldout_pairs:
+            train, pairs = without_pairs(recipe, train)
+        if recipe.data.composed:
+            if not sources or not recipe.text_encoder.source or len(train.grid) != 2:
+                raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
+            composed = composed_codes(recipe, sources[0], train, self.tokenizer_folder, workers)
+        if workers.first and recipe.text_encoder.source:
+            record_held_out(Path(recipe.run), heldout, pairs)
+        self.text = _text(recipe, [train, heldout, pairs], composed, workers)
+        classes = recipe.classes
+        if classes is None:
+            classes = self.text is None and not recipe.given_frames
+        self.class_names = train.class_names if classes else ()
+        sizes = self._sizes(train)
+        if sizes.get("prefix_grid") == train.grid:
+            extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
         torch.manual_seed(recipe.seed)
-        self.module = _initial(
-            recipe, self.train_codes.grid, self.tokenizer.config.vocab_size, len(self.class_names), self.text
-        ).to(workers.device)
-        self.num_samples = len(self.train_codes)
+        self.module = _initial(recipe, sizes, self.text).to(workers.device)
+        self.window = Window(self.module, self.tokenizer, recipe.given_frames) if recipe.given_frames else None
+        told: dict[str, Any] = {
+            "classes": classes, "text": self.text, "wording": recipe.data.wording, "window": self.window
+        }  # fmt: skip
+        self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **told)
+        self.heldout = Samples(heldout, **told)
+        self.pairs = None if pairs is None else Samples(pairs, **told)
+        self.num_samples = len(train)
 
-    def _conditions(self, codes: Codes) -> Conditions:
-        return Labels(codes) if self.text is None else Words(self.text, codes.wordings(self.recipe.data.wording))
+    def _sizes(self, codes: Codes) -> dict[str, Any]:
+        """The sizes of the model that follow from data, tokenizer and text encoder."""
+        sizes: dict[str, Any] = {
+            "grid": codes.grid, "vocab_size": self.tokenizer.config.vocab_size, "num_classes": len(self.class_names)
+        }  # fmt: skip
+        if self.text is not None:
+            sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
+        if given := self.recipe.given_frames:
+            sizes["prefix_grid"] = prefix_grid(self.tokenizer, codes.grid, given)
+            if (stated := self.recipe.model.prefix_grid) not in ((), sizes["prefix_grid"]):
+                raise ValueError(
+                    f"given_frames {list(given)} are codes of {sizes['prefix_grid']}, but model.prefix_grid is "
+                    f"{stated}; leave it out"
+                )
+        return sizes
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, Transformer)
         return list(module.blocks)
 
-    def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
-        codes = self.train_codes.read(batch.indices, batch.uniforms[:, 1])
-        return torch.from_numpy(codes), self.train_conditions.read(batch.indices, batch.uniforms[:, 2])
+    def fetch(self, batch: Batch) -> tuple[Tensor, tuple[Part, ...]]:
+        # Of a sample's numbers the first is for `loss`: whether class and words are dropped.
+        _, views, wordings, counts, without, composed = batch.uniforms.T
+        given = None
+        if self.window is not None:
+            choice = np.array(self.window.counts)
+            given = choice[(counts * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
+            given = np.where(without < self.recipe.frame_dropout, 0, given)
+        return self.train.read(batch.indices, views=views, wordings=wordings, counts=given, composed=composed)
 
-    def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, data: tuple[Tensor, tuple[Part, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.workers.device
-        null = torch.from_numpy(batch.uniforms[:, 0] < self.recipe.condition_dropout).to(device)
-        condition = drop(map_condition(data[1], lambda part: part.to(device)), null)
-        loss = token_losses(self.module, data[0].to(device), condition, dropout=self.recipe.dropout).mean()
+        draws = torch.from_numpy(batch.uniforms[:, 0]).to(device)
+        parts = [part.map(lambda tensor: tensor.to(device)) for part in data[1]]
+        frames = [part for part in parts if isinstance(part, PrefixCondition)]
+        told = dropped([part for part in parts if part not in frames], draws, self.recipe.condition_dropout)
+        condition = (*told, *frames)
+        losses = token_losses(self.module, data[0].to(device), condition, dropout=self.recipe.dropout)
+        loss = self._of_samples(losses, condition).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
+
+    def _of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
+        """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide.
+
+        Drawing never asks for these, and with the frames given they would teach to copy. Each sample counts the same,
+        however many are given, so that pieces of a batch add up.
+        """
+        known = None if self.window is None else self.window.known(condition)
+        if known is None:
+            return losses.mean(-1)
+        free = (self.module.in_order(known) < 0).to(losses.dtype)
+        return (losses * free).sum(-1) / free.sum(-1)
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
         return None
@@ -91,83 +142,127 @@ class ModelTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Held-out loss; with captions also without them, and on held-out pairs of group and style."""
+        """Held-out loss; with captions also without them, and on held-out pairs of group and style.
+
+        With given frames, "bits_per_token" is that of whole clips, if such are learned, "bits_per_token_given_N" that
+        of what follows N frames, and "loss" the mean of all.
+        """
         assert isinstance(module, Transformer)
-        loss = self._heldout(module, self.heldout_codes)
-        measured = {"loss": loss, "bits_per_token": loss / math.log(2)}
+        counts = (0,) if self.window is None else self.window.counts
+        found = {count: self._heldout(module, self.heldout, count) / math.log(2) for count in counts}
+        measured = {"loss": sum(found.values()) / len(found) * math.log(2)}
+        measured |= {f"bits_per_token_given_{count}" if count else "bits_per_token": found[count] for count in counts}
         if self.text is not None:
-            null = self._heldout(module, self.heldout_codes, without_words=True)
+            null = self._heldout(module, self.heldout, counts[0], without_words=True)
             measured["bits_per_token_without_words"] = null / math.log(2)
-        if self.pair_codes is not None:
-            measured["bits_per_token_of_pairs"] = self._heldout(module, self.pair_codes) / math.log(2)
+        if self.pairs is not None:
+            measured["bits_per_token_of_pairs"] = self._heldout(module, self.pairs, counts[0]) / math.log(2)
         return measured
 
-    def _heldout(self, module: Transformer, codes: Codes, *, without_words: bool = False) -> float:
-        """Mean loss of a token in nats, each sample with its first wording."""
-        device, conditions = self.workers.device, self._conditions(codes)
+    def _heldout(self, module: Transformer, samples: Samples, count: int, *, without_words: bool = False) -> float:
+        """Mean loss of a token in nats, each sample with its first wording and `count` given frames."""
+        device = self.workers.device
         total = torch.zeros(1, device=device)
-        for rows in share(len(codes), 500, self.workers):
+        for rows in share(len(samples), 500 if self.window is None else 100, self.workers):
             indices = np.arange(rows.start, rows.stop)
-            condition = map_condition(conditions.read(indices), lambda part: part.to(device))
+            codes, told = samples.read(indices, counts=np.full(len(indices), count))
+            condition = map_condition(told, lambda part: part.to(device))
             if without_words:
                 condition = drop(condition, torch.ones(len(indices), dtype=torch.bool, device=device))
-            tokens = torch.from_numpy(codes.read(indices)).to(device)
-            total += token_losses(module, tokens, condition).mean(-1).sum()
-        return float(self.workers.sum(total)) / len(codes)
+            total += self._of_samples(token_losses(module, codes.to(device), condition), condition).sum()
+        return float(self.workers.sum(total)) / len(samples)
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
+        """Pictures, four of each prompt or class; or clips, one of each, and some that go on from given frames."""
         assert isinstance(module, Transformer)
-        if self.text is None:
-            labels = torch.arange(min(10, len(self.class_names))).repeat_interleave(4)
-            codes = generate(module, ClassCondition(labels), seed=0)
-            names = [self.class_names[label] for label in labels]
+        clips = len(self.train.codes.grid) == 3
+        shown = [*self._asked(1 if clips else 4), *self._continued()]
+        made = []
+        for _, told in shown:
+            condition = map_condition(told, lambda part: part.to(self.workers.device))
+            known = None if self.window is None else self.window.known(condition)
+            made.append(generate(module, condition, self.recipe.sampling, seed=0, known=known))
+        names = [name for labels, _ in shown for name in labels]
+        pixels = torch.cat([self.tokenizer.decode(part) for codes in made for part in codes.split(16)])
+        if not clips:
+            return contact_sheet(as_pictures(pixels), names, columns=8)
+        return film_strips([[Image.fromarray(frame) for frame in clip] for clip in as_images(pixels)], names)
+
+    def _asked(self, each: int) -> Iterator[tuple[list[str], tuple[Part, ...]]]:
+        """What previews draw from words or classes: names of the pictures, and their condition."""
+        if self.window is not None and self.window.counts[0]:
+            return
+        if self.text is not None:
+            names = [prompt for prompt in _prompts(self.recipe, self.heldout.codes) for _ in range(each)]
+            labels = torch.full((len(names),), NULL_CLASS)
         else:
-            names = [prompt for prompt in _prompts(self.recipe, self.heldout_codes) for _ in range(4)]
-            condition = self.text.condition(self.text.places(names))
-            codes = generate(module, condition, self.recipe.sampling, seed=0)
-        pixels = self.tokenizer.decode(codes)
-        return contact_sheet(as_pictures(pixels), names, columns=8 if pixels.ndim == 4 else 1)
+            labels = torch.arange(min(10, len(self.class_names))).repeat_interleave(each)
+            names = [self.class_names[label] for label in labels]
+        parts: list[Part] = [ClassCondition(labels)] if self.class_names else []
+        if self.text is not None:
+            parts.append(self.text.condition(self.text.places(names)))
+        if self.window is not None:
+            nothing = torch.zeros(len(names), *self.window.prefix, dtype=torch.long)
+            parts.append(self.window.given(nothing, [0] * len(names)))
+        if names:
+            yield names, tuple(parts)
+
+    def _continued(self) -> Iterator[tuple[list[str], tuple[Part, ...]]]:
+        """Held-out clips to go on with, four of each number of given frames."""
+        for count in filter(None, () if self.window is None else self.window.counts):
+            rows = np.arange(min(4, len(self.heldout)))
+            captions = self.heldout.codes.captions
+            names = [f"{count} given" + (f": {captions[row]}" if captions else "") for row in rows]
+            yield names, self.heldout.read(rows, counts=np.full(len(rows), count))[1]
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, Transformer)
-        words: dict[str, Any] = {} if self.text is None else {"text_encoder": self.text.record()}
+        data, further = self.recipe.data, dict[str, Any]()
+        if self.text is not None:
+            further["text_encoder"] = self.text.record()
+        if self.window is not None:
+            further["given_frames"] = list(self.window.counts)
+        if data.frame_rate:
+            further["frame_rate"] = data.frame_rate / data.stride
         (_merged(module) if self.recipe.lora_rank else module).save_pretrained(
             folder,
             class_names=self.class_names,
             tokenizer=self.tokenizer_folder,
             training=training,
             sampling=dataclasses.asdict(self.recipe.sampling),
-            **words,
+            **further,
         )
 
 
-def _initial(
-    recipe: Recipe, grid: tuple[int, ...], vocab_size: int, num_classes: int, text: Text | None
-) -> Transformer:
+def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transformer:
     """The model before training: new, or that of `recipe.init` at this grid and with these classes."""
-    words: dict[str, Any] = {} if text is None else {"text_dim": text.dim, "text_length": text.config.max_length}
     if not recipe.init:
-        return Transformer(
-            dataclasses.replace(recipe.model, grid=grid, vocab_size=vocab_size, num_classes=num_classes, **words)
-        )
+        if len(sizes["grid"]) != len(recipe.model.grid):  # then its heads, one an axis, do not fit either
+            sizes = {**sizes, "axis_heads": (), "head_depths": ()}
+        return Transformer(dataclasses.replace(recipe.model, **sizes))
     model = Transformer.from_pretrained(recipe.init)
-    if model.config.vocab_size != vocab_size:
+    if model.config.vocab_size != sizes["vocab_size"]:
         raise ValueError(
-            f"{recipe.init} has {model.config.vocab_size} codes but the tokenizer {vocab_size}; "
+            f"{recipe.init} has {model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}; "
             f"use its own: tokenizer_path={Path(recipe.init) / 'tokenizer'}"
         )
-    if any(getattr(model.config, name) != value for name, value in words.items()):
+    if text and (model.config.text_dim, model.config.text_length) != (text.dim, text.config.max_length):
         raise ValueError(
             f"{recipe.init} reads {model.config.text_length} text features of width {model.config.text_dim}, the text "
-            f"encoder {recipe.text_encoder.source} gives {text and text.config.max_length} of {text and text.dim}; "
+            f"encoder {recipe.text_encoder.source} gives {text.config.max_length} of {text.dim}; "
             "set the text_encoder that the model was trained with"
         )
     if model.config.text_dim and text is None:
         raise ValueError(f"{recipe.init} reads captions: set text_encoder.source, as in its config.json")
-    model = model.at_grid(grid)
-    if model.config.num_classes != num_classes:  # all but the embeddings of the classes
-        fresh = Transformer(dataclasses.replace(model.config, num_classes=num_classes))
+    model = model.at_grid(sizes["grid"])
+    if model.config.prefix_grid != sizes.get("prefix_grid", ()):
+        raise ValueError(
+            f"{recipe.init} reads given codes of {model.config.prefix_grid}, and given_frames "
+            f"{list(recipe.given_frames)} are {sizes.get('prefix_grid', ())}; set those that it was trained with"
+        )
+    if model.config.num_classes != sizes["num_classes"]:  # all but the embeddings of the classes
+        fresh = Transformer(dataclasses.replace(model.config, num_classes=sizes["num_classes"]))
         kept = {name: tensor for name, tensor in model.state_dict().items() if name != "classes.weight"}
         fresh.load_state_dict(fresh.state_dict() | kept)
         model = fresh
@@ -202,49 +297,16 @@ def _merged(module: Transformer) -> Transformer:
     return plain
 
 
-def _code_sets(recipe: Recipe, workers: Workers) -> tuple[Codes, Codes, Path]:
-    """Codes to learn from, codes held out, and the folder of the tokenizer that made both.
-
-    Raises:
-        ValueError: the codes are of another tokenizer than the recipe's.
-    """
-    data = recipe.data
-    if data.codes:
-        train, folder = Codes.open(data.codes), Path(recipe.tokenizer_path or Path(data.codes) / "tokenizer")
-        if data.heldout_codes:
-            heldout = Codes.open(data.heldout_codes)
-        else:
-            out = held_out(train.groups, data.heldout_share)
-            train, heldout = train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
-        for codes in (train, heldout):
-            if codes.manifest["tokenizer"] != digest(folder):
-                raise ValueError(
-                    f"the codes in {codes.folder} were made by another tokenizer than {folder} "
-                    f"({codes.manifest['tokenizer'][:12]}..., not {digest(folder)[:12]}...); extract them again with it"
-                )
-        return train, heldout, folder
-    if not recipe.tokenizer_path:
-        raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
-    made = []
-    for name, source in zip(("train", "heldout"), data.open(), strict=True):
-        folder = extract(
-            recipe.tokenizer_path, source, Path(recipe.run) / "codes" / name, size=data.size,
-            kind=data.views if name == "train" else "centre", device=workers.device, threads=recipe.engine.workers,
-            rank=workers.rank, count=workers.count, wait=workers.wait,
-        )  # fmt: skip
-        made.append(Codes.open(folder))
-    return made[0], made[1], Path(recipe.tokenizer_path)
-
-
-def _text(recipe: Recipe, sets: Sequence[Codes | None], workers: Workers) -> Text | None:
+def _text(recipe: Recipe, sets: Sequence[Codes | None], composed: Codes | None, workers: Workers) -> Text | None:
     """The captions of all sets with their features: those beside extracted codes, or else those in the run's folder."""
     if not recipe.text_encoder.source:
         return None
     kind = recipe.data.wording
     captions = [form for codes in sets if codes is not None for forms in codes.wordings(kind) for form in forms]
+    scenes = [] if composed is None else [form for forms in composed.wordings("plain") for form in forms]
     folders = [Path(recipe.data.codes) / TEXT] if recipe.data.codes else []
     return Text(
-        recipe.text_encoder, [*captions, *_prompts(recipe, sets[1])], kind=recipe.data.text_features,
+        recipe.text_encoder, [*captions, *_prompts(recipe, sets[1]), *scenes], kind=recipe.data.text_features,
         folders=[*folders, Path(recipe.run) / TEXT], workers=workers,
     )  # fmt: skip
 
@@ -254,24 +316,6 @@ def _prompts(recipe: Recipe, heldout: Codes | None) -> list[str]:
     if recipe.prompts or heldout is None:
         return list(recipe.prompts)
     return list(dict.fromkeys(forms[0] for forms in heldout.wordings(recipe.data.wording)))[:10]
-
-
-def _without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
-    """Take the pairs of group and style out that are held out."""
-    if train.styles is None:
-        raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
-    out = held_out_pairs(train.groups, train.styles, recipe.data.heldout_pairs)
-    return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
-
-
-def _record_held_out(run: Path, heldout: Codes, pairs: Codes | None) -> None:
-    """Write down what the model never sees, for whoever measures it."""
-    run.mkdir(parents=True, exist_ok=True)
-    pair_rows: list[tuple[str, ...]] = []
-    if pairs is not None:
-        pair_rows = sorted(set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True)))
-    record = {"groups": sorted(set(heldout.groups)), "pairs": pair_rows}
-    atomically(run / "held-out.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
 
 
 def token_losses(

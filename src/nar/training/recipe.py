@@ -42,19 +42,24 @@ class DataConfig:
         validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
             `heldout_share` of the pictures, by `group`.
         label, group: columns of tables; samples of one group are held out together.
-        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop".
+        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop"; of clips that are loops
+            also "loop", eight starts and their mirror images.
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
         num_frames: of a clip; 0 for pictures, or all frames of clips in tables.
         stride: every how many-th frame of a clip is taken.
-        frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are.
+        frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are. Strips in
+            tables are always taken so; of them it says at what rate the model's clips play.
         windows: where in a longer clip: at the "start", in the "centre", at a "random" place in each step, or "all",
             one sample each.
         wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
             caption, tags and style ("varied", see `nar.data.wording`).
         heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
         text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
+        composed: share of the samples that are composed scenes ("three cats", "a red car left of a house") of the
+            drawings that are learned from; see `nar.data.composed`. For pictures with captions.
+        num_composed: how many scenes there are, made at the start of a run.
         codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
             the first is held out.
     """
@@ -74,6 +79,8 @@ class DataConfig:
     wording: str = "plain"
     heldout_pairs: int = 0
     text_features: str = "cached"
+    composed: float = 0.0
+    num_composed: int = 4000
     codes: str = ""
     heldout_codes: str = ""
 
@@ -87,6 +94,11 @@ class DataConfig:
         if self.text_features not in TEXT_FEATURES:
             raise ValueError(
                 f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
+            )
+        if not 0 <= self.composed < 1 or self.num_composed < 1:
+            raise ValueError(
+                f"data.composed must be at least 0 and below 1, not {self.composed}, and data.num_composed at least 1, "
+                f"not {self.num_composed}"
             )
         Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
         if not 0 < self.heldout_share < 1:
@@ -167,7 +179,10 @@ class Recipe(Plan):
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
 
     With a `text_encoder` the model learns from captions instead of classes; `prompts` are what its previews show, by
-    default captions that are held out.
+    default captions that are held out. `given_frames` trains frame prediction: how many of its first frames a clip's
+    condition may hold, one of these numbers for each sample, and none for a further share of `frame_dropout`.
+    `classes` says whether classes are learned; None: where there are neither captions nor given frames.
+    `condition_dropout` is the share of samples that learn without class and words, and never drops frames.
     """
 
     about: str = ""
@@ -189,11 +204,20 @@ class Recipe(Plan):
     prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
+    classes: bool | None = None
+    given_frames: tuple[int, ...] = ()
+    frame_dropout: float = 0.0
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "prompts", tuple(self.prompts))
+        object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
+        for name in ("condition_dropout", "frame_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)}")
+        if self.frame_dropout and 0 not in self.given_frames:
+            raise ValueError(f"frame_dropout {self.frame_dropout} needs 0 among given_frames, such as [0, 1, 6]")
         if self.task not in ("tokenizer", "model"):
             raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
         if self.causal_tokenizer and self.video_tokenizer:

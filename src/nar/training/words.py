@@ -1,4 +1,4 @@
-"""The conditions of a set of codes, sample by sample: their classes, or their captions as features.
+"""The conditions of a set of codes, sample by sample: their classes, their captions as features, or both.
 
 Knows codes, captions and where features come from; does not know models or steps. Which of a sample's captions is taken
 is decided by a number that comes with the sample, so that it depends on the seed and the step only.
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar.condition import ClassCondition, Condition, TextCondition
-from nar.data.codes import Codes
+from nar.condition import ClassCondition, Part, TextCondition
 from nar.text import TextEncoder, TextEncoderConfig, cached, found
 from nar.training.distributed import Workers
 
@@ -26,17 +25,17 @@ TEXT_FEATURES = ("cached", "on-the-fly")
 class Conditions(Protocol):
     """What the samples of a set are made from."""
 
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Part:
         """The condition of some samples, on the CPU or the encoder's device; `draws` (b,) in [0, 1) pick a wording of
         each, None the first."""
         ...
 
 
 class Labels:
-    """Samples by class."""
+    """Samples by class; a negative label is none."""
 
-    def __init__(self, codes: Codes) -> None:
-        self._labels = codes.labels
+    def __init__(self, labels: np.ndarray) -> None:
+        self._labels = labels
 
     def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> ClassCondition:  # noqa: ARG002
         """See `Conditions`."""
@@ -56,6 +55,19 @@ class Words:
         """See `Conditions`."""
         picked = 0 if draws is None else (np.asarray(draws) * self._counts[rows]).astype(np.int64)
         return self._text.condition(self._places[self._starts[rows] + picked])
+
+
+def dropped(told: Sequence[Part], uniforms: Tensor, rate: float) -> tuple[Part, ...]:
+    """Drop all of what the samples with `uniforms` (b,) in [0, 1) below `rate` are told by class and words.
+
+    Of the others, where there are both, a third each keep both, the words alone, and the class alone: a model is asked
+    in all of these ways.
+    """
+    null = uniforms < rate
+    if len(told) < 2:
+        return tuple(part.where_null(null) for part in told)
+    third = ((uniforms - rate) * 3 / max(1 - rate, 1e-6)).floor()
+    return tuple(part.where_null(null | (third == number)) for number, part in enumerate(told))
 
 
 class Text:

@@ -1,0 +1,183 @@
+"""The sets that a model learns from and is measured on: codes, and what each sample is made from.
+
+Knows pictures, codes, captions and given frames; does not know losses or steps. Legend: `b` samples, `t h w` axes of
+codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar.condition import Part, PrefixCondition
+from nar.data.clips import ClipSource
+from nar.data.codes import Codes
+from nar.data.composed import composed_source
+from nar.data.extract import extract, given_folder
+from nar.data.sources import Source, held_out, held_out_pairs
+from nar.folder import digest
+from nar.training.checkpoint import atomically
+from nar.training.distributed import Workers
+from nar.training.recipe import Recipe
+from nar.training.words import Conditions, Labels, Text, Words
+from nar.window import Window
+
+
+class Samples:
+    """Codes with what each is made from: class, words, given frames, or several of them.
+
+    `composed` are more samples, of which a draw takes one in place of a sample of its own; see `read`.
+    """
+
+    def __init__(
+        self,
+        codes: Codes,
+        *,
+        classes: bool,
+        text: Text | None,
+        wording: str,
+        window: Window | None = None,
+        composed: Codes | None = None,
+        composed_share: float = 0.0,
+    ) -> None:
+        self.codes, self._composed, self._share = codes, composed, composed_share
+        self._conditions: list[Conditions] = []
+        if classes:
+            labels = [codes.labels, *([] if composed is None else [composed.labels])]
+            self._conditions.append(Labels(np.concatenate(labels)))
+        if text is not None:
+            scenes = [] if composed is None else composed.wordings("plain")
+            self._conditions.append(Words(text, [*codes.wordings(wording), *scenes]))
+        self._window = window
+        self._given: dict[int, Codes] = {}
+        if window is not None and not window.causal:
+            self._given = {
+                count: codes.beside(codes.folder / given_folder(count)) for count in window.counts if count
+            }  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def read(
+        self,
+        rows: np.ndarray,
+        *,
+        views: np.ndarray | None = None,
+        wordings: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
+        composed: np.ndarray | None = None,
+    ) -> tuple[Tensor, tuple[Part, ...]]:
+        """Codes (b, *grid) of samples, and their condition on the CPU or a text encoder's device.
+
+        `views`, `wordings` and `composed` (b,) are numbers in [0, 1) that pick a view, a wording and perhaps a composed
+        scene in place of the sample; None takes the first, and no scene. `counts` (b,) are those of given frames.
+        """
+        codes = self.codes.read(rows, views)
+        told = rows
+        if composed is not None and self._composed is not None:
+            taken = composed < self._share
+            scenes = (composed[taken] / self._share * len(self._composed)).astype(np.int64)
+            scenes = scenes.clip(max=len(self._composed) - 1)
+            codes[taken] = self._composed.read(scenes)
+            told = rows.copy()
+            told[taken] = len(self.codes) + scenes
+        parts: list[Part] = [conditions.read(told, wordings) for conditions in self._conditions]
+        if self._window is not None and counts is not None:
+            parts.append(self._prefix(self._window, codes, rows, views, counts))
+        return torch.from_numpy(codes), tuple(parts)
+
+    def _prefix(
+        self, window: Window, codes: np.ndarray, rows: np.ndarray, views: np.ndarray | None, counts: np.ndarray
+    ) -> PrefixCondition:
+        given = codes[:, : window.prefix[0]] if window.causal else np.zeros_like(codes)
+        for count, frozen in self._given.items():
+            taken = counts == count
+            given[taken] = frozen.read(rows[taken], None if views is None else views[taken])
+        return window.given(torch.from_numpy(given), counts.tolist())
+
+
+def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, workers: Workers) -> tuple[Codes, Codes]:
+    """Codes to learn from and codes held out, made of two `sources`; of none, those that the recipe names.
+
+    Raises:
+        ValueError: the codes are of another tokenizer than the recipe's.
+    """
+    data = recipe.data
+    if sources:
+        made = [_extract(recipe, source, name, tokenizer, workers) for name, source in zip(_SETS, sources, strict=True)]
+        return made[0], made[1]
+    train = Codes.open(data.codes)
+    if data.heldout_codes:
+        heldout = Codes.open(data.heldout_codes)
+    else:
+        out = held_out(train.groups, data.heldout_share)
+        train, heldout = train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
+    for codes in (train, heldout):
+        if codes.manifest["tokenizer"] != digest(tokenizer):
+            raise ValueError(
+                f"the codes in {codes.folder} were made by another tokenizer than {tokenizer} "
+                f"({codes.manifest['tokenizer'][:12]}..., not {digest(tokenizer)[:12]}...); extract them again with it"
+            )
+    return train, heldout
+
+
+def extract_given(
+    recipe: Recipe, sources: Sequence[Source], counts: Sequence[int], tokenizer: Path, workers: Workers
+) -> None:
+    """Make the codes of the first frames alone, for a tokenizer whose codes depend on the whole clip."""
+    for name, source in zip(_SETS, sources, strict=True) if sources else ():
+        for count in filter(None, counts):
+            if not isinstance(source, ClipSource):
+                raise ValueError("given_frames are for clips: say how many frames they have, data.num_frames")
+            still = dataclasses.replace(source, given=count)
+            _extract(recipe, still, f"{name}/{given_folder(count)}", tokenizer, workers, views_of=name)
+
+
+def composed_codes(recipe: Recipe, source: Source, train: Codes, tokenizer: Path, workers: Workers) -> Codes:
+    """Scenes composed of drawings in `train`, which was made of `source`, with their prompts as captions."""
+    learned = set(zip(train.groups, train.styles or [""] * len(train), strict=True))
+    groups, styles = source.groups or source.names, source.styles or [""] * len(source)
+    rows = [row for row, key in enumerate(zip(groups, styles, strict=True)) if key in learned]
+    scenes = composed_source(
+        source.take(np.array(rows, np.int64)), seed=recipe.seed, number=recipe.data.num_composed, size=recipe.data.size
+    )
+    return _extract(recipe, scenes, "composed", tokenizer, workers)
+
+
+def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
+    """Take the pairs of group and style out that are held out."""
+    if train.styles is None:
+        raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
+    out = held_out_pairs(train.groups, train.styles, recipe.data.heldout_pairs)
+    return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
+
+
+def record_held_out(run: Path, heldout: Codes, pairs: Codes | None) -> None:
+    """Write down what the model never sees, for whoever measures it."""
+    run.mkdir(parents=True, exist_ok=True)
+    pair_rows: list[tuple[str, ...]] = []
+    if pairs is not None:
+        pair_rows = sorted(set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True)))
+    record = {"groups": sorted(set(heldout.groups)), "pairs": pair_rows}
+    atomically(run / "held-out.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
+
+
+_SETS = ("train", "heldout")
+
+
+def _extract(
+    recipe: Recipe, source: Source, name: str, tokenizer: Path, workers: Workers, *, views_of: str = ""
+) -> Codes:
+    """Encode a source into the run's folder; the training set, and what goes with it, in the recipe's views."""
+    folder = extract(
+        tokenizer, source, Path(recipe.run) / "codes" / name, size=recipe.data.size,
+        kind=recipe.data.views if (views_of or name) == "train" else "centre", device=workers.device,
+        threads=recipe.engine.workers, rank=workers.rank, count=workers.count, wait=workers.wait,
+    )  # fmt: skip
+    return Codes.open(folder)
