@@ -307,7 +307,10 @@ class Transformer(nn.Module):
         cache.reset()
         cache.key_mask = key_mask
         x = self._add_positions(embedded, 0)
-        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache)
+        states = self._chain(
+            x, 0, self._mask(x.shape[1], key_mask), cache,
+            average=self.layout.phases is not None and self.config.condition_rotation == "zero",
+        )  # fmt: skip
         cache.commit(x.shape[1])
         return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0)
 
@@ -435,15 +438,23 @@ class Transformer(nn.Module):
         mask: Tensor | BlockMask | None,
         cache: Cache | None = None,
         dropout: Dropout | None = None,
+        *,
+        average: bool = False,
     ) -> list[Tensor]:
-        """Run the blocks on `x` (B, S, d), whose first position is `start`; returns the stream at each head."""
+        """Run the blocks on `x` (B, S, d), whose first position is `start`; returns the stream at each head.
+
+        `average` says that all phases are zero, as those of a condition may be.
+        """
         phases = None if self.layout.phases is None else self.layout.phases[start : start + x.shape[1]]
         rates = dropout or Dropout()
         taps = list(accumulate(self.config.head_depths))
         states: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             path = rates.path * index / max(1, len(self.blocks) - 1)
-            x = block(x, phases, mask, cache, index, (rates.residual, path))
+            if average and not isinstance(mask, BlockMask):
+                x = cast(Block, block).average(x, mask, cache, index)
+            else:
+                x = block(x, phases, mask, cache, index, (rates.residual, path))
             states += [x] * taps.count(index + 1 - self.config.num_layers)
         return states
 
