@@ -29,7 +29,7 @@ from nar.training.distributed import Workers
 from nar.training.loop import _pieces
 from nar.training.models import ModelTask, token_losses
 from nar.training.recipe import Recipe
-from nar.training.samples import composed_codes
+from nar.training.samples import composed_codes, without_styles
 from nar.training.tasks import run_recipe
 from text_encoders import tiny_encoder
 from training_runs import equal, losses, nar, recipe, weights
@@ -111,7 +111,7 @@ def test_captions_are_learned(trained: Path) -> None:
 def test_the_model_says_which_encoder_it_reads(trained: Path) -> None:
     config = read_config(trained / "model")
     assert config["text_encoder"].keys() == {"source", "max_length", "clean", "digest"}
-    assert config["model"]["text_dim"], config["model"]["text_length"] == (16, 12)
+    assert (config["model"]["text_dim"], config["model"]["text_length"]) == (16, 12)
     assert config["model"]["num_classes"] == 0
     assert config["class_names"] == []
 
@@ -128,6 +128,20 @@ def test_what_is_held_out_is_written_down_and_not_learned(trained: Path) -> None
     }
     assert out.sum() == 4, "both pictures of either pair"
     assert losses(trained, "heldout_bits_per_token_of_pairs")
+
+
+def test_styles_are_held_out(tmp_path: Path) -> None:
+    path = words_recipe(tmp_path)
+    options = [f"run={tmp_path / 'run'}", "data.heldout_pairs=0", "num_images=32"]
+    run_recipe(str(path), [*options, "data.heldout_styles=[noto]"])
+    assert json.loads((tmp_path / "run" / "held-out.json").read_text())["styles"] == ["noto"]
+    recipe = load(Recipe, str(path), [*options, "data.heldout_styles=[noto]"])
+    codes = Codes.open(tmp_path / "run" / "codes" / "train")
+    left = without_styles(recipe, codes)
+    assert 0 < len(left) < len(codes)
+    assert "noto" not in (left.styles or ())
+    with pytest.raises(ValueError, match=r"no picture has the style 'notto'; styles: flat, noto, old"):
+        run_recipe(str(path), [*options, "data.heldout_styles=[notto]", f"run={tmp_path / 'other'}"])
 
 
 def test_a_training_from_captions_resumes_bit_for_bit(tmp_path: Path) -> None:

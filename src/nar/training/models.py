@@ -26,7 +26,15 @@ from nar.tokenizer.pixels import as_images, as_pictures
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.recipe import Recipe
-from nar.training.samples import Samples, code_sets, composed_codes, extract_given, record_held_out, without_pairs
+from nar.training.samples import (
+    Samples,
+    code_sets,
+    composed_codes,
+    extract_given,
+    record_held_out,
+    without_pairs,
+    without_styles,
+)
 from nar.training.words import Text, dropped
 from nar.window import Window, prefix_grid
 
@@ -51,6 +59,8 @@ class ModelTask:
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
+        if recipe.data.heldout_styles:
+            train, heldout = (without_styles(recipe, codes) for codes in (train, heldout))
         if recipe.data.heldout_pairs:
             train, pairs = without_pairs(recipe, train)
         if recipe.data.composed:
@@ -58,7 +68,7 @@ class ModelTask:
                 raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
             composed = composed_codes(recipe, sources[0], train, self.tokenizer_folder, workers)
         if workers.first and recipe.text_encoder.source:
-            record_held_out(Path(recipe.run), heldout, pairs)
+            record_held_out(recipe, heldout, pairs)
         self.text = _text(recipe, [train, heldout, pairs], composed, workers)
         classes = recipe.classes
         if classes is None:

@@ -56,6 +56,7 @@ class DataConfig:
         wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
             caption, tags and style ("varied", see `nar.data.wording`).
         heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
+        heldout_styles: styles that are held out whole, for measuring what a model makes of drawings like none it saw.
         text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
         composed: share of the samples that are composed scenes ("three cats", "a red car left of a house") of the
             drawings that are learned from; see `nar.data.composed`. For pictures with captions.
@@ -78,6 +79,7 @@ class DataConfig:
     windows: str = "centre"
     wording: str = "plain"
     heldout_pairs: int = 0
+    heldout_styles: tuple[str, ...] = ()
     text_features: str = "cached"
     composed: float = 0.0
     num_composed: int = 4000
@@ -101,6 +103,7 @@ class DataConfig:
                 f"not {self.num_composed}"
             )
         Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
+        object.__setattr__(self, "heldout_styles", tuple(self.heldout_styles))
         if not 0 < self.heldout_share < 1:
             raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
 

@@ -150,6 +150,15 @@ def composed_codes(recipe: Recipe, source: Source, train: Codes, tokenizer: Path
     return _extract(recipe, scenes, "composed", tokenizer, workers)
 
 
+def without_styles(recipe: Recipe, codes: Codes) -> Codes:
+    """Leave the styles out that are held out."""
+    styles, out = codes.styles or (), recipe.data.heldout_styles
+    if unknown := [style for style in out if style not in styles]:
+        known = ", ".join(sorted(set(styles))) or "none"
+        raise ValueError(f"data.heldout_styles: no picture has the style {unknown[0]!r}; styles: {known}")
+    return codes.take(np.flatnonzero([style not in out for style in styles]))
+
+
 def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
     """Take the pairs of group and style out that are held out."""
     if train.styles is None:
@@ -158,13 +167,16 @@ def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
     return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
 
 
-def record_held_out(run: Path, heldout: Codes, pairs: Codes | None) -> None:
+def record_held_out(recipe: Recipe, heldout: Codes, pairs: Codes | None) -> None:
     """Write down what the model never sees, for whoever measures it."""
+    run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     pair_rows: list[tuple[str, ...]] = []
     if pairs is not None:
         pair_rows = sorted(set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True)))
-    record = {"groups": sorted(set(heldout.groups)), "pairs": pair_rows}
+    record = {
+        "groups": sorted(set(heldout.groups)), "pairs": pair_rows, "styles": list(recipe.data.heldout_styles)
+    }  # fmt: skip
     atomically(run / "held-out.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
 
 
