@@ -202,8 +202,8 @@ def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
     assert isinstance(task, ModelTask)
     looped = float(np.median(losses(tmp_path / "run", "images_per_second")[1:]))
     (optimizer,) = build_optimizers(task.module, task.recipe.optim)
-    codes = torch.from_numpy(task.train_codes.read(np.arange(32)))
-    condition = ClassCondition(torch.from_numpy(task.train_codes.labels[:32]))
+    codes = torch.from_numpy(task.train.codes.read(np.arange(32)))
+    condition = ClassCondition(torch.from_numpy(task.train.codes.labels[:32]))
     rates = []
     for _ in range(6):
         began = time.perf_counter()
