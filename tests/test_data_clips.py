@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
     sizes = {"frames_per_code": 3, "patch_size": 8, "channels": 8, "num_blocks": 1, "dim": 16, "num_heads": 2}
-    layers = {"hidden_dim": 16, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    layers = {"hidden_dim": 16, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
     CausalTokenizer(CausalTokenizerConfig(vocab_size=32, code_dim=4, **sizes, **layers)).save_pretrained(folder)
     return folder
 

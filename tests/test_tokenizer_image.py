@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from nar import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.pixels import pad_to_multiple
 from nar.tokenizer.quantize import VectorQuantizer
+from nar.training.tokenizers import _moved
 
 
 def small(**changes: object) -> ImageTokenizer:
@@ -135,3 +137,14 @@ def test_foreign_codes_are_refused() -> None:
         small().decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="not a multiple of norm_groups"):
         small(norm_groups=3)
+
+
+def test_moved_pictures_repeat_their_edges() -> None:
+    picture = np.arange(2 * 4 * 5 * 3).reshape(2, 4, 5, 3)  # a clip of two frames
+    assert np.array_equal(_moved(picture, 1, 0.5, 0.5), picture)
+    down_right = _moved(picture, 1, 0.99, 0.99)
+    assert np.array_equal(down_right[:, :3, :4], picture[:, 1:, 1:])
+    assert np.array_equal(down_right[:, 3], down_right[:, 2])
+    assert np.array_equal(down_right[:, :, 4], down_right[:, :, 3])
+    places = {_moved(picture, 1, u, 0.5)[0, 1, 0, 0] for u in np.linspace(0, 0.999, 30)}
+    assert len(places) == 3  # each of -1, 0, 1

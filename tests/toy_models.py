@@ -58,7 +58,7 @@ def causal() -> CausalTokenizer:
     tokenizer = CausalTokenizer(
         CausalTokenizerConfig(
             vocab_size=24, code_dim=4, frames_per_code=2, patch_size=4, fold=2, channels=8, num_blocks=1, dim=16,
-            num_heads=2, hidden_dim=16, num_encoder_layers=1, num_decoder_layers=1,
+            num_heads=2, hidden_dim=16, num_encoder_blocks=1, num_decoder_blocks=1,
         )
     )  # fmt: skip
     for layer in (tokenizer.first_out, tokenizer.group_out):

@@ -142,7 +142,7 @@ def _attend_learning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    return cast(Tensor, scores.softmax(-1) @ v)
 
 
 class Attention(nn.Module):

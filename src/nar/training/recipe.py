@@ -47,6 +47,8 @@ class DataConfig:
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
+        shift: pixels by which "flip" and "loop" also move a picture or clip at most, either way; its edges are
+            repeated.
         num_frames: of a clip; 0 for pictures, or all frames of clips in tables.
         stride: every how many-th frame of a clip is taken.
         frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are. Strips in
@@ -73,6 +75,7 @@ class DataConfig:
     group: str = ""
     views: str = "centre"
     augment: str = "none"
+    shift: int = 0
     num_frames: int = 0
     stride: int = 1
     frame_rate: float = 0.0
@@ -91,6 +94,11 @@ class DataConfig:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
         if self.augment not in ("none", "flip", "crop", "loop"):
             raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
+        if self.shift and (self.augment not in ("flip", "loop") or not 0 <= self.shift < self.size):
+            raise ValueError(
+                f"data.shift {self.shift} must be from 0 to {self.size - 1} (data.size), and 0 unless data.augment is "
+                "flip or loop"
+            )
         if self.wording not in WORDINGS:
             raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
         if self.text_features not in TEXT_FEATURES:

@@ -92,6 +92,10 @@ class TokenizerTask:
             images = np.stack([_mirrored(image, u[3]) for image, u in zip(images, batch.uniforms, strict=True)])
         if self.recipe.data.augment == "loop":
             images = np.stack([_restarted(clip, *u[:2]) for clip, u in zip(images, batch.uniforms, strict=True)])
+        if most := self.recipe.data.shift:
+            images = np.stack(
+                [_moved(image, most, *u[[2, 4]]) for image, u in zip(images, batch.uniforms, strict=True)]
+            )
         return as_pixels(images)
 
     def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
@@ -211,6 +215,14 @@ def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
     turned = np.roll(clip, int(start * len(clip)), axis=0)
     return turned[::-1] if direction < 0.5 else turned
+
+
+def _moved(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarray:
+    """A picture or clip (..., H, W, 3), moved by up to `most` pixels either way; its edges are repeated."""
+    height, width = pixels.shape[-3:-1]
+    rows = np.arange(height) + int(down * (2 * most + 1)) - most
+    columns = np.arange(width) + int(right * (2 * most + 1)) - most
+    return pixels[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1), :]
 
 
 def _too_large(source: Source, data: DataConfig) -> bool:
