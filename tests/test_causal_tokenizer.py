@@ -128,8 +128,8 @@ def test_save_and_load_also_in_half_precision(tmp_path: Path) -> None:
         (clips(4, 12), "clips of 12x24 pixels are not a multiple of the patch size 8"),
         (clips()[:, :2], "clips must be"),
         (clips()[:, :, 0], "clips must be"),
-        (clips() * 100, r"clip values run from -100 to 100, -1..1 is expected"),
-        (clips() * math.nan, "clip values run from nan"),
+        (clips() * 100, "clips have values from -100 to 100, not -1..1"),
+        (clips() * math.nan, "clips have values from nan"),
         ((clips() * 127).to(torch.uint8), "clips must be float in -1..1, not torch.uint8"),
     ],
 )

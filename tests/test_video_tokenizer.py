@@ -135,7 +135,7 @@ def published(tokenizer: VideoTokenizer) -> tuple[dict[str, torch.Tensor], dict[
         (lambda t: t.encode(clips()[..., :4]), "8x4 pixels, this tokenizer reads 8x8"),
         (lambda t: t.encode(clips()[:, :, :3]), "3 frames, this tokenizer reads up to 4, in multiples of 2"),
         (lambda t: t.encode(clips() * 127.5), "use x / 127.5 - 1"),
-        (lambda t: t.encode(clips() * float("nan")), "clip values run from nan"),
+        (lambda t: t.encode(clips() * float("nan")), "clips have values from nan"),
         (lambda t: t.encode(clips().to(torch.uint8)), "must be float in -1..1"),
         (lambda t: t.decode(torch.zeros(1, 6, dtype=torch.long)), r"codes must be \(batch, 1, 2, 3\)"),
         (lambda t: t.decode(torch.full((1, 1, 2, 3), 32)), r"this tokenizer has 0\.\.31"),

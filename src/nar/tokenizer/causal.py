@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nar.attention import Block, RMSNorm, rotations
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.pixels import check_codes, check_values
 from nar.tokenizer.quantize import Quantized, build_quantizer, check_quantizer
 
 NORM_EPS = 1e-6
@@ -157,11 +158,7 @@ class CausalTokenizer(nn.Module):
         """
         if codes.ndim != 4:
             raise ValueError(f"codes must be (batch, time, height, width), not {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"codes run from {int(codes.min())} to {int(codes.max())}, this tokenizer has "
-                f"0..{self.config.vocab_size - 1}; were they made with another tokenizer?"
-            )
+        check_codes(codes, self.config.vocab_size)
         memories: list[Tensor] = [self.nothing]
         for latents in self.quantizer.decode(codes).unbind(2):
             memories.append(self._remember(memories[-1], latents))
@@ -243,12 +240,7 @@ class CausalTokenizer(nn.Module):
                 f"clips have {frames} frames, this tokenizer reads 1 + {step}k: {1 + step}, {1 + 2 * step}, ...; "
                 "cut them, or repeat the last frame"
             )
-        if not clips.is_floating_point():
-            raise ValueError(f"clips must be float in -1..1, not {clips.dtype}; use x / 127.5 - 1")
-        if clips.numel():
-            low, high = (float(value) for value in torch.aminmax(clips.detach()))
-            if not (low >= -1.5 and high <= 1.5):  # also false for NaN
-                raise ValueError(f"clip values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+        check_values(clips, "clips")
 
 
 class _Convolution(nn.Module):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
+from nar.tokenizer.pixels import check_codes, check_values
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32
@@ -137,12 +138,7 @@ class ImageTokenizer(nn.Module):
         """
         if codes.ndim != 3:
             raise ValueError(f"codes must be (batch, height, width), not {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"codes run from {int(codes.min())} to {int(codes.max())}, "
-                f"this tokenizer has 0..{self.config.vocab_size - 1}; "
-                "were they made with another tokenizer?"
-            )
+        check_codes(codes, self.config.vocab_size)
         if tile is not None and not 0 <= overlap < tile:
             raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
         if tile is not None and tile < max(codes.shape[1:]):
@@ -201,12 +197,7 @@ def check_pixels(pixels: Tensor, patch_size: int) -> None:
             f"a picture of {height}x{width} pixels is not a multiple of the patch size {patch_size}; "
             "resize or pad it first"
         )
-    if not pixels.is_floating_point():
-        raise ValueError(f"pictures must be float in -1..1, not {pixels.dtype}; use x / 127.5 - 1")
-    if pixels.numel():
-        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
-        if not (low >= -1.5 and high <= 1.5):  # also false for NaN
-            raise ValueError(f"picture values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+    check_values(pixels, "pictures")
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures and clips as arrays, as tensors and as Pillow images: the edge between uint8 and -1..1."""
+"""Pictures and clips as arrays, as tensors and as Pillow images: the edge between uint8 and -1..1, and its guards."""
 
 from __future__ import annotations
 
@@ -36,3 +36,22 @@ def pad_to_multiple(pixels: Tensor, patch_size: int) -> Tensor:
         torch.arange(size + -size % patch_size, device=pixels.device).clamp(max=size - 1) for size in (height, width)
     )
     return pixels[..., rows[:, None], columns]
+
+
+def check_values(pixels: Tensor, what: str) -> None:
+    """Raise ValueError unless `pixels`, named as in "pictures", are floats of about -1..1; NaN and infinity are not."""
+    if not pixels.is_floating_point():
+        raise ValueError(f"{what} must be float in -1..1, not {pixels.dtype}; use x / 127.5 - 1")
+    if pixels.numel():
+        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+        if not (low >= -1.5 and high <= 1.5):  # also false for NaN
+            raise ValueError(f"{what} have values from {low:.3g} to {high:.3g}, not -1..1; use x / 127.5 - 1")
+
+
+def check_codes(codes: Tensor, vocab_size: int) -> None:
+    """Raise ValueError where there are codes outside 0..vocab_size - 1."""
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab_size:
+        raise ValueError(
+            f"codes run from {int(codes.min())} to {int(codes.max())}, this tokenizer has 0..{vocab_size - 1}; "
+            "were they made with another tokenizer?"
+        )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.pixels import check_codes, check_values
 from nar.tokenizer.quantize import VectorQuantizer, draw_codes
 
 NORMS = ("none", "layer", "layer_all", "batch", "batch_all")
@@ -220,11 +221,7 @@ class VideoTokenizer(nn.Module):
         config = self.config
         if tuple(codes.shape[1:]) != config.grid:
             raise ValueError(f"codes must be (batch, {', '.join(map(str, config.grid))}), not {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < config.vocab_size:
-            raise ValueError(
-                f"codes run from {int(codes.min())} to {int(codes.max())}, this tokenizer has "
-                f"0..{config.vocab_size - 1}; were they made with another tokenizer?"
-            )
+        check_codes(codes, config.vocab_size)
         return self._decode(self.quantizer.decode(codes), config.num_frames if num_frames is None else num_frames)
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
@@ -296,12 +293,7 @@ class VideoTokenizer(nn.Module):
                 f"clips have {frames} frames, this tokenizer reads up to {config.num_frames}, in multiples of "
                 f"{config.temporal_patch_size}; cut them, or repeat the last frame"
             )
-        if not clips.is_floating_point():
-            raise ValueError(f"clips must be float in -1..1, not {clips.dtype}; use x / 127.5 - 1")
-        if clips.numel():
-            low, high = (float(value) for value in torch.aminmax(clips.detach()))
-            if not (low >= -1.5 and high <= 1.5):  # also false for NaN
-                raise ValueError(f"clip values run from {low:.3g} to {high:.3g}, -1..1 is expected; use x / 127.5 - 1")
+        check_values(clips, "clips")
 
 
 class Bidirectional(nn.Sequential):
