@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (fas
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, with a traceback only under --debug."""
+    _keep_freed_memory()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
@@ -61,6 +63,20 @@ def _root(
         typer.echo(__version__)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the buffers of up to 32 MB that PyTorch frees, instead of asking for zeroed pages each time.
+
+    On one core, encoding 64 clips took 0.75 of the time, a training step of a tokenizer 0.97 (two runs, alternating).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another C library: nothing to tune
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    for parameter, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_threshold, 2**25)):
+        mallopt(parameter, value)
 
 
 def sizes(text: str) -> tuple[int, ...]:
