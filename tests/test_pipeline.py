@@ -122,5 +122,9 @@ def test_models_are_found_or_named(toy_folder: Path, tmp_path: Path) -> None:
 def test_bundled_models_draw(name: str) -> None:
     pipe = Pipeline.from_pretrained(name, device="cpu")
     assert pipe.class_names
-    images = pipe(list(range(3)), seed=0, output_type="np").images
-    assert images.std() > 20, "pictures, not a flat colour"
+    out = pipe(list(range(3)), seed=0, output_type="np")
+    made = out.videos if pipe.makes_clips else out.images
+    assert made.shape == (3, *pipe.pixel_shape, 3)
+    assert made.std() > 20, "pictures, not a flat colour"
+    if pipe.makes_clips:
+        assert np.abs(np.diff(made.astype(float), axis=1)).mean() > 1, "clips that move"
