@@ -41,7 +41,7 @@ LARP: dict[str, Any] = {
 CAUSAL: dict[str, Any] = {
     "causal_tokenizer": {
         "vocab_size": 64, "code_dim": 4, "frames_per_code": 7, "channels": 16, "num_blocks": 1, "dim": 32,
-        "num_heads": 2, "hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 1,
+        "num_heads": 2, "hidden_dim": 32, "num_encoder_blocks": 1, "num_decoder_blocks": 1,
     },
     "tokenizer_loss": {"l1": 0.2, "l2": 1.0, "restart_every": 3},
 }  # fmt: skip
