@@ -31,7 +31,7 @@ ROTATION_BASE = 100.0  # code grids are small: 10,000, as for text, would leave 
 
 @dataclass(frozen=True)
 class CausalTokenizerConfig:
-    """Sizes of a causal tokenizer; the defaults, 2.9 M parameters, make 4x8x8 codes of 16 frames of 64x64.
+    """Sizes of a causal tokenizer; the defaults, 2.8 M parameters, make 4x8x8 codes of 16 frames of 64x64.
 
     `frames_per_code` frames share a grid of codes, after the first frame, which has one alone. `fold` pixels a side
     become channels before the first convolution: `num_blocks` convolutional blocks of `channels` work at that
