@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nar.attention import Cache, RMSNorm, rotate, rotations
+from nar.attention import Attention, Cache, RMSNorm, _attend_learning, rotate, rotations
 
 
 def test_pairs_are_split_evenly_with_the_remainder_to_the_last_axes() -> None:
@@ -69,3 +70,27 @@ def test_a_compiler_sees_the_same_rotation() -> None:
     """Compilers get real products, because they have no code for complex ones."""
     x, phases = torch.randn(2, 5, 2, 3, 8), rotations(torch.arange(5)[:, None], 8, 100.0)
     torch.testing.assert_close(torch.compile(rotate, backend="eager", fullgraph=True)(x, phases), rotate(x, phases))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_learning_attention_has_the_values_and_gradients_of_the_fused_kernel(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 3, 7, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    mask = None
+    if masked:  # broadcast over heads, and different for the samples of the batch
+        mask = (torch.rand(2, 1, 7, 7, generator=generator) < 0.5) | torch.eye(7, dtype=torch.bool)
+    weights = torch.randn(2, 3, 7, 8, generator=generator, dtype=torch.float64)
+    found = []
+    for attend in (_attend_learning, F.scaled_dot_product_attention):
+        values = attend(*parts, mask)
+        found.append((values, *torch.autograd.grad((values * weights).sum(), parts)))
+    for ours, fused in zip(*found, strict=True):
+        assert torch.allclose(ours, fused, atol=1e-10)
+
+
+def test_attention_learns_what_it_infers() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2), torch.randn(2, 5, 16)
+    learned = attention(x, None, None)
+    with torch.no_grad():
+        assert torch.allclose(attention(x, None, None), learned, atol=1e-6)
