@@ -135,6 +135,7 @@ def test_other_settings_are_shown_and_need_override(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weight_decay: 0\.05 -> 0\.1; seed: 0 -> 1; use another run=DIR, or --over"):
         run_recipe(str(path), changed)
     assert run_recipe(str(path), changed, override=True)
+    assert run_recipe(str(path), [changed[0], "about=other words", "keep_last=1", "log_every=7", "checkpoint_every=9"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from nar.training.ema import update_average
 from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
 NUM_DRAWS = 6  # uniform numbers that each sample gets
+_FREE = {"about", "prompts", "keep_last", "log_every", "checkpoint_every"}  # settings that touch no weights
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def train(
     """Train to the end of the plan; returns the folder of the final model, `run/model`.
 
     Returns None when SIGTERM came: then the state is saved. `config` is stored in the checkpoint; a resumed run whose
-    config differs is refused unless `override`.
+    config differs in what touches the weights is refused unless `override`.
 
     Raises:
         ValueError: the config differs from the one that the run was started with, or the batch can't be split.
@@ -193,7 +194,7 @@ def train(
     first_step, seconds, lowest = 0, 0.0, math.inf
     if found := checkpoints.all():
         record = read_record(found[-1])
-        changed = difference(record["config"], config)
+        changed = difference(*({k: v for k, v in c.items() if k not in _FREE} for c in (record["config"], config)))
         if changed and not override:
             raise ValueError(
                 f"{run} was started with other settings: {'; '.join(changed)}; "
