@@ -52,7 +52,7 @@ def test_prompts_on_a_sheet(run: Run, words_folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_file_of_prompts(run: Run, words_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red apple\n\n  octopus \r\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffa red apple\n\n  octopus \r\n", encoding="utf-8")
     options = ("--prompts-file", tmp_path / "prompts.txt", "--prompt", "cross", "-n", 1, "--seed", 3)
     run("sample", words_folder, *options, "--negative-prompt", "blue", "-o", tmp_path / "folder")
     records = json.loads((tmp_path / "folder/samples.json").read_text())
@@ -87,6 +87,7 @@ def test_clips_in_every_form(run: Run, clips_folder: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(as_array(tmp_path / "folder/000000"), expected[0])
     (record,) = json.loads((tmp_path / "folder/samples.json").read_text())
     assert (record["file"], record["frame_rate"]) == ("000000", 5.0)
+    assert record["prompt"] == record["label"]
     for name in ("a.gif", "a.webp", "a.mp4"):
         run(*options, "-o", tmp_path / name)
         assert as_array(tmp_path / name).shape == (5, 8, 8, 3)
@@ -125,7 +126,7 @@ def test_frames_are_continued(run: Run, clips_folder: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(arrays["arr_0"][0, :5], start)
 
 
-def test_geneval_layout(run: Run, words_folder: Path, tmp_path: Path) -> None:
+def test_geneval_layout(run: Run, words_folder: Path, clips_folder: Path, tmp_path: Path) -> None:
     lines = [{"tag": "color", "prompt": "a red apple"}, {"tag": "single", "prompt": "octopus"}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ("sample", words_folder, "--geneval", tmp_path / "metadata.jsonl", "-n", 3, "-o", tmp_path / "out")
@@ -145,6 +146,11 @@ def test_geneval_layout(run: Run, words_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/00000").stat().st_mtime_ns == stamp
     assert (tmp_path / "out/00001/samples/0001.png").is_file()
     assert "holds parts of another set: seed 0 instead of 1" in run(*command, "--seed", 1, code=2)
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert settings["text_encoder_sha256"] == pipe.text_encoder().digest
+    assert "this model makes clips" in run("sample", clips_folder, *command[2:], code=2)
+    (tmp_path / "file").touch()
+    assert "must be a folder, and is a file" in run(*command[:-1], tmp_path / "file", code=2)
 
 
 def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
@@ -166,7 +172,29 @@ def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: 
         ((clips_folder, "--frames", tmp_path / "none.gif", *out), "none.gif"),
         (
             (words_folder, "--prompt", "a", "--geneval", tmp_path / "m", *out),
-            "--labels and --geneval say what",
+            "--geneval says what is drawn: leave out --prompt",
+        ),
+        (
+            (
+                words_folder,
+                "--labels",
+                "prompts",
+                "-n",
+                4,
+                "--fps",
+                3,
+                "--num-frames",
+                9,
+                "--negative-prompt",
+                "b",
+                *out,
+            ),
+            "--labels prompts says what is drawn: leave out --fps, --negative-prompt, --num-frames, -n",
+        ),
+        ((words_folder, "--labels", "prompts", *out), "give --prompts-file FILE"),
+        (
+            (words_folder, "--labels", "balanced", "--geneval", tmp_path / "m", *out),
+            "--geneval says what is drawn: leave out --labels",
         ),
         ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "takes no prompts"),
         ((words_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "is no text encoder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,18 @@ def test_any_number_of_frames_that_was_trained(partly: Pipeline) -> None:
     codes = partly(frames=clips[1], seed=1, output_type="codes").videos  # no class: the null class
     with torch.no_grad():
         pixels = torch.from_numpy(clips[1]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        assert torch.equal(codes[:, :1], partly.tokenizer.encode(pixels)), "codes of given frames are kept"
+        given = partly.tokenizer.encode(pixels)
+    assert torch.equal(codes[:, :1], given), "codes of given frames are kept"
+    known = torch.full((1, 3, 2, 2), -1)
+    known[:, :, 0, 0] = 5
+    codes = partly(frames=clips[1], seed=1, output_type="codes", known=known).videos
+    assert torch.equal(codes[:, :1], given), "beside known codes too"
+    assert (codes[:, 1:, 0, 0] == 5).all()
+    known[0, 2, 1, 1] = 99
+    with pytest.raises(ValueError, match="known holds 99; codes are 0 to 23, and -1 where free"):
+        partly(frames=clips[1], seed=1, known=known)
+    with pytest.raises(ValueError, match=r"grid \(3, 4, 4\) does not fit this model: it reads given frames"):
+        partly.at_grid((3, 4, 4))
 
 
 def test_what_is_not_given_is_not_seen(partly: Pipeline) -> None:
@@ -217,6 +229,34 @@ def test_frames_from_files(partly: Pipeline, tmp_path: Path, form: str) -> None:
     assert len(video) == 5
 
 
+@pytest.mark.parametrize("form", ["start.gif", "start.webp", "start.mp4"])
+@pytest.mark.parametrize("frame_rate", [5.3, 8.0])
+def test_a_clip_is_read_at_the_rate_of_the_model(tmp_path: Path, form: str, frame_rate: float) -> None:
+    levels = np.repeat(np.linspace(20, 230, 6), (1, 3, 2, 1, 4, 5)).astype(np.uint8)  # formats leave repetitions out
+    clip = np.broadcast_to(levels[:, None, None, None], (16, 16, 16, 3))
+    save_clip(clip, tmp_path / form, frame_rate=frame_rate)
+    read = as_array(tmp_path / form, (8, 8), frame_rate=frame_rate)
+    assert read.shape == (16, 8, 8, 3)
+    assert abs(read.astype(int) - clip[:, :8, :8]).max() <= 4
+    save_clip(clip, tmp_path / form, frame_rate=10)
+    half = as_array(tmp_path / form, frame_rate=5)
+    assert abs(half.astype(int) - clip[::2]).max() <= 4
+
+
+def test_many_frames_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = np.repeat(np.arange(40, dtype=np.uint8), 48).reshape(40, 4, 4, 3)
+    save_clip(clip, tmp_path / "frames", frame_rate=8)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 10, limits[1]))
+    try:
+        np.testing.assert_array_equal(as_array(tmp_path / "frames"), clip)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr("nar.clips.MOST_FRAMES", 39)
+    with pytest.raises(ValueError, match="has 40 frames; cut out what is to be continued, at most 39"):
+        as_array(tmp_path / "frames")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -225,7 +265,7 @@ def test_frames_from_files(partly: Pipeline, tmp_path: Path, form: str) -> None:
         ({"frames": random_clip(1)}, "has 1 frames, this model needs at least 2"),
         ({"frames": random_clip(3), "num_frames": 3}, "num_frames 3 must be more than the 3 that are given"),
         ({"frames": random_clip(3).astype(np.float32)}, "frames must be uint8"),
-        ({"frames": []}, "the 0 frames of a clip must be at least one"),
+        ({"frames": []}, "the frames of a clip must be at least one"),
         ({"frames": random_clip(3), "num_frames": 9, "output_type": "codes"}, "codes are those of one pass"),
         ({"frames": [random_clip(3), random_clip(4)], "output_type": "np"}, "several lengths: set num_frames"),
         ({"frames": random_clip(3), "guidance_scale": 2.0}, "this model's only condition is given frames"),

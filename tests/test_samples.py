@@ -81,7 +81,10 @@ def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
             "even does not exist; classes are read from a folder",
         ),
         (["--labels", "random", "-o", "a.png"], "must end in .npz"),
-        (["--labels", "random", "--class-label", "0", "-o", "a.npz"], "they go with no --class-label"),
+        (
+            ["--labels", "random", "--class-label", "0", "-o", "a.npz"],
+            "--labels random says what is drawn: leave out --class-label",
+        ),
     ):
         output = str(tmp_path / options.pop())
         assert message in nar("sample", model, *options, output, code=2)
@@ -144,9 +147,13 @@ def test_a_set_of_prompts(words_folder: Path, tmp_path: Path, monkeypatch: pytes
         expected = pipe(prompt=prompts, seed=5, output_type="np").images
         assert abs(made["arr_0"].astype(int) - expected).max() <= 1
         assert made["labels"].tolist() == [-1] * 4
-    assert "--labels prompts with --prompts-file" in nar(
-        "sample", words_folder, "--labels", "prompts", "-o", tmp_path / "x.npz", code=2
-    )
+    with pytest.raises(ValueError, match="4 prompts for 5 pictures: give one for each"):
+        sample_set(pipe, tmp_path / "set.npz", 5, "prompts", prompts=prompts)
+
+
+def test_words_need_a_model_that_reads_them(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this model takes no prompts; it takes class labels"):
+        sample_set(Pipeline.from_pretrained(model), tmp_path / "set.npz", 2, "prompts", prompts=["a red apple", "b"])
 
 
 def test_a_set_of_clips(clips_folder: Path, tmp_path: Path) -> None:

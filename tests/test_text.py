@@ -33,6 +33,8 @@ def reference(folder: Path, kind: str, ids: list[int]) -> torch.Tensor:
         model = transformers.CLIPModel.from_pretrained(folder).text_model
     elif kind == "bert":
         model = transformers.BertModel.from_pretrained(folder)
+    elif kind == "bart":
+        model = transformers.BartModel.from_pretrained(folder).encoder
     else:
         model = transformers.GemmaForCausalLM.from_pretrained(folder).model
     with torch.no_grad():
@@ -131,6 +133,13 @@ def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, mon
     with pytest.raises(ValueError, match="can't read the text encoder"):
         TextEncoder.from_pretrained(broken).encode(["red"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    wordless = shutil.copytree(folders["t5"], tmp_path / "wordless")
+    (wordless / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no vocabulary \(tokenizer\.json, .* copy the encoder's tokenizer there"):
+        TextEncoder.from_pretrained(wordless)
+    (wordless / "spiece.model").write_bytes(b"words")
+    with pytest.raises(ModuleNotFoundError, match="needs sentencepiece: pip install sentencepiece"):
+        TextEncoder.from_pretrained(wordless)
     with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[text\]"):
         TextEncoder.from_pretrained("minilm")
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -178,6 +187,12 @@ def test_only_new_captions_are_encoded(
     anywhere = TextEncoderConfig(str(folders["bert"]), 8)
     assert len(found(anywhere, ["a red apple", "blue"], tmp_path) or ()) == 4
     assert found(anywhere, ["square"], tmp_path) is None
+    sorted(second.folder.glob("part-*"))[0].unlink()
+    asked.clear()
+    for _ in range(2):  # a part that went missing costs nothing but itself
+        again = cached(encoder, ["red", "blue", "green", "a red apple"], tmp_path, quiet=True)
+    assert asked == ["red", "blue"]
+    assert torch.equal(again.read(["green"])[0], first.read(["green"])[0])
     damaged = next(second.folder.glob("part-*"))
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(ValueError, match="delete it"):

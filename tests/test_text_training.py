@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nar import cli
+from nar import Pipeline, cli
 from nar.condition import TextCondition
 from nar.config import load
 from nar.data.codes import Codes
@@ -31,6 +31,7 @@ from nar.training.models import ModelTask, token_losses
 from nar.training.recipe import Recipe
 from nar.training.samples import composed_codes, without_styles
 from nar.training.tasks import run_recipe
+from nar.training.words import Text
 from text_encoders import tiny_encoder
 from training_runs import equal, losses, nar, recipe, weights
 
@@ -85,6 +86,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(words_recipe(folder, num_images=150 * 32, checkpoint_every=1000, log_every=10)), [f"run={folder / 'run'}"]
     )
     return folder / "run"
+
+
+def test_captions_that_clean_to_nothing_are_the_null_condition(encoder_folder: Path, tmp_path: Path) -> None:
+    captions = ["red", " ", "\x07", "http://example.org"]
+    for clean, blank in ((False, [False, True, True, False]), (True, [False, True, True, True])):
+        config = TextEncoderConfig(str(encoder_folder), 8, clean)
+        text = Text(config, captions, kind="cached", folders=[tmp_path], workers=Workers(0, 1, torch.device("cpu")))
+        assert text.condition(text.places(captions)).null.tolist() == blank
+
+
+def test_low_rank_additions_to_a_model_of_words(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    path = words_recipe(tmp_path, num_images=32)
+    adapted = run_recipe(str(path), [f"run={tmp_path / 'run'}", f"init={trained / 'model'}", "lora_rank=2"])
+    assert adapted is not None
+    assert len(Pipeline.from_pretrained(adapted)(prompt="red", seed=0).images) == 1
 
 
 def test_captions_are_learned(trained: Path) -> None:

@@ -16,6 +16,7 @@ KINDS = {  # special tokens before and after a caption's own
     "clip": (1, 1),
     "bert": (1, 1),
     "gemma": (1, 0),
+    "bart": (1, 1),
 }
 
 
@@ -31,6 +32,10 @@ def tiny_encoder(folder: Path, kind: str, *, seed: int = 0) -> Path:
         text = {**usual, **sizes, "bos_token_id": 2, "max_position_embeddings": 32}
         vision = {**usual, "image_size": 8, "patch_size": 4}
         model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    elif kind == "bart":
+        halves = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+        config = transformers.BartConfig(**sizes, **halves, d_model=16, max_position_embeddings=32)
+        model = transformers.BartModel(config)
     elif kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**usual, **sizes, max_position_embeddings=32))
     else:

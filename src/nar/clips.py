@@ -6,14 +6,13 @@ frames and pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -32,50 +31,68 @@ def several(frames: Frames) -> list[Frames]:
     return [frames] if single or first is None else list(frames)
 
 
-def as_array(frames: Frames) -> np.ndarray:
-    """Any way to give a clip as uint8 (T, H, W, 3); Pillow's transparent pixels become white."""
-    if isinstance(frames, str | Path):
-        return _read_file(Path(frames))
-    if isinstance(frames, np.ndarray):
-        clip = frames
-    else:
-        from nar.data.sources import to_rgb
+def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate: float | None = None) -> np.ndarray:
+    """Any way to give a clip as uint8 (T, H, W, 3); Pillow's transparent pixels become white.
 
-        listed = [
-            np.asarray(to_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame) for frame in frames
-        ]
-        if len({frame.shape for frame in listed}) != 1:
-            raise ValueError(f"the {len(listed)} frames of a clip must be at least one, and of one size")
-        clip = np.stack(listed)
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {clip.dtype} {clip.shape}")
-    return clip
+    With `size` (H, W) it is the middle of each frame, resized where it has another size. With `frame_rate` videos and
+    animations, which say when their frames are shown, are read at so many frames a second.
+    """
+    if isinstance(frames, np.ndarray) and (frames.ndim != 4 or not len(frames)):
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
+    clip: list[np.ndarray] = []
+    shapes = set()
+    for frame in _each(frames, frame_rate or 0.0):
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 (H, W, 3), not {frame.dtype} {frame.shape}")
+        shapes.add(frame.shape)
+        clip.append(frame if size is None else _fitted(frame, size))
+        if len(shapes) > 1:
+            break
+    if len(shapes) != 1:
+        raise ValueError(f"the frames of a clip must be at least one, and of one size, not {sorted(shapes)}")
+    return np.stack(clip)
 
 
-def _read_file(path: Path) -> np.ndarray:
-    from nar.data.video import read_clip, timeline
+def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
+    """The frames (H, W, 3) one by one, so that no long clip is held at its full size."""
+    from nar.data.sources import to_rgb
+    from nar.data.video import frames as decoded
+    from nar.data.video import timeline
 
+    if not isinstance(frames, str | Path):
+        for frame in frames:
+            yield np.asarray(to_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame)
+        return
+    path = Path(frames)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
         if not files:
             raise ValueError(f"{path} holds no frames: {', '.join(FRAME_SUFFIXES)} files, in the order of their names")
-        return as_array([Image.open(file) for file in files])
-    if (count := len(timeline(path).times)) > MOST_FRAMES:
+        _check_count(path, len(files))
+        for file in files:
+            with Image.open(file) as picture:
+                yield np.asarray(to_rgb(picture))
+        return
+    rows = timeline(path).steady_rows(frame_rate)
+    _check_count(path, len(rows))
+    yield from decoded(path, rows.tolist())
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MOST_FRAMES:
         raise ValueError(f"{path} has {count} frames; cut out what is to be continued, at most {MOST_FRAMES} frames")
-    return read_clip(path)
 
 
-def fitted(clip: np.ndarray, size: tuple[int, ...]) -> Tensor:
-    """uint8 (T, H, W, 3) to float -1..1 (3, T, *size): the middle, resized where it has another size."""
+def _fitted(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of a frame (H, W, 3), resized to `size` where it has another."""
     height, width = size
-    if clip.shape[1:3] != (height, width):
-        factor = min(clip.shape[1] / height, clip.shape[2] / width)
-        box_height, box_width = height * factor, width * factor
-        top, left = (clip.shape[1] - box_height) / 2, (clip.shape[2] - box_width) / 2
-        box = (left, top, left + box_width, top + box_height)
-        resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box) for frame in clip]
-        clip = np.stack([np.asarray(frame) for frame in resized])
-    return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))).float() / 127.5 - 1
+    if frame.shape[:2] == size:
+        return frame
+    factor = min(frame.shape[0] / height, frame.shape[1] / width)
+    box_height, box_width = height * factor, width * factor
+    top, left = (frame.shape[0] - box_height) / 2, (frame.shape[1] - box_width) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box))
 
 
 def save_clip(frames: Frames, path: Path, *, frame_rate: float) -> None:

@@ -511,10 +511,16 @@ class Transformer(nn.Module):
         """The same weights, shared and not copied, for another grid.
 
         Raises:
-            ValueError: another number of axes, or position embeddings that exist for one grid only.
+            ValueError: another number of axes, position embeddings that exist for one grid only, or given frames, whose
+                codes have the size that the model was trained for.
         """
         if tuple(grid) == self.config.grid:
             return self
+        if self.config.prefix_grid:
+            raise ValueError(
+                f"grid {tuple(grid)} does not fit this model: it reads given frames of {self.config.prefix_grid} codes "
+                f"beside a grid of {self.config.grid}, and no other"
+            )
         if self.config.positions != "rope" or len(grid) != len(self.config.grid):
             raise ValueError(
                 f"grid {tuple(grid)} does not fit this model: it has {self.config.positions} positions "

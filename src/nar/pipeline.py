@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nar.clips import Frames, as_array, fitted, several
+from nar.clips import Frames, as_array, several
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondition
 from nar.config import suggestion
 from nar.folder import CONFIG, from_dict, read_config
@@ -34,6 +34,7 @@ from nar.window import Window
 
 BUNDLED = Path(__file__).parent / "bundled"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
 Callback = Callable[["Pipeline", int, Tensor], None]
@@ -120,7 +121,8 @@ class Pipeline:
     Args:
         text: the encoder for prompts: loaded at the first prompt when given as its config.
         given_frames: numbers of frames that frame prediction was trained to continue; see `nar.window.Window`.
-        frame_rate: of clips, frames per second.
+        frame_rate: of clips, frames per second. Where it is known, files with given frames are read at it; None stands
+            for 8, and for frames as they are.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class Pipeline:
         *,
         text: TextEncoderConfig | Encoder | None = None,
         given_frames: Sequence[int] = (),
-        frame_rate: float = 8.0,
+        frame_rate: float | None = None,
     ) -> None:
         if tokenizer.config.vocab_size != model.config.vocab_size:
             raise ValueError(
@@ -147,7 +149,7 @@ class Pipeline:
         self.text = text
         self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
         self.window = Window(model, tokenizer, given_frames)
-        self.frame_rate = frame_rate
+        self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
 
     @classmethod
     def from_pretrained(
@@ -188,7 +190,7 @@ class Pipeline:
             from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
             text=from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,
             given_frames=config.get("given_frames", ()),
-            frame_rate=config.get("frame_rate", 8.0),
+            frame_rate=config.get("frame_rate"),
         )
 
     def at_grid(self, grid: Sequence[int]) -> Pipeline:
@@ -200,7 +202,7 @@ class Pipeline:
             self.sampling,
             text=self.text,
             given_frames=self.window.counts,
-            frame_rate=self.frame_rate,
+            frame_rate=self._trained_rate,
         )
 
     @property
@@ -286,11 +288,11 @@ class Pipeline:
             negative_prompt: words that guidance leads away from, in place of the model's null condition.
             frames: a clip to continue, or a list with one for each result: a file, Pillow pictures, or uint8
                 (T, H, W, 3). Its last frames are the condition; the result begins with all of them, as given (cut and
-                resized to the model's size where they have another).
+                resized to the model's size where they have another). Files are read at the model's frame rate.
             num_frames: length of the clips, those given included. By default what one pass of the model adds. Longer
                 ones are drawn in several passes, each of which sees only the last frames of what is there.
             guidance_scale: 1.0 is off.
-            known: codes (number of pictures, *grid) kept as given, -1 where free.
+            known: codes (number of pictures, *grid) kept as given, -1 where free; given frames come first.
             output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where
                 undecided.
@@ -472,7 +474,11 @@ class Pipeline:
         told = any(request.label >= 0 or _says(request.prompt) for request in batch)
         if negative is None and not told and (self.model.config.num_classes or self.model.config.text_dim):
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the null condition, led away from itself
-        known = self.window.known(condition) if known is None else known
+        given = self.window.known(condition)
+        if known is None or given is None:
+            known = given if known is None else known
+        else:
+            known = torch.where(given >= 0, given, known.to(given.device))
         codes = torch.empty(0)
         for front, codes in generate_fronts(
             self.model, condition, sampling, negative=negative, seed=seed, indices=indices, known=known,
@@ -503,7 +509,9 @@ class Pipeline:
 
     def _read(self, frames: Frames) -> Tensor:
         """A clip as float -1..1 (3, T, H, W) of the model's size."""
-        return fitted(as_array(frames), self.pixel_shape[1:]).to(self.model.device)
+        _, height, width = self.pixel_shape
+        clip = torch.from_numpy(as_array(frames, (height, width), frame_rate=self._trained_rate))
+        return clip.permute(3, 0, 1, 2).to(self.model.device).float() / 127.5 - 1
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, *, exact: bool = False) -> Tensor:
@@ -526,11 +534,6 @@ class Pipeline:
             hidden = (codes < 0)[:, None].float().to(pixels.device)
             pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
         return _as_output(list(pixels), output_type)
-
-    def growing(self, fronts: Sequence[Tensor]) -> Iterator[list[Image.Image]]:
-        """The pictures after each front, given the codes that the callback saw."""
-        for codes in fronts:
-            yield self.pictures(codes)
 
 
 def _as_output(pixels: Sequence[Tensor], output_type: str) -> Any:

@@ -63,27 +63,18 @@ def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: in
 
 
 class Drawn:
-    """Pictures or clips that are drawn when they are read, in batches uint8 (B, [T,] H, W, 3): one of each label.
+    """Pictures or clips that are drawn when they are read, in batches uint8 (B, [T,] H, W, 3): one of each request.
 
     Picture i depends on (seed, i) only. The length is the number of pictures.
     """
 
     def __init__(
-        self,
-        pipe: Pipeline,
-        labels: np.ndarray,
-        sampling: Sampling,
-        *,
-        seed: int,
-        batch_size: int,
-        prompts: Sequence[str] | None = None,
+        self, pipe: Pipeline, requests: Sequence[Request], sampling: Sampling, *, seed: int, batch_size: int
     ) -> None:
-        self.pipe, self.labels, self.sampling, self.seed, self.batch_size = pipe, labels, sampling, seed, batch_size
-        told = zip(labels.tolist(), prompts or [""] * len(labels), strict=True)
-        self.requests = [Request(label, prompt) for label, prompt in told]
+        self.pipe, self.requests, self.sampling, self.seed, self.batch_size = pipe, requests, sampling, seed, batch_size
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.requests)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.part(0, len(self))
@@ -130,16 +121,22 @@ def sample_set(
     drawn, and `labels` is only what the set is called.
 
     Raises:
-        ValueError: the model has no classes, or the parts on disk were made with other settings.
+        ValueError: the model has no classes, or reads no words; or the parts on disk were made with other settings.
     """
     if output.suffix != ".npz":
         raise ValueError(f"output {output} must end in .npz for a set of pictures")
     sampling = sampling or pipe.sampling
-    chosen = np.full(count, NULL_CLASS) if prompts is not None else set_labels(pipe, labels, count, seed)
-    drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size, prompts=prompts)
+    if prompts is None:
+        chosen = set_labels(pipe, labels, count, seed)
+        requests = [Request(label) for label in chosen.tolist()]
+    elif len(prompts) != count:
+        raise ValueError(f"{len(prompts)} prompts for {count} pictures: give one for each")
+    else:
+        chosen, requests = np.full(count, NULL_CLASS), pipe.requests(prompt=prompts)
+    drawn = Drawn(pipe, requests, sampling, seed=seed, batch_size=batch_size)
     chunk = max(1, CHUNK // (pipe.pixel_shape[0] if pipe.makes_clips else 1))
     parts = output.with_name(f".{output.name}.parts")
-    kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(drawn.labels.tobytes()).hexdigest()[:12]}"
+    kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(chosen.tobytes()).hexdigest()[:12]}"
     known = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
     known |= settings or {}
     if prompts is not None:
@@ -164,7 +161,7 @@ def sample_set(
                 bar.update(end - start)
     wait()
     if rank == 0:
-        _join(parts, output, drawn.labels, known)
+        _join(parts, output, chosen, known)
     wait()
     return output
 
@@ -229,8 +226,13 @@ def geneval_set(
     `samples/0000.png` and on. Prompts that are complete are left alone; process `rank` makes every `num_processes`-th.
 
     Raises:
-        ValueError: a line without a prompt, or a folder that holds pictures of other settings.
+        ValueError: a line without a prompt, a model of clips, or an output that is a file or holds pictures of other
+            settings.
     """
+    if pipe.makes_clips:
+        raise ValueError("GenEval judges pictures: this model makes clips")
+    if output.is_file():
+        raise ValueError(f"output {output} must be a folder, and is a file")
     lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = []
     for number, line in enumerate(lines, 1):

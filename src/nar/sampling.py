@@ -131,8 +131,8 @@ def generate_fronts(
         session: memory and graphs to use again; by default those of this call alone.
 
     Raises:
-        ValueError: guidance without a null condition, `known` of another grid, or a condition that the model does not
-            take.
+        ValueError: guidance without a null condition, `known` of another grid or with codes that the model does not
+            have, or a condition that it does not take.
     """
     for front, tokens in _steps(model, condition, sampling or Sampling(), negative, seed, indices, known, session):
         yield Front(front, model.in_raster(tokens))
@@ -262,6 +262,10 @@ def _steps(
         raise ValueError("this session belongs to another model")
     schedule = model.layout.schedule
     batch = len(parts(condition)[0])
+    if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
+        raise ValueError(
+            f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1}, and -1 where free"
+        )
     embedded, key_mask = model.embed(condition)
     if last_guided(sampling, schedule) >= 0:
         other, other_mask = model.embed(_null(model, condition) if negative is None else negative)

@@ -385,12 +385,13 @@ def _drawn(
     pipe: Pipeline, number: int | None, labels: str | Sequence[str], sampling: Any, seed: int, batch_size: int
 ) -> tuple[Drawn, list[int] | None]:
     """Pictures that are drawn as they are read, and which real ones they are paired with, where they are."""
+    from nar.pipeline import Request
     from nar.samples import Drawn, paired_places, set_labels
 
     paired = None if isinstance(labels, str) else paired_places(len(labels), number or NUMBER)
     count = number or (NUMBER if paired is None else len(paired))
-    chosen = set_labels(pipe, labels, count, seed)
-    drawn = Drawn(pipe, chosen, sampling, seed=seed, batch_size=batch_size)
+    requests = [Request(label) for label in set_labels(pipe, labels, count, seed).tolist()]
+    drawn = Drawn(pipe, requests, sampling, seed=seed, batch_size=batch_size)
     return drawn, paired if paired is not None and len(paired) < len(labels) else None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
 
 PICTURES, CLIPS = (".png", ".gif", ".npz", ""), (".png", ".gif", ".mp4", ".webp", ".npz", "")
+EACH = 4  # pictures of everything that is asked for, where nothing says how many
 SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 
 
@@ -61,8 +62,11 @@ def sample(
         ),
     ] = None,
     number: Annotated[
-        int, typer.Option("--number", "-n", min=1, help="Pictures of each class, prompt or clip; in all with --labels.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--number", "-n", min=1, help="Pictures of each class, prompt or clip, by default 4; in all with --labels."
+        ),
+    ] = None,
     drawn_labels: Annotated[
         str | None,
         typer.Option(
@@ -112,19 +116,25 @@ def sample(
     """Draw pictures or clips with a model."""
     values = (guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
     given: dict[str, Any] = {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
-    told = class_label or prompt or prompts_file or frames
     if drawn_labels is not None or geneval is not None:
         of_prompts = drawn_labels == "prompts"
-        if class_label or prompt or frames or gif or bool(prompts_file) != of_prompts:
-            raise ValueError(
-                "--labels and --geneval say what is drawn: they go with no --class-label, --prompt, --frames or --gif, "
-                "and --labels prompts with --prompts-file FILE"
-            )
+        unused = {
+            "--class-label": class_label, "--prompt": prompt, "--frames": frames, "--gif": gif or None, "--fps": fps,
+            "--negative-prompt": negative_prompt, "--num-frames": num_frames,
+            "--prompts-file": None if of_prompts else prompts_file, "-n": number if of_prompts else None,
+            "--labels": drawn_labels if geneval else None,
+        }  # fmt: skip
+        if wrong := [name for name, value in unused.items() if value is not None]:
+            told = "--geneval" if geneval else f"--labels {drawn_labels}"
+            raise ValueError(f"{told} says what is drawn: leave out {', '.join(wrong)}")
+        if of_prompts and prompts_file is None:
+            raise ValueError("--labels prompts draws one picture of each line of a file: give --prompts-file FILE")
         _sample_set(
             model, output, number, drawn_labels or "", _lines(prompts_file) if prompts_file else [], geneval, given,
             seed, grid, batch_size, device, dtype, text_encoder,
         )  # fmt: skip
         return
+    number = number or EACH
     _check_output(output)
     from time import perf_counter
 
@@ -141,16 +151,19 @@ def sample(
         raise ValueError("--gif shows pictures growing; for a clip as an animation give an output that ends in .gif")
     config = pipe.model.config
     prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
-    if not told and config.num_classes:
+    if config.num_classes and not (class_label or prompts or frames):
         class_label = [str(index) for index in range(min(10, config.num_classes))]
     fronts: dict[int, list[Any]] = {}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
-    steps = pipe.model.layout.schedule.num_steps
     started = perf_counter()
     count = max(len(class_label or ()), len(prompts), len(frames or ())) * number
-    with tqdm(total=count * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
+    total = None if num_frames else count * pipe.model.layout.schedule.num_steps  # long clips take several passes
+    steps = 0
+    with tqdm(total=total, desc="drawing", unit="step", leave=False, disable=None) as bar:
 
         def report(_: Pipeline, front: int, codes: Any) -> None:
+            nonlocal steps
+            steps += len(codes)
             bar.update(len(codes))
             if growing:
                 fronts.setdefault(front, []).append(codes.cpu())
@@ -174,29 +187,35 @@ def sample(
         "seed": seed,
         **dataclasses.asdict(dataclasses.replace(pipe.sampling, **given)),
         "negative_prompt": negative_prompt,
+        "num_frames": num_frames,
+        "text_encoder": text_encoder,
         "grid": list(config.grid),
         "dtype": dtype,
         "version": __version__,
     }
-    rate = fps or pipe.frame_rate
+    columns = {"class_label": class_label, "prompt": prompts, "frames": [str(path) for path in frames or ()]}
+    records = [
+        {"label": name, "index": index, **settings}
+        | {kind: values[index // number % len(values)] for kind, values in columns.items() if values}
+        for index, name in enumerate(result.names)
+    ]
     if pipe.makes_clips:
-        _write_clips(output, result, settings, rate)
+        _write_clips(output, result, records, fps or pipe.frame_rate)
     else:
-        _write(output, result, settings)
+        _write(output, result, records)
     written = [output]
     if growing:
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
         _write_growth(written[-1], pipe, fronts, result)
-    typer.echo(
-        f"{len(result.names)} {'clips' if pipe.makes_clips else 'pictures'} in {seconds:.1f} s, {steps} steps each"
-    )
+    kind = "clips" if pipe.makes_clips else "pictures"
+    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {steps / len(result.names):.0f} steps each")
     for path in written:
         typer.echo(f"wrote {path}")
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
@@ -207,19 +226,24 @@ def _lines(path: Path) -> list[str]:
 
 
 def _sample_set(
-    model: str, output: Path, number: int, labels: str, prompts: list[str], geneval: Path | None,
+    model: str, output: Path, number: int | None, labels: str, prompts: list[str], geneval: Path | None,
     given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
     text_encoder: str | None,
 ) -> None:  # fmt: skip
     from nar.cli.evaluate import real_classes
     from nar.pipeline import Pipeline, find_model
     from nar.samples import LABELS, geneval_set, made_by, sample_set
+    from nar.text import TextEncoder
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
         pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype, text_encoder=text_encoder)
         pipe = pipe if grid is None else pipe.at_grid(sizes(grid))
         settings = {"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))}
+        if pipe.model.config.text_dim and (prompts or geneval):
+            encoder = pipe.text_encoder()
+            settings["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
+        number = number or EACH
         options: dict[str, Any] = {
             "sampling": dataclasses.replace(pipe.sampling, **given), "seed": seed, "batch_size": batch_size,
             "rank": workers.rank, "num_processes": workers.count, "wait": workers.wait, "settings": settings,
@@ -262,7 +286,7 @@ def _check_output(output: Path) -> None:
         ) from error
 
 
-def _write(output: Path, result: Output, settings: dict[str, Any]) -> None:
+def _write(output: Path, result: Output, records: list[dict[str, Any]]) -> None:
     from nar.sheet import contact_sheet
 
     if output.suffix == ".png":
@@ -275,12 +299,12 @@ def _write(output: Path, result: Output, settings: dict[str, Any]) -> None:
             folder.mkdir()
             for index, image in enumerate(result.images):
                 image.save(folder / f"{index:06d}.png")
-            _write_records(folder, [f"{index:06d}.png" for index in range(len(result.images))], result, settings)
+            _write_records(folder, [{"file": f"{index:06d}.png"} | record for index, record in enumerate(records)])
 
         atomically(output, write)
 
 
-def _write_clips(output: Path, result: Output, settings: dict[str, Any], frame_rate: float) -> None:
+def _write_clips(output: Path, result: Output, records: list[dict[str, Any]], frame_rate: float) -> None:
     from nar.clips import save_clip
     from nar.sheet import film_strips, moving_sheet
 
@@ -297,8 +321,8 @@ def _write_clips(output: Path, result: Output, settings: dict[str, Any], frame_r
         def write(folder: Path) -> None:
             for index, clip in enumerate(clips):
                 save_clip(clip, folder / f"{index:06d}", frame_rate=frame_rate)
-            names = [f"{index:06d}" for index in range(len(clips))]
-            _write_records(folder, names, result, {**settings, "frame_rate": frame_rate})
+            named = [{"file": f"{index:06d}", "frame_rate": frame_rate} for index in range(len(clips))]
+            _write_records(folder, [name | record for name, record in zip(named, records, strict=True)])
 
         atomically(output, write)
 
@@ -311,12 +335,8 @@ def _write_array(output: Path, array: Any, result: Output) -> None:
     atomically(output, lambda path: np.savez_compressed(path, **arrays))
 
 
-def _write_records(folder: Path, files: list[str], result: Output, settings: dict[str, Any]) -> None:
+def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
     """`samples.json`: what each file is, and how it can be drawn again."""
-    records = [
-        {"file": file, "label": name, "index": index, **settings}
-        for index, (file, name) in enumerate(zip(files, result.names, strict=True))
-    ]
     (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 

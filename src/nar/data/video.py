@@ -24,6 +24,7 @@ from nar.data.sources import to_rgb
 SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".webp"})
 KINDS = ("start", "centre", "random", "all")
 File = str | Path | io.BytesIO
+_UNSTEADY = 0.1  # of its time: how much a frame may be late or early in a clip that counts as steady
 _UNTIMED_SECONDS = 0.1  # how long programs show a frame of a gif or webp that says 0
 
 
@@ -86,6 +87,18 @@ class Timeline:
             return np.arange(len(self.times))
         moments = np.arange(max(1, round(self.seconds * frame_rate))) / frame_rate
         return np.searchsorted(self.times, moments + 1e-6, side="right") - 1
+
+    def steady_rows(self, frame_rate: float) -> np.ndarray:
+        """The same, but where each frame is shown for about a whole number of times 1 / `frame_rate`, just so often.
+
+        Formats round: 16 frames at 5.3 a second are 180 ms each in a gif, and 15 by the clock. Frames that are like
+        the one before are left out of gif and webp, and their time is added to it.
+        """
+        counts = np.diff([*self.times, self.seconds]) * frame_rate
+        whole = np.round(counts)
+        if frame_rate and (np.abs(counts - whole) <= _UNSTEADY * whole).all():
+            return np.repeat(np.arange(len(self.times)), whole.astype(np.int64))
+        return self.rows(frame_rate)
 
 
 def read_clip(

@@ -47,6 +47,19 @@ class TextEncoderConfig:
     clean: bool = False
     digest: str = ""
 
+    def prepare(self, caption: str) -> str:
+        """What of a caption the tokenizer sees: without control characters, cleaned where that is asked for.
+
+        Of captions far beyond T tokens only the beginning is looked at.
+        """
+        if not isinstance(caption, str):
+            raise TypeError(f"a caption must be text, not {type(caption).__name__} ({caption!r})")
+        limit = LONGEST_TOKEN * (self.max_length or DEFAULT_LENGTH)
+        if len(caption) > limit:
+            caption = " ".join(caption[: 16 * limit].split())[:limit]
+        text = _CONTROL.sub(" ", caption)
+        return prepare_caption(text) if self.clean else text.strip()
+
 
 class TextEncoder:
     """Captions to left-padded token states. The weights are read at the first `encode`; `close` drops them again.
@@ -67,6 +80,10 @@ class TextEncoder:
         self.kind = str(sizes.model_type)
         text = getattr(sizes, "text_config", None) or sizes  # of a model of text and pictures, the half for text
         self.dim = int(getattr(text, "d_model", None) or text.hidden_size)
+        if not any(path for name in _VOCABULARY for path in folder.glob(name)):
+            raise ValueError(
+                f"{folder} has no vocabulary ({', '.join(_VOCABULARY)}); copy the encoder's tokenizer there"
+            )
         self._tokenizer = _understood(lambda: transformers.AutoTokenizer.from_pretrained(folder), folder)
         limit = min(int(self._tokenizer.model_max_length), _positions(text))
         if config.max_length > limit or config.max_length < 0:
@@ -137,17 +154,8 @@ class TextEncoder:
         self._module = None
 
     def prepare(self, caption: str) -> str:
-        """What of a caption the tokenizer sees: without control characters, cleaned where that is asked for.
-
-        Of captions far beyond T tokens only the beginning is looked at.
-        """
-        if not isinstance(caption, str):
-            raise TypeError(f"a caption must be text, not {type(caption).__name__} ({caption!r})")
-        limit = LONGEST_TOKEN * self.max_length
-        if len(caption) > limit:
-            caption = " ".join(caption[: 16 * limit].split())[:limit]
-        text = _CONTROL.sub(" ", caption)
-        return prepare_caption(text) if self.clean else text.strip()
+        """What of a caption the tokenizer sees, see `TextEncoderConfig.prepare`."""
+        return TextEncoderConfig(self.source, self.max_length, self.clean).prepare(caption)
 
     def blank(self, captions: Sequence[str]) -> Tensor:
         """Which captions (B,) bool say nothing: they are to be marked `null` in a `TextCondition`.
@@ -297,6 +305,8 @@ def _load(folder: Path, kind: str) -> torch.nn.Module:
     if missing or report["mismatched_keys"]:
         wrong = sorted([*missing, *map(str, report["mismatched_keys"])])
         raise ValueError(f"{folder} lacks weights of its encoder ({', '.join(wrong[:4])}, ...); copy it again")
+    if kind not in classes and getattr(module.config, "is_encoder_decoder", False):
+        module = module.get_encoder()  # the states of the other half are not those of the caption alone
     module.requires_grad_(False)
     return module.eval()  # type: ignore[no-any-return]
 
@@ -309,6 +319,10 @@ def _understood(read: Any, folder: Path) -> Any:
     try:
         return read()
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if any(folder.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+            raise ModuleNotFoundError(
+                f"the vocabulary in {folder} needs sentencepiece: pip install sentencepiece"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"transformers can't read the text encoder in {folder}: {reason}") from error
     finally:

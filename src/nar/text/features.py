@@ -80,7 +80,8 @@ class Features:
         """Add the token states (tokens, C) of captions."""
         ends = torch.tensor([len(state) for state in states]).cumsum(0)
         text = json.dumps(list(captions)).encode()
-        path = self.folder / f"part-{len(self._states):05d}.safetensors"
+        last = max((int(part.stem[5:]) for part in self.folder.glob("part-*.safetensors")), default=-1)
+        path = self.folder / f"part-{last + 1:05d}.safetensors"
         tensors = {
             "states": torch.cat(list(states)).clamp(-_LARGEST, _LARGEST).half().cpu(),
             "ends": ends,

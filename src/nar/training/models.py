@@ -285,7 +285,8 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         targets = ["qkv", "proj", "gate_up", "down"]
         adapter = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
         inject_adapter_in_model(adapter, model)
-        model.classes.weight.requires_grad_(True)
+        if model.config.num_classes:
+            model.classes.weight.requires_grad_(True)
     return model
 
 

@@ -88,7 +88,6 @@ class Text:
         """Encode `captions` where `kind` is "cached" and none of `folders` has them; the last one takes what is new."""
         self._numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         self._captions = list(self._numbers)
-        self._blank = torch.tensor([not caption.strip() for caption in self._captions], dtype=torch.bool)
         self._encoder: TextEncoder | None = None
         features = None
         if kind == "cached":
@@ -107,6 +106,7 @@ class Text:
         opened = features or self._encoder
         assert opened is not None
         self.config, self.dim = opened.config, opened.dim
+        self._blank = torch.tensor([not self.config.prepare(caption) for caption in self._captions])
         self._rows = None if features is None else features.rows(self._captions)
 
     def places(self, captions: Sequence[str]) -> np.ndarray:
