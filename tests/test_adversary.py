@@ -49,7 +49,39 @@ def test_it_learns_and_acts_from_its_steps_on() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_its_losses_are_told_and_looking_changes_nothing() -> None:
+    judge = adversary(adaptive=False)
+    before = {name: tensor.clone() for name, tensor in judge.discriminator.state_dict().items()}
+    judge.check(torch.zeros(1, 3, 2, 16, 16))  # a clip, frame by frame
+    assert all(torch.equal(tensor, before[name]) for name, tensor in judge.discriminator.state_dict().items())
+    assert judge.discriminator.training
+    assert judge.scalars() == {}
+    real, fake = torch.ones(4, 3, 16, 16), -torch.ones(4, 3, 16, 16, requires_grad=True)
+    loss = judge.loss(real, fake, fake.sum(), fake, 0)
+    learned = judge.update(torch.Generator())
+    assert float(judge.scalars()["adversarial"]) == pytest.approx(float(loss.detach()) / 0.5)  # before its weight
+    assert judge.scalars()["discriminator"] == learned
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_it_learns_in_the_precision_of_the_engine(half: bool) -> None:
+    judge = Adversary(AdversaryConfig(weight=0.5, channels=8, num_layers=1), ALONE, half=half)
+    seen = []
+    judge.discriminator[0].register_forward_hook(lambda *made: seen.append(made[-1].dtype))
+    fake = torch.zeros(2, 3, 16, 16, requires_grad=True)
+    judge.loss(torch.ones(2, 3, 16, 16), fake, fake.sum(), fake, 0)
+    seen.clear()
+    learned = judge.update(torch.Generator())
+    assert seen == [torch.bfloat16 if half else torch.float32] * 2
+    assert learned is not None
+    assert learned.dtype == torch.float32
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"adversary\.every must be at least 1, not 0$"):
+        AdversaryConfig(every=0)
+    with pytest.raises(ValueError, match=r"lecam 0\.1 is of the network transformer; with patch it must be 0"):
+        AdversaryConfig(lecam=0.1)
     with pytest.raises(ValueError, match=r"adversary\.weight must be at least 0, not -1"):
         AdversaryConfig(weight=-1)
     with pytest.raises(ValueError, match=r"learn_from 5 is after adversary\.start 2: an untrained discriminator"):

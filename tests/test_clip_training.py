@@ -18,11 +18,14 @@ from nar.tokenizer import load_tokenizer
 from nar.tokenizer.clip_adversarial import ClipDiscriminator, lecam_loss, noisy_labels
 from nar.tokenizer.prior import CodePrior
 from nar.tokenizer.quantize import draw_codes
+from nar.training.distributed import Workers
 from nar.training.loop import Task
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
-from training_runs import equal, losses, weights
+from nar.training.tokenizers import TokenizerTask
+from training_runs import equal, losses, tokenizer_recipe, weights
 
+ALONE = Workers(0, 1, torch.device("cpu"))
 pa = pytest.importorskip("pyarrow")
 
 LARP: dict[str, Any] = {
@@ -108,6 +111,63 @@ def test_clips_are_learned(tmp_path: Path, own: dict[str, Any], gain: float) -> 
         assert predicted[-1] < np.log(64)
     assert (run / "previews").is_dir()
     assert load_tokenizer(folder).config.vocab_size == 64
+
+
+@pytest.mark.parametrize("kind", ["pictures", "larp", "causal"])
+def test_codes_stay_what_they_are_where_only_the_decoder_learns(tmp_path: Path, kind: str) -> None:
+    path = tokenizer_recipe(tmp_path) if kind == "pictures" else recipe(tmp_path, LARP if kind == "larp" else CAUSAL)
+    norm = ["video_tokenizer.norm=batch"] if kind == "larp" else []
+    first = run_recipe(str(path), [f"run={tmp_path / 'first'}", *norm])
+    only = [f"init={first}", "train_encoder=false", "num_images=160", "optim.warmup_images=0"]
+    second = run_recipe(str(path), [f"run={tmp_path / 'second'}", *norm, *only])
+    assert first is not None
+    assert second is not None
+    before, after = load_tokenizer(first), load_tokenizer(second)
+    shape = (2, 3, 16, 16) if kind == "pictures" else (2, 3, 8, 16, 16)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = before.encode(pixels)
+    assert torch.equal(after.latents(pixels), before.latents(pixels))
+    assert torch.equal(after.encode(pixels), codes)
+    assert not torch.equal(after.decode(codes), before.decode(codes))
+
+
+def test_averages_over_batches_are_those_of_the_steps_however_often_it_is_measured(tmp_path: Path) -> None:
+    path, norm = recipe(tmp_path, LARP), "video_tokenizer.norm=batch"
+    seldom = run_recipe(str(path), [f"run={tmp_path / 'seldom'}", norm])
+    often = run_recipe(str(path), [f"run={tmp_path / 'often'}", norm, "preview_every=1"])
+    assert seldom is not None
+    assert often is not None
+    assert int(weights(seldom.parent)["code_norm.norm.num_batches_tracked"]) == 4  # steps
+    assert equal(weights(seldom.parent), weights(often.parent))
+    assert losses(tmp_path / "seldom", "heldout_loss")[-1] == losses(tmp_path / "often", "heldout_loss")[-1]
+
+
+def test_what_the_adversary_can_not_judge_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    late = {"adversary": {**LARP["adversary"], "start": 100, "learn_from": 100}}
+    with pytest.raises(ValueError, match=r"can't judge samples of 6x16x16 \(.*not a multiple of the .* patch 4x8x8"):
+        run_recipe(
+            str(recipe(tmp_path, LARP, **late)),
+            [f"run={tmp_path / 'run'}", "data.num_frames=6", "video_tokenizer.num_frames=6",
+             "video_tokenizer.temporal_patch_size=2"],
+        )  # fmt: skip
+    pictures = tokenizer_recipe(tmp_path, adversary={"weight": 0.5, "start": 100, "learn_from": 100})
+    with pytest.raises(ValueError, match=r"adversary\.network 'transformer' .* samples of 16x16 \(clips must be"):
+        run_recipe(str(pictures), [f"run={tmp_path / 'run'}", "adversary.network=transformer"])
+    with pytest.raises(ValueError, match=r"'patch' with num_layers 5 can't judge samples of 16x16 .* fewer layers"):
+        run_recipe(str(pictures), [f"run={tmp_path / 'run'}", "adversary.num_layers=5"])
+
+
+def test_losses_of_the_adversary_are_logged(tmp_path: Path) -> None:
+    run_recipe(str(recipe(tmp_path, LARP)), [f"run={tmp_path / 'run'}", "adversary.start=2"])
+    assert len(losses(tmp_path / "run", "adversarial")) == 2  # of four steps
+    assert len(losses(tmp_path / "run", "discriminator")) == 3  # after the first update
+
+
+def test_a_long_set_of_strips_is_not_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(Recipe, str(recipe(tmp_path, CAUSAL)))
+    assert TokenizerTask(loaded, ALONE).source is None
+    monkeypatch.setattr("nar.training.tokenizers._IN_MEMORY", 100_000)  # 32 clips of 8 frames of 768 bytes are more
+    assert TokenizerTask(loaded, ALONE).source is not None
 
 
 def test_codes_are_drawn_by_their_distribution_and_each_by_its_own_number() -> None:

@@ -110,6 +110,36 @@ def test_falling_usage_is_told() -> None:
     assert (float(scalars["dead_codes"]), float(scalars["usage"])) == (44, 20 / 64)
 
 
+def test_a_trained_codebook_is_gone_on_from(tmp_path: Path) -> None:
+    made = quantizer("vq")
+    before = made.embedding.weight.detach().clone()
+    book = Codebook(made, CodebookConfig(restart_every=4, kmeans_steps=2), ALONE, fresh=False)
+    latents = made.decode(torch.arange(128)[None])  # half of the codes
+    for step in range(9):
+        assert torch.equal(made.embedding.weight, before)
+        book.see(latents, made.encode(latents))
+        book.update(step, 100, torch.Generator())
+        if step == 4:  # the others were idle for as long as it takes
+            assert torch.equal(made.embedding.weight[:128], before[:128])
+            assert not (made.embedding.weight[128:] == before[128:]).all(1).any()
+            break
+    first = run_recipe(
+        str(short_recipe(tmp_path, "vq", {}, {"kmeans_steps": 1, "restart_every": 1}, 3)), [f"run={tmp_path / 'first'}"]
+    )
+    still = [f"init={first}", "optim.learning_rate=1e-12", "num_images=16", "tokenizer_loss.restart_every=9"]
+    run_recipe(str(tmp_path / "tiny-tokenizer.yaml"), [f"run={tmp_path / 'second'}", *still])
+    for name, tensor in weights(tmp_path / "second").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "first")[name], atol=1e-6, rtol=0)
+
+
+def test_advice_names_the_group_of_the_tokenizer() -> None:
+    book = Codebook(VectorQuantizer(64, 4, l2_norm=False), CodebookConfig(), ALONE, group="causal_tokenizer")
+    assert "set causal_tokenizer.l2_norm=true" in book._advice()
+    config = CodebookConfig(restart_every=1, kmeans_steps=1)
+    full = Codebook(VectorQuantizer(64, 4), config, ALONE, group="causal_tokenizer")
+    assert "a smaller causal_tokenizer.vocab_size" in full._advice()
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_codes_in_training_are_those_of_encode_under_autocast(kind: str) -> None:
     made, latents = quantizer(kind), torch.randn(2, SIZES[kind]["code_dim"], 9, 7)

@@ -100,6 +100,26 @@ def test_unknown_keys_are_answered_with_a_suggestion(tmp_path: Path) -> None:
         run_recipe("my-pictures", [f"run={tmp_path / 'run'}"])
 
 
+BSQ = "causal_tokenizer.quantizer=bsq causal_tokenizer.code_dim=12"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "message"),
+    [
+        ("clips-tokenizer", "tokenizer.vocab_size=8192",
+         r"tokenizer\.vocab_size would have no effect: .* trains the causal_tokenizer; .*causal_tokenizer\.vocab_size"),
+        ("c2v-larp-tokenizer", "tokenizer.l2_norm=false", r"tokenizer\.l2_norm .* trains the video_tokenizer"),
+        ("toy-tokenizer", "engine.compile=true", r"engine\.compile has no effect on tokenizers"),
+        ("toy-tokenizer", "engine.activation_checkpointing=true", r"engine\.activation_checkpointing has no effect"),
+        ("clips-tokenizer", f"{BSQ} tokenizer_loss.kmeans_steps=3", "kmeans_steps 3 is of quantizer vq: .* of bsq"),
+        ("clips-tokenizer", f"{BSQ} tokenizer_loss.codebook_decay=0.9", r"codebook_decay 0\.9 is of quantizer vq"),
+    ],
+)  # fmt: skip
+def test_what_a_tokenizer_would_pass_over_is_refused(recipe: str, given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(Recipe, recipe, given.split())
+
+
 def own_folder(folder: Path) -> Path:
     """Pictures of two sizes in two class folders, as people have them."""
     pictures = load_pictures("toy", size=40)
@@ -112,10 +132,13 @@ def own_folder(folder: Path) -> Path:
 
 def test_own_pictures_in_one_command(tmp_path: Path) -> None:
     data, run = own_folder(tmp_path / "data"), tmp_path / "run"
-    (tmp_path / "tokenizer.yaml").write_text("base: my-pictures-tokenizer\nepochs: 0\nnum_images: 64\n")
+    own = "base: my-pictures-tokenizer\nepochs: 0\nnum_images: 64\ndata: {augment: flip, shift: 2}\n"
+    (tmp_path / "tokenizer.yaml").write_text(own)
     short = [f"tokenizer_recipe={tmp_path / 'tokenizer.yaml'}", "epochs=0", "num_images=64", "data.size=32"]
     command = ("train", "my-pictures", f"data={data}", f"run={run}", *short)
     assert f"wrote {run / 'model'}" in nar(*command)
+    made_with = json.loads((run / "tokenizer" / "model" / "config.json").read_text())["training"]["config"]
+    assert (made_with["data"]["augment"], made_with["data"]["shift"]) == ("flip", 2)
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["class_names"] == ["cats", "dogs"]
     assert config["training"]["heldout"]["bits_per_token"] > 0

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from nar import load_tokenizer
+from nar.config import load
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.pixels import pad_to_multiple
 from nar.tokenizer.quantize import VectorQuantizer
-from nar.training.tokenizers import _moved
+from nar.training.distributed import Workers
+from nar.training.recipe import Recipe
+from nar.training.tasks import run_recipe
+from nar.training.tokenizers import TokenizerTask, _moved, _spread
+from training_runs import tokenizer_recipe
 
 
 def small(**changes: object) -> ImageTokenizer:
@@ -137,6 +143,30 @@ def test_foreign_codes_are_refused() -> None:
         small().decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="not a multiple of norm_groups"):
         small(norm_groups=3)
+
+
+def test_measured_rows_are_spread_over_all() -> None:
+    assert _spread(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert (_spread(1999, 2000) == np.arange(1999)).all()
+    rows = _spread(10_000, 2000)
+    assert (len(set(rows.tolist())), rows[0], rows[-1]) == (2000, 0, 9999)
+    assert set(np.diff(rows)) == {5, 6} or set(np.diff(rows)) == {5}
+
+
+def test_what_is_held_out_is_of_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(24):
+        path = tmp_path / "data" / ("test" if index % 2 else "train") / f"{'ab'[index // 12]}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * index, 0, 0)).save(path)
+    monkeypatch.setattr("nar.training.tokenizers._HELDOUT", 4)
+    loaded = load(Recipe, str(tokenizer_recipe(tmp_path)), [f"data.source={tmp_path / 'data'}"])
+    task = TokenizerTask(loaded, Workers(0, 1, torch.device("cpu")))
+    assert task.heldout.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_pictures_have_no_frames_to_start_anywhere(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.augment loop is for clips, these are pictures"):
+        run_recipe(str(tokenizer_recipe(tmp_path)), [f"run={tmp_path / 'run'}", "data.augment=loop"])
 
 
 def test_moved_pictures_repeat_their_edges() -> None:

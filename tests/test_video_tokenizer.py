@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nar.convert import Checkpoint, video_tokenizer_state
 from nar.tokenizer.video import NORMS, VideoTokenizer, VideoTokenizerConfig
@@ -71,9 +72,33 @@ def test_training_reaches_encoder_decoder_and_codebook() -> None:
     tokenizer = make(norm="batch", temperature=None).train()
     out = tokenizer(clips(), uniforms=torch.rand(2, *tokenizer.config.grid))
     (out.pixels.square().mean() + out.codebook_loss + out.commitment_loss).backward()
+    assert all(parameter.grad is not None for parameter in tokenizer.parameters())  # as DDP wants it
     for parameter in (tokenizer.patch_embed.weight, tokenizer.quantizer.embedding.weight, tokenizer.to_pixels.weight):
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_stored_temperature_is_the_one_that_samples(tmp_path: Path) -> None:
+    tokenizer = make(temperature=None)
+    uniforms = torch.rand(2, *tokenizer.config.grid)
+    assert torch.equal(
+        tokenizer(clips(), uniforms=uniforms).codes, make(temperature=0.1)(clips(), uniforms=uniforms)[1]
+    )
+    tokenizer.inverse_temperature.fill_(1e4)  # of a converted checkpoint, say
+    tokenizer.save_pretrained(tmp_path)
+    again = VideoTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(again(clips(), uniforms=uniforms).codes, again.encode(clips()))
+
+
+@torch.no_grad()
+def test_folders_in_half_precision(tmp_path: Path) -> None:
+    tokenizer = make(norm="batch")
+    tokenizer.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    stored, again = load_file(tmp_path / "model.safetensors"), VideoTokenizer.from_pretrained(tmp_path)
+    assert stored["to_code.weight"].dtype == torch.bfloat16
+    assert stored["code_norm.norm.num_batches_tracked"].dtype == torch.int64
+    assert torch.equal(again.to_code.weight, tokenizer.to_code.weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("norm", NORMS)

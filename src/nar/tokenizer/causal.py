@@ -128,11 +128,11 @@ class CausalTokenizer(nn.Module):
         """The weight that makes most of the pixels, where losses are balanced."""
         return self.group_out.weight
 
-    def encoder_parts(self) -> tuple[nn.Module, ...]:
+    def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
         """What decides the codes of a clip; its memory of codes is the decoder's as well."""
         return (
             self.first_in, self.group_in, self.pixel_blocks, self.down, self.known, self.encoder_blocks,
-            self.encoder_norm, self.to_code, self.quantizer, self.from_code, self.memory_blocks,
+            self.encoder_norm, self.to_code, self.quantizer, self.nothing, self.from_code, self.memory_blocks,
         )  # fmt: skip
 
     def latents(self, clips: Tensor) -> Tensor:

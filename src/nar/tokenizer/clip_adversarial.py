@@ -38,7 +38,9 @@ class ClipDiscriminator(nn.Module):
         self.head = nn.Linear(dim, 1)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Judge clips; raises ValueError when the patch does not divide their size."""
+        """Judge clips; raises ValueError for pictures, and when the patch does not divide the size of clips."""
+        if clips.ndim != 5:
+            raise ValueError(f"clips must be (batch, 3, frames, height, width), not {tuple(clips.shape)}")
         grid = tuple(size // side for size, side in zip(clips.shape[2:], self.patch, strict=True))
         if any(size % side or not size for size, side in zip(clips.shape[2:], self.patch, strict=True)):
             raise ValueError(

@@ -111,7 +111,7 @@ class ImageTokenizer(nn.Module):
         """The weight that makes the pixels, where losses are balanced."""
         return self.decoder.conv_out.weight
 
-    def encoder_parts(self) -> tuple[nn.Module, ...]:
+    def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
         """What decides the codes of a picture."""
         return self.encoder, self.to_code, self.quantizer
 

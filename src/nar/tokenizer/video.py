@@ -33,7 +33,8 @@ class VideoTokenizerConfig:
     `grid` is the shape codes are read in, of `num_tokens` codes. `norm` normalises the latents before quantisation:
     over the code's dimensions (`layer`), over all codes of a clip (`layer_all`), over the batch and the codes
     (`batch`) or the batch alone (`batch_all`). A `stochastic` quantiser samples codes from
-    softmax(cosine / temperature) in training; `temperature` None means that it is learned. The `learned_*` tables
+    softmax(cosine / temperature) in training; with `temperature` None it is the one stored with the weights, 0.1 in new
+    ones: the published code calls it learned, but no gradient reaches it through sampled codes. The `learned_*` tables
     are sines and cosines otherwise, `*_type` adds one learned vector to all rows of a table.
     """
 
@@ -91,7 +92,9 @@ class VideoTokenizerConfig:
         if self.stochastic and not self.l2_norm:
             raise ValueError("a stochastic quantiser compares directions: set l2_norm to true, or stochastic to false")
         if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}; null means that it is learned")
+            raise ValueError(
+                f"temperature must be above 0, not {self.temperature}; null takes the one stored with the weights"
+            )
 
     def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
         """Frames, height and width that codes of `grid` stand for: always those of the sizes."""
@@ -127,12 +130,9 @@ class VideoTokenizer(nn.Module):
         self.to_code = nn.Linear(wide, config.code_dim)
         self.code_norm = _code_norm(config)
         self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
-        learned_temperature = config.stochastic and config.temperature is None
-        # The published models learn the inverse, and start from 10.
-        self.inverse_temperature: Tensor
-        self.register_parameter(
-            "inverse_temperature", nn.Parameter(torch.tensor(10.0)) if learned_temperature else None
-        )
+        stored_temperature = config.stochastic and config.temperature is None
+        self.inverse_temperature: Tensor  # a parameter in the published code, which starts from 10 as well
+        self.register_buffer("inverse_temperature", torch.tensor(10.0) if stored_temperature else None)
         self.from_code = nn.Linear(config.code_dim, narrow)
         self.code_positions = _Positions(
             config.num_tokens,
@@ -181,7 +181,7 @@ class VideoTokenizer(nn.Module):
         """The weight that makes the pixels, where losses are balanced."""
         return self.to_pixels.weight
 
-    def encoder_parts(self) -> tuple[nn.Module, ...]:
+    def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
         """What decides the codes of a clip."""
         return (
             self.patch_embed, self.patch_positions, self.queries, self.encoder, self.to_code, self.code_norm,
@@ -243,10 +243,14 @@ class VideoTokenizer(nn.Module):
         load_state(tokenizer, state, folder)
         return tokenizer.eval()
 
-    def save_pretrained(self, folder: str | Path, **extra: Any) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
         """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
         config = {"kind": "video-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
-        write_folder(folder, config, self.state_dict())
+        state = {
+            name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor  # batch norm counts steps
+            for name, tensor in self.state_dict().items()
+        }
+        write_folder(folder, config, state)
 
     def _quantize(self, latents: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (B, D, *grid) to points as they are compared, of the same shape, and codes (B, *grid)."""
@@ -259,7 +263,7 @@ class VideoTokenizer(nn.Module):
             if not self.config.stochastic:
                 raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
             scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
-            scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature.detach()
+            scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature
             drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
 

@@ -58,10 +58,10 @@ class AdversaryConfig:
             raise ValueError(f"adversary.weight must be at least 0, not {self.weight}")
         if self.network not in ("patch", "transformer"):
             raise ValueError(f"adversary.network must be patch or transformer, not {self.network!r}")
-        if self.every < 1 or (self.lecam and self.network == "patch"):
-            raise ValueError(
-                f"adversary.every {self.every} must be at least 1, and lecam {self.lecam} is of the network transformer"
-            )
+        if self.every < 1:
+            raise ValueError(f"adversary.every must be at least 1, not {self.every}")
+        if self.lecam and self.network == "patch":
+            raise ValueError(f"adversary.lecam {self.lecam} is of the network transformer; with patch it must be 0")
         if self.learn_from > self.start:
             raise ValueError(
                 f"adversary.learn_from {self.learn_from} is after adversary.start {self.start}: "
@@ -70,14 +70,40 @@ class AdversaryConfig:
 
 
 class Adversary:
-    """Tells real pictures from reconstructed ones, and turns that into a loss for the tokenizer."""
+    """Tells real pictures from reconstructed ones, and turns that into a loss for the tokenizer.
 
-    def __init__(self, config: AdversaryConfig, workers: Workers) -> None:
-        self.config, self._workers = config, workers
+    With `half` it learns under bfloat16 autocast, as the tokenizer then does.
+    """
+
+    def __init__(self, config: AdversaryConfig, workers: Workers, *, half: bool = False) -> None:
+        self.config, self._workers, self._half = config, workers, half
         self.discriminator = _network(config).to(workers.device)
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=config.betas)
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._means = torch.zeros(2, device=workers.device)  # of the logits of real and of made clips
+        self._losses: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def check(self, sample: Tensor) -> None:
+        """Judge a picture or clip (1, 3, ...) once, and change nothing.
+
+        Raises:
+            ValueError: the discriminator can't judge what is of this size, and would fail only when it starts to learn.
+        """
+        self.discriminator.eval()
+        try:
+            self._judge(sample)
+        except (RuntimeError, ValueError) as error:
+            size = "x".join(map(str, sample.shape[2:]))
+            raise ValueError(
+                f"adversary.network {self.config.network!r} with num_layers {self.config.num_layers} can't judge "
+                f"samples of {size} ({str(error).splitlines()[0]}); choose another network, fewer layers or other sizes"
+            ) from error
+        self.discriminator.train()
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The last losses before any weighting, to be logged: "adversarial" of the tokenizer, "discriminator"."""
+        return dict(self._losses)
 
     def loss(self, real: Tensor, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, step: int) -> Tensor:
         """The tokenizer's adversarial loss on reconstructed pictures `fake`, like `real`, already weighted.
@@ -94,6 +120,7 @@ class Adversary:
         adversarial = (
             generator_hinge_loss(judged) if self.config.network == "patch" else generator_logistic_loss(judged)
         )
+        self._losses["adversarial"] = adversarial.detach()
         if not self.config.adaptive:
             return self.config.weight * adversarial
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
@@ -113,7 +140,8 @@ class Adversary:
         self._seen = []
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(True)
-        loss = self._discriminator_loss(real, fake, generator)
+        with torch.autocast(self._workers.device.type, torch.bfloat16, enabled=self._half):
+            loss = self._discriminator_loss(real, fake, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.discriminator.parameters():
@@ -122,6 +150,7 @@ class Adversary:
         if self.config.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        self._losses["discriminator"] = loss.detach()
         return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
@@ -142,7 +171,7 @@ class Adversary:
         return cast(Tensor, self.discriminator(pixels))
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
-        judged = self._judge(real), self._judge(fake)
+        judged = self._judge(real).float(), self._judge(fake).float()
         if self.config.network == "patch":
             return discriminator_hinge_loss(*judged)
         # Drawn for all processes, so that any number of them draws the same.

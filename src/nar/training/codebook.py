@@ -25,8 +25,8 @@ class CodebookConfig:
 
     `restart_every` steps, codes that were not used since the last time move onto random latents, until `restart_until`
     (a fraction of the training); 0 turns it off. On each of the first `kmeans_steps` batches k-means goes on from the
-    entries that the batch before has left. `codebook_decay` above 0, say 0.99, makes each entry a moving average of its
-    latents in place of learning it by gradient.
+    entries that the batch before has left, unless they were trained before. `codebook_decay` above 0, say 0.99, makes
+    each entry a moving average of its latents in place of learning it by gradient.
 
     A warning comes when less than `warn_usage` of the codes, or less than half of what once was, is in use; 0 turns
     it off.
@@ -48,15 +48,24 @@ class CodebookConfig:
 
 
 class Codebook:
-    """Upkeep of `quantizer` after every step, the same on all processes, from what `see` was shown in it."""
+    """Upkeep of `quantizer` after every step, the same on all processes, from what `see` was shown in it.
 
-    def __init__(self, quantizer: Quantizer, config: CodebookConfig, workers: Workers) -> None:
+    `fresh` says whether its entries are random and have to be brought to the data first, or trained already. `group` is
+    that of the recipe which has the tokenizer's sizes, for advice.
+    """
+
+    def __init__(
+        self, quantizer: Quantizer, config: CodebookConfig, workers: Workers, *, fresh: bool = True,
+        group: str = "tokenizer",
+    ) -> None:  # fmt: skip
         self.quantizer, self.config, self._workers = quantizer, config, workers
+        self._fresh, self._group = fresh, group
         self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) else None
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._warned = False
         state = {
-            "idle": torch.full((quantizer.vocab_size,), _NEVER, dtype=torch.int32),  # steps since a code was used
+            # Steps since a code was used.
+            "idle": torch.full((quantizer.vocab_size,), _NEVER if fresh else 0, dtype=torch.int32),
             "recent": torch.zeros(quantizer.vocab_size),  # counts, those of earlier steps fading
             "window": torch.ones((), dtype=torch.int32),  # steps over which usage is stated
             "peak": torch.zeros(()),  # the highest usage so far
@@ -116,16 +125,16 @@ class Codebook:
         config = self.config
         restarts = config.restart_every and step % config.restart_every == 0
         restarts = restarts and step <= config.restart_until * num_steps
-        clusters = step < config.kmeans_steps
+        clusters = self._fresh and step < config.kmeans_steps
+        first = self._fresh and step == 0  # all of them: a start on the data
         if config.codebook_decay:
             self._average(quantizer, seen)
         if not (restarts or clusters):
             return
         # In the order of the batch, whatever number of processes and pieces computed it.
         latents = torch.stack([self._workers.gather(piece) for piece, _ in seen]).flatten(0, 1)
-        # The first time all: a start on the data.
-        moved = torch.ones_like(self._state["idle"]) > 0 if step == 0 else self._state["idle"] >= config.restart_every
-        if step == 0 or not clusters:
+        moved = torch.ones_like(self._state["idle"]) > 0 if first else self._state["idle"] >= config.restart_every
+        if first or not clusters:
             quantizer.restart(latents, moved, generator)
         if clusters:
             own = torch.cat([piece for piece, _ in seen])
@@ -169,9 +178,9 @@ class Codebook:
             entropy = "raise tokenizer_loss.entropy, " if isinstance(self.quantizer, BinaryQuantizer) else ""
             return f"{entropy}lower optim.learning_rate, or look whether all pictures are alike"
         settings = [
-            ("tokenizer.l2_norm=true", not self._vectors.l2_norm),
+            (f"{self._group}.l2_norm=true", not self._vectors.l2_norm),
             ("tokenizer_loss.kmeans_steps=10", not config.kmeans_steps),
             ("tokenizer_loss.restart_every=100", not config.restart_every),
         ]
         unset = [setting for setting, missing in settings if missing]
-        return f"set {', '.join(unset) or 'a smaller tokenizer.vocab_size'}, or lower optim.learning_rate"
+        return f"set {', '.join(unset) or f'a smaller {self._group}.vocab_size'}, or lower optim.learning_rate"

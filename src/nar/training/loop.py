@@ -330,7 +330,7 @@ class _State:
 
     @classmethod
     def of(cls, task: Task, plan: Plan, workers: Workers) -> _State:
-        average = copy.deepcopy(task.module).requires_grad_(False)
+        average = copy.deepcopy(task.module).eval().requires_grad_(False)  # norms over a batch use what they have seen
         sharded = workers.count > 1 and plan.engine.parallel == "fsdp"
         plain = copy.deepcopy(average) if sharded else None
         step = spread(

@@ -5,6 +5,7 @@ Knows keys and their meaning; does not know how anything is trained.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -235,10 +236,43 @@ class Recipe(Plan):
             raise ValueError("one tokenizer is trained: give causal_tokenizer or video_tokenizer, not both")
         if self.lora_rank and not (self.init and self.task == "model"):
             raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
-        if self.task == "tokenizer" and self.engine.parallel == "fsdp":
-            raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
+        if self.task == "tokenizer":
+            self._check_tokenizer()
+
+    @property
+    def tokenizer_group(self) -> str:
+        """Which of the groups has the sizes of the tokenizer to train."""
+        if self.causal_tokenizer:
+            return "causal_tokenizer"
+        return "video_tokenizer" if self.video_tokenizer else "tokenizer"
 
     @property
     def tokenizer_config(self) -> TokenizerConfig:
         """The sizes of the tokenizer to train, of whichever kind."""
         return self.causal_tokenizer or self.video_tokenizer or self.tokenizer
+
+    def _check_tokenizer(self) -> None:
+        """Refuse settings that the training of a tokenizer would pass over."""
+        if self.engine.parallel == "fsdp":
+            raise ValueError("tokenizers are small: they train with engine.parallel=ddp or none, not fsdp")
+        for name in ("compile", "activation_checkpointing"):
+            if getattr(self.engine, name):
+                raise ValueError(f"engine.{name} has no effect on tokenizers, which have no blocks; set it to false")
+        group, unset = self.tokenizer_group, ImageTokenizerConfig()
+        changed = [
+            f"tokenizer.{field.name}"
+            for field in dataclasses.fields(unset)
+            if getattr(self.tokenizer, field.name) != getattr(unset, field.name)
+        ]
+        if changed and group != "tokenizer":
+            raise ValueError(
+                f"{', '.join(changed)} would have no effect: this recipe trains the {group}; set its sizes as "
+                f"{group}.vocab_size and so on"
+            )
+        kind = getattr(self.tokenizer_config, "quantizer", "vq")
+        for name in ("kmeans_steps", "codebook_decay"):
+            if kind != "vq" and getattr(self.tokenizer_loss, name):
+                raise ValueError(
+                    f"tokenizer_loss.{name} {getattr(self.tokenizer_loss, name)} is of quantizer vq: the codebook of "
+                    f"{kind} is fixed; set it to 0"
+                )

@@ -45,7 +45,7 @@ def _run(recipe: Recipe, workers: Workers, *, override: bool, metrics: Metrics |
         first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
         first = dataclasses.replace(
             first, seed=recipe.seed, engine=dataclasses.replace(first.engine, device=recipe.engine.device),
-            data=dataclasses.replace(recipe.data, augment=first.data.augment),
+            data=dataclasses.replace(recipe.data, augment=first.data.augment, shift=first.data.shift),
         )  # fmt: skip
         folder = _run(first, workers, override=override)
         if folder is None:

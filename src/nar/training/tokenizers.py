@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.data.sources import BROKEN, Source, check_broken, load_pictures
+from nar.data.sources import BROKEN, check_broken, load_pictures
 from nar.folder import load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
@@ -26,7 +26,10 @@ from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.prior import Prior
-from nar.training.recipe import DataConfig, Recipe, TokenizerLossConfig
+from nar.training.recipe import Recipe, TokenizerLossConfig
+
+_HELDOUT = 2000  # held-out samples that are measured
+_IN_MEMORY = 2**31  # bytes of decoded samples that are kept
 
 
 class TokenizerTask:
@@ -38,20 +41,28 @@ class TokenizerTask:
         self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
             load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
-        if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
-            for part in self.module.encoder_parts():
-                part.requires_grad_(False)
         self.module.to(workers.device)
-        self.adversary = Adversary(recipe.adversary, workers) if recipe.adversary.weight else None
+        half = recipe.engine.precision == "bfloat16"
+        self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
         train, heldout = recipe.data.open()
+        self.heldout = load_pictures(heldout.take(_spread(len(heldout), _HELDOUT)), size=recipe.data.size)
+        sample = self.heldout.images[:1]
+        if recipe.data.augment == "loop" and sample.ndim != 5:
+            raise ValueError("data.augment loop is for clips, these are pictures; set data.augment=flip")
+        if self.adversary is not None:  # it may begin to learn hours later
+            self.adversary.check(as_pixels(sample).to(workers.device))
         fresh = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
-        self.source = train if fresh or _too_large(train, recipe.data) else None
+        self.source = train if fresh or len(train) * sample.nbytes > _IN_MEMORY else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
-        self.heldout = load_pictures(heldout.take(np.arange(min(len(heldout), 2000))), size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
         config = recipe.tokenizer_config
         self.stochastic = bool(getattr(config, "stochastic", False))
         self._grid = self._code_grid() if self.stochastic or recipe.prior.weight else ()
+        if not recipe.train_encoder:  # the codes stay what they are, for models that were trained on them
+            for part in self.module.encoder_parts():
+                part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    part.eval()  # a norm over the batch goes on with what it has seen
         self.prior = None
         if recipe.prior.weight:
             steps = recipe.num_steps(self.num_samples)
@@ -60,7 +71,9 @@ class TokenizerTask:
         self._broken: dict[int, str] = {}
         # Codes that are to stay what they are need no care, only counting.
         care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
-        self.codebook = Codebook(self.module.quantizer, care, workers)
+        self.codebook = Codebook(
+            self.module.quantizer, care, workers, fresh=not recipe.init, group=recipe.tokenizer_group
+        )
         # Measured where there is a network for it, also when it is not part of the loss.
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
@@ -70,7 +83,10 @@ class TokenizerTask:
     def _code_grid(self) -> tuple[int, ...]:
         """The grid of codes of a sample."""
         pixels = as_pixels(self.heldout.images[:1]).to(self.workers.device)
-        return tuple(self.module.quantizer.encode(self.module.latents(pixels)).shape[1:])
+        self.module.eval()  # looking must not change a norm over the batch
+        codes = self.module.encode(pixels)
+        self.module.train()
+        return tuple(codes.shape[1:])
 
     def _draws(self, batch: Batch) -> Tensor:
         """Three uniform numbers in [0, 1) for every code of every sample, (b, 3, *grid), the sample's own."""
@@ -134,6 +150,7 @@ class TokenizerTask:
             values["perceptual"] = perceptual.detach()
         if self.adversary is not None:
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
+            values |= self.adversary.scalars()
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         quantizer = self.module.quantizer
         if self.prior is not None:
@@ -168,7 +185,7 @@ class TokenizerTask:
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         device, vocab_size = self.workers.device, self.recipe.tokenizer_config.vocab_size
         sums, codes = torch.zeros(3, device=device), torch.zeros(vocab_size, device=device)
-        images = self.heldout.images[:2000]
+        images = self.heldout.images
         for rows in share(len(images), _batch_size(images), self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
@@ -186,7 +203,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
-        pixels = as_pixels(self.heldout.images[:16]).to(self.workers.device)
+        pixels = as_pixels(self.heldout.images[_spread(len(self.heldout), 16)]).to(self.workers.device)
         pairs = as_pictures(torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1))
         columns = max(1, 8 * pairs[0].height // pairs[0].width)  # a clip's frames take a row
         return contact_sheet(pairs, ["real", "code"] * len(pixels), columns=columns)
@@ -225,9 +242,9 @@ def _moved(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarr
     return pixels[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1), :]
 
 
-def _too_large(source: Source, data: DataConfig) -> bool:
-    """Whether decoded pictures had better not all be in memory."""
-    return len(source) * max(1, data.num_frames) * data.size * data.size * 3 > 2**31
+def _spread(count: int, most: int) -> np.ndarray:
+    """Rows of `count`, at most `most` of them, as far apart as can be: sets are often sorted by class."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def _psnr(error: Tensor) -> Tensor:
