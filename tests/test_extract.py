@@ -14,10 +14,16 @@ import torch
 from PIL import Image
 
 from nar.data import extract as extraction
+from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
 from nar.data.sources import Source, held_out, open_source, random_crop, views
+from nar.data.video import Windows
 from nar.tokenizer import load_tokenizer
+from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
+from nar.training.distributed import Workers
+from nar.training.recipe import DataConfig, Recipe
+from nar.training.samples import code_sets
 from nar.training.tasks import run_recipe
 from training_runs import nar, random_tokenizer, recipe, start
 
@@ -153,6 +159,53 @@ def test_training_takes_extracted_codes_and_refuses_those_of_another_tokenizer(t
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*; delete it and run the same"):
         run_recipe(str(path), [f"run={tmp_path / 'run3'}", f"data.codes={codes}"])
+
+
+def test_held_out_classes_are_those_of_the_same_name(tmp_path: Path, tokenizer: Path) -> None:
+    for place in ("train/cat", "train/dog", "train/fish", "test/cat", "test/fish"):
+        (tmp_path / "pets" / place).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "pets" / place / "a.png")
+    data, workers = DataConfig(source=str(tmp_path / "pets"), size=16), Workers(0, 1, torch.device("cpu"))
+
+    def labels(recipe: Recipe) -> list[list[int]]:
+        return [side.labels.tolist() for side in code_sets(recipe, recipe.data.open(), tokenizer, workers)]
+
+    recipe = Recipe(run=str(tmp_path / "run"), data=data, num_images=1)
+    assert labels(recipe) == [[0, 1, 2], [0, 2]]
+    folders = {"codes": str(tmp_path / "run/codes/train"), "heldout_codes": str(tmp_path / "run/codes/heldout")}
+    extracted = Recipe(data=DataConfig(size=16, **folders), num_images=1)
+    heldout = code_sets(extracted, (), tokenizer, workers)[1]
+    assert (heldout.labels.tolist(), heldout.class_names) == ([0, 2], ("cat", "dog", "fish"))
+    (tmp_path / "pets" / "test" / "fish").rename(tmp_path / "pets" / "test" / "newt")
+    with pytest.raises(ValueError, match=r"held-out part has the classes newt, but .* learned are cat, dog, fish;"):
+        labels(recipe)
+    # Without classes to learn their names don't matter.
+    assert labels(Recipe(run=str(tmp_path / "words"), data=data, num_images=1, classes=False)) == [[0, 1, 2], [0, 1]]
+
+
+def test_other_frames_of_the_same_clips_are_other_codes(tmp_path: Path) -> None:
+    sizes = {"frames_per_code": 3, "patch_size": 8, "channels": 8, "num_blocks": 1, "dim": 16, "num_heads": 2}
+    layers = {"hidden_dim": 16, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
+    config = CausalTokenizerConfig(vocab_size=32, code_dim=4, **sizes, **layers)
+    CausalTokenizer(config).save_pretrained(tmp_path / "tokenizer")
+    strip = Image.new("RGB", (16, 16 * 9))
+
+    def codes_of(windows: Windows) -> Path:
+        clips = ClipSource(["a", "b"], np.zeros(2), ("clip",), lambda _: strip, windows=windows)
+        return extract(tmp_path / "tokenizer", clips, tmp_path / "codes", size=16, threads=1, quiet=True)
+
+    codes_of(Windows(4))
+    codes_of(Windows(4))
+    for other in (Windows(7), Windows(4, stride=2), Windows(4, frame_rate=5.0), Windows(4, kind="start"), Windows()):
+        with pytest.raises(ValueError, match="made with another source"):
+            codes_of(other)
+
+
+def test_what_names_a_source_stays_the_same() -> None:
+    """Or nobody's extraction could be gone on with."""
+    names, labels = ["a", "b"], np.array([0, 1])
+    for kind in (Source, ClipSource):
+        assert extraction._fingerprint(kind(names, labels, ("x", "y"), str)) == "06bdb1944e223fec"
 
 
 def test_groups_are_held_out_together() -> None:

@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
+from nar.data.clips import ClipSource
 from nar.data.codes import MANIFEST
 from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken
+from nar.data.video import Windows
 from nar.folder import digest
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.pixels import as_pixels, pad_to_multiple
@@ -136,9 +138,14 @@ def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, batc
 
 
 def _fingerprint(source: Source) -> str:
-    """What must stay the same for an extraction to go on: which pictures, in which order, with which labels."""
+    """What must stay the same for an extraction to go on: which pictures, in which order, with which labels.
+
+    And of clips, which of their frames, unless they are taken whole.
+    """
     hashed = hashlib.sha256("\n".join(source.names).encode())
     hashed.update(source.labels.tobytes())
+    if isinstance(source, ClipSource) and source.windows != Windows():
+        hashed.update(repr(source.windows).encode())
     return hashed.hexdigest()[:16]
 
 

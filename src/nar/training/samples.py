@@ -105,13 +105,18 @@ class Samples:
 def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, workers: Workers) -> tuple[Codes, Codes]:
     """Codes to learn from and codes held out, made of two `sources`; of none, those that the recipe names.
 
+    Where classes are learned, the labels of both index the class names of the first.
+
     Raises:
-        ValueError: the codes are of another tokenizer than the recipe's.
+        ValueError: the codes are of another tokenizer than the recipe's, or those held out of classes that are not
+            learned.
     """
     data = recipe.data
     if sources:
+        if learns_classes(recipe):  # before the work
+            _labels_in(sources[0].class_names, sources[1])
         made = [_extract(recipe, source, name, tokenizer, workers) for name, source in zip(_SETS, sources, strict=True)]
-        return made[0], made[1]
+        return made[0], _renumbered(recipe, *made)
     train = Codes.open(data.codes)
     if data.heldout_codes:
         heldout = Codes.open(data.heldout_codes)
@@ -124,7 +129,40 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
                 f"the codes in {codes.folder} were made by another tokenizer than {tokenizer} "
                 f"({codes.manifest['tokenizer'][:12]}..., not {digest(tokenizer)[:12]}...); extract them again with it"
             )
-    return train, heldout
+    return train, _renumbered(recipe, train, heldout)
+
+
+def learns_classes(recipe: Recipe) -> bool:
+    """Whether the model is told the classes of samples."""
+    return not (recipe.text_encoder.source or recipe.given_frames) if recipe.classes is None else recipe.classes
+
+
+def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarray:
+    """The labels (N,) of samples as indices of other `class_names`, found by name: each split numbers its own.
+
+    Raises:
+        ValueError: samples are of classes that have no such name.
+    """
+    own, known = samples.class_names, {name: number for number, name in enumerate(class_names)}
+    if own == tuple(class_names):
+        return samples.labels
+    if unknown := [own[label] for label in np.unique(samples.labels) if own[label] not in known]:
+        raise ValueError(
+            f"the held-out part has the classes {_few(unknown)}, but those that are learned are {_few(class_names)}; "
+            "name them alike, or leave these samples out"
+        )
+    return np.take([known.get(name, -1) for name in own], samples.labels)
+
+
+def _renumbered(recipe: Recipe, train: Codes, heldout: Codes) -> Codes:
+    if not learns_classes(recipe):
+        return heldout
+    manifest = heldout.manifest | {"class_names": list(train.class_names)}
+    return dataclasses.replace(heldout, labels=_labels_in(train.class_names, heldout), manifest=manifest)
+
+
+def _few(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def extract_given(
