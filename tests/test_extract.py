@@ -246,7 +246,8 @@ def test_captions_from_text_files_lists_and_tars(tmp_path: Path) -> None:
                 value = 3 * shard + index
                 data = io.BytesIO()
                 Image.new("RGB", (8, 8), (value, 0, 0)).save(data, "png")
-                json_text = json.dumps({"prompt": f"number {value}"}).encode()
+                told = {"prompt": f"number {value}", "place": "there" if shard else "here", "lot": value // 2}
+                json_text = json.dumps(told).encode()
                 for suffix, content in (("png", data.getvalue()), ("json", json_text), ("cls", b"%d" % (value % 2))):
                     member = tarfile.TarInfo(f"deep/{index:04d}.{suffix}")
                     member.size = len(content)
@@ -255,6 +256,12 @@ def test_captions_from_text_files_lists_and_tars(tmp_path: Path) -> None:
     assert tars.captions == [f"number {value}" for value in range(6)]
     assert tars.labels.tolist() == [0, 1] * 3
     assert [tars.picture(index).getpixel((0, 0)) for index in (5, 0)] == [(5, 0, 0), (0, 0, 0)]
+    named = open_source(shards, size=8, label="place", group="lot")
+    assert named.class_names == ("here", "there")
+    assert named.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert named.groups == ["0", "0", "1", "1", "2", "2"]
+    with pytest.raises(ValueError, match="no column 'plcae' for label, it has label, lot, place, prompt; name one"):
+        open_source(shards, size=8, label="plcae")
     (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"shard .*1.tar can't be read"):
         open_source(shards, size=8)

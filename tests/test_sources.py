@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from nar.data import sources
-from nar.data.sources import FASHION_MNIST_CLASSES, Pictures, load_pictures
+from nar.data.sources import FASHION_MNIST_CLASSES, Pictures, load_pictures, open_source
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -208,6 +208,64 @@ def test_parquet_reads_bytes_paths_and_names(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="not a parquet file"):
         load_pictures(tmp_path / "bad.parquet", size=8)
+
+
+def test_parquet_files_of_one_source_may_have_different_columns(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    first = {"image": [png(1), png(2)], "label": [0, 1], "label_name": ["cat", "dog"]}
+    second = {"image": [png(3)], "label": [1], "caption": ["a dog"], "thing": ["rex"]}
+    third = {"image": [png(4)], "label": [2], "caption": ["a fish"], "tags": ["wet,blue"]}
+    for number, columns in enumerate((first, second, third)):
+        pq.write_table(pa.table(columns), tmp_path / f"train-{number}.parquet")
+    source = open_source(tmp_path, size=8, group="thing")
+    assert source.labels.tolist() == [0, 1, 1, 2]
+    assert source.class_names == ("cat", "dog", "2")
+    assert source.captions == ["", "", "a dog", "a fish"]
+    assert source.tags == [(), (), (), ("wet", "blue")]
+    assert source.groups == ["row 0", "row 1", "rex", "row 3"]
+    same = open_source(tmp_path / "train-1.parquet", size=8, label="thing", group="thing")
+    assert (same.labels.tolist(), same.groups) == ([0], ["rex"])
+    pq.write_table(pa.table({"image": [png(5)]}), tmp_path / "train-3.parquet")
+    with pytest.raises(ValueError, match="row 4 has no label"):
+        open_source(tmp_path, size=8)
+    pq.write_table(pa.table({"strip": [png(5)]}), tmp_path / "train-3.parquet")
+    with pytest.raises(ValueError, match=r"train-3.parquet has the columns strip; .* in all files the same"):
+        open_source(tmp_path, size=8)
+
+
+def test_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [png(1)], "kind": ["cat"]}), tmp_path / "a.parquet")
+    for name in ("label", "group"):
+        with pytest.raises(ValueError, match=f"no column 'knid' for {name}, it has image, kind; name one of these, or"):
+            open_source(tmp_path / "a.parquet", size=8, **{name: "knid"})
+    assert open_source(tmp_path / "a.parquet", size=8).class_names == ("picture",)
+    solid(tmp_path / "classes" / "cat" / "a.png", 0)
+    solid(tmp_path / "flat" / "a.png", 0)
+    write_idx(tmp_path / "idx")
+    for source in (tmp_path / "classes", tmp_path / "flat", tmp_path / "idx", "toy"):
+        for name in ("label", "group"):
+            with pytest.raises(ValueError, match=rf"no column 'kind' for {name}, it has none; give a table with it \("):
+                open_source(source, size=8, **{name: "kind"})
+    (tmp_path / "flat" / "metadata.jsonl").write_text('{"file_name": "a.png", "kind": "cat"}')
+    listed = open_source(tmp_path / "flat", size=8, label="kind", group="kind")
+    assert (listed.class_names, listed.groups) == (("cat",), ["cat"])
+    with pytest.raises(ValueError, match="it has file_name, kind; name one of these"):
+        open_source(tmp_path / "flat", size=8, label="knid")
+
+
+def test_skin_tones_count_except_in_a_column_of_hexcodes(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    codes = ["1F44B-1F3FB", "1F44B", "1f44b-1f3ff-200D"]
+    pq.write_table(pa.table({"image": [png(1)] * 3, "hexcode": codes, "lot": codes}), tmp_path / "a.parquet")
+    assert open_source(tmp_path / "a.parquet", size=8, group="lot").groups == codes
+    assert open_source(tmp_path / "a.parquet", size=8, group="hexcode").groups == ["1F44B", "1F44B", "1f44b-200D"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,8 @@ def judge_tokenizer(
 ) -> dict[str, Any]:
     """The report of a tokenizer folder on the held-out part of `real`, the same part as in its training.
 
-    `size` and `group` are by default those that the tokenizer was trained with. `pad` allows sizes that are no multiple
-    of the patch.
+    `size` and `group` are by default those that the tokenizer was trained with; pictures without a column `group` are
+    held out one by one. `pad` allows sizes that are no multiple of the patch.
 
     Raises:
         ValueError: no size is known, or it does not fit the tokenizer.
@@ -59,7 +59,15 @@ def judge_tokenizer(
         raise ValueError(f"{folder} does not say at which size it was trained; give --size PIXELS")
     kept = {name: trained[name] for name in ("validation", "heldout_share") if name in trained}
     data = DataConfig(source=real, size=size, group=trained.get("group", "") if group is None else group, **kept)
-    train, heldout = data.open()
+    ungrouped = []
+    try:
+        train, heldout = data.open()
+    except ValueError:
+        if group is not None or not data.group:
+            raise
+        ungrouped = [f"{Path(real).name} has no column {data.group!r}, by which the tokenizer's pictures were held out"]
+        data = dataclasses.replace(data, group="")
+        train, heldout = data.open()
     generator = np.random.default_rng(seed)
     if len(heldout) > number:
         heldout = heldout.take(np.sort(generator.permutation(len(heldout))[:number]))
@@ -77,7 +85,7 @@ def judge_tokenizer(
             [sides[0]], [sides[1]], inception=inception, calibration=0, resamplings=0, seed=seed,
             batch_size=batch_size, device=place,
         )  # fmt: skip
-    report["warnings"] = judged["warnings"]
+    report["warnings"] = ungrouped + judged["warnings"]
     distances = [name for name in judged if name.startswith(("FD", "FID")) and isinstance(judged[name], float)]
     report |= {name: judged[name] for name in distances}
     for part in ("floor", "at_floor_counts"):

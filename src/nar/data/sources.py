@@ -155,12 +155,12 @@ def open_source(
     - a data set on the hub, such as `someone/pictures`.
 
     `split` is "train", "test" or "t10k" (the same as "test"); folders may hold `train/` and `test/`, or `train.parquet`
-    and `test.parquet`; a source without splits is "train". `label` and `group` name columns of tables. 28x28 idx
-    pictures are padded with zeros to `size`.
+    and `test.parquet`; a source without splits is "train". `label` and `group` name columns of tables, of which tars
+    have those that are in each `x.json`. 28x28 idx pictures are padded with zeros to `size`.
 
     Raises:
         FileNotFoundError: the source or the split does not exist.
-        ValueError: the source holds no pictures or damaged files.
+        ValueError: the source holds no pictures or damaged files, or lacks the column that `label` or `group` names.
         ModuleNotFoundError: parquet without pyarrow, or the hub without datasets.
     """
     if size < 1:
@@ -175,6 +175,7 @@ def open_source(
         return dataclasses.replace(clips, windows=windows).unrolled()
     path = Path(source).expanduser()
     if str(source) == TOY and not path.exists():
+        _check_columns(source, label, group)
         return _of_arrays(_draw_toy(size, split))
     if str(source) == FASHION_MNIST and not path.exists():
         path = _find_fashion_mnist()
@@ -182,7 +183,7 @@ def open_source(
         if path.suffix not in (".parquet", ".tar"):
             raise ValueError(f"{path} is a file; allowed are a .parquet file, a .tar file or a folder with pictures")
         _only_train(path, split)
-        return _open_parquet([path], label, group) if path.suffix == ".parquet" else _open_tars([path])
+        return (_open_parquet if path.suffix == ".parquet" else _open_tars)([path], label, group)
     if not path.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
             return _open_hub(str(source), split, label, group)
@@ -190,6 +191,7 @@ def open_source(
             f"{path} does not exist; give a folder, a .parquet or .tar file, a hub id, or the word {FASHION_MNIST!r}"
         )
     if any(_idx_file(path, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k")):
+        _check_columns(path, label, group)
         return _of_arrays(_read_idx(path, _IDX_PREFIX[split], size))
     for name in _FOLDERS[split]:
         if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
@@ -206,24 +208,39 @@ def _open_clips(source: str | Path, split: str, label: str, group: str, windows:
     lists = [Path(part).expanduser() for part in str(source).split("+")]
     if all(path.suffix == ".csv" and path.is_file() for path in lists):
         _only_train(lists[0], split)
+        _check_columns(source, label, group)
         return open_list(lists, windows)
     path = Path(source).expanduser()
     if path.is_file():
         _only_train(path, split)
         if path.suffix not in (".parquet", ".tar"):
             raise ValueError(f"{path} is a file; allowed are a .parquet, .tar or .csv file or a folder with clips")
-        return _open_parquet([path], label, group) if path.suffix == ".parquet" else _open_tars([path], clips=True)
+        if path.suffix == ".parquet":
+            return _open_parquet([path], label, group)
+        return _open_tars([path], label, group, clips=True)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; give a folder, or a .parquet, .tar or .csv file of clips")
     for name in (*_FOLDERS[split], "val") if split != "train" else _FOLDERS[split]:
         if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
             return _open_parquet(tables, label, group)
         if lists := sorted(path.glob(f"*{name}.csv")):
+            _check_columns(path, label, group)
             return open_list(lists, windows)
         if (path / name).is_dir():
             return _open_folder(path / name, label, group, clips=True)
     _only_split(path, split)
     return _open_folder(path, label, group, clips=True)
+
+
+def _check_columns(source: Path | str, label: str, group: str, known: Iterable[str] = ()) -> None:
+    """Refuse a `label` or `group` that is none of the `known` columns; the default label may be missing."""
+    for key, column, default in (("group", group, ""), ("label", label, "label")):
+        if column not in ("", default, *known):
+            has = ", ".join(sorted(known))
+            fix = "name one of these" if has else "give a table with it (.parquet, .tar, metadata.jsonl)"
+            raise ValueError(
+                f"{source} has no column {column!r} for {key}, it has {has or 'none'}; {fix}, or leave {key} out"
+            )
 
 
 def _only_split(path: Path, split: str) -> None:
@@ -450,11 +467,12 @@ def _of_arrays(pictures: Pictures) -> Source:
 def _open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -> Source:
     word, suffixes = ("clip", _clip_suffixes()) if clips else ("picture", SUFFIXES)
     if found := sorted(folder.glob("*.tar")):
-        return _open_tars(found, clips=clips)
+        return _open_tars(found, label, group, clips=clips)
     if found := sorted(folder.glob("*.parquet")):
         return _open_parquet(found, label, group)
     if (folder / "metadata.jsonl").is_file():
         return _open_listed(folder, label, group)
+    _check_columns(folder, label, group)
     flat = _files_in(folder.iterdir(), suffixes)
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if flat and children:
@@ -500,6 +518,7 @@ def _open_listed(folder: Path, label: str, group: str) -> Source:
     if not records:
         raise ValueError(f"{path} lists no pictures")
     columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
+    _check_columns(path, label, group, columns)
     labels, class_names = _classes(columns, len(records), [], path, label)
     names = [str(name) for name in columns["file_name"]]
     return Source(
@@ -507,12 +526,12 @@ def _open_listed(folder: Path, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: folder / names[index],
-        groups=_groups(columns, group, path),
+        groups=_groups(columns, group),
         **_words(columns),
     )
 
 
-def _open_tars(paths: Sequence[Path], *, clips: bool = False) -> Source:
+def _open_tars(paths: Sequence[Path], label: str, group: str, *, clips: bool = False) -> Source:
     """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
     word, suffixes = ("clip", _clip_suffixes()) if clips else ("picture", SUFFIXES)
     places: list[tuple[Path, int, int]] = []
@@ -520,23 +539,25 @@ def _open_tars(paths: Sequence[Path], *, clips: bool = False) -> Source:
     records: list[dict[str, Any]] = []
     for path in paths:
         samples: dict[str, dict[str, Any]] = {}
+        found: dict[str, tuple[Path, int, int]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     if not member.isfile():
                         continue
                     stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-                    sample = samples.setdefault(f"{member.name.rpartition('/')[0]}/{stem}", {})
+                    name = f"{member.name.rpartition('/')[0]}/{stem}"
+                    sample = samples.setdefault(name, {})
                     if f".{suffix.lower()}" in suffixes:
-                        sample["place"] = (path, member.offset_data, member.size)
+                        found[name] = (path, member.offset_data, member.size)
                     elif suffix in ("txt", "cls", "json") and (file := tar.extractfile(member)):
                         _add_text(sample, suffix, file.read().decode())
         except (tarfile.TarError, OSError, ValueError, TypeError) as error:
             raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
         for name, sample in samples.items():
-            if "place" in sample:
+            if name in found:
                 names.append(f"{path.name}:{name.lstrip('/')}")
-                places.append(sample.pop("place"))
+                places.append(found[name])
                 records.append(sample)
     if not records:
         raise ValueError(f"{paths[0]} holds no {word}s ({', '.join(sorted(suffixes))})")
@@ -548,8 +569,10 @@ def _open_tars(paths: Sequence[Path], *, clips: bool = False) -> Source:
             return io.BytesIO(file.read(length))
 
     columns = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
-    labels, class_names = _classes(columns, len(records), [], paths[0], "label")
-    return Source(names, np.array(labels), class_names, read, **_words(columns))
+    _check_columns(paths[0], label, group, columns)
+    labels, class_names = _classes(columns, len(records), [], paths[0], label)
+    groups = _groups(columns, group)
+    return Source(names, np.array(labels), class_names, read, groups=groups, **_words(columns))
 
 
 def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
@@ -579,6 +602,7 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
     table = table.cast_column(images[0], datasets.Image(decode=False))
     texts = table.remove_columns([key for key in table.column_names if key == images[0]])
+    _check_columns(name, label, group, texts.column_names)
     columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_WORDS)}
     schema_names = getattr(table.features.get(label), "names", None) or []
     labels, class_names = _classes(columns, len(table), schema_names, name, label)
@@ -587,7 +611,7 @@ def _open_hub(name: str, split: str, label: str, group: str) -> Source:
         np.array(labels),
         class_names,
         lambda index: _opened(table[index][images[0]], Path()),
-        groups=_groups(columns, group, name),
+        groups=_groups(columns, group),
         **_words(columns),
     )
 
@@ -613,28 +637,33 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
     columns: dict[str, list[Any]] = {}
     places: list[tuple[int, int, int]] = []  # file, row group, row in it
     schema_names: list[str] = []
-    pictures = "image"
+    every: set[str] = set()
+    pictures = ""
     for number, path in enumerate(paths):
         try:
             file = pq.ParquetFile(path)
             known = file.schema_arrow.names
-            pictures = next((key for key in ("image", "strip", "video") if key in known), "")
-            if not pictures:
+            pictures = pictures or next((key for key in ("image", "strip", "video") if key in known), "")
+            if pictures not in known:
                 raise ValueError(
                     f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip` or `video`, of clips), "
-                    "and `label` for classes"
+                    "in all files the same, and `label` for classes"
                 )
-            wanted = [key for key in (label, "label_name", group, *_WORDS) if key in known]
+            every.update(known)
+            wanted = [key for key in dict.fromkeys((label, "label_name", group, *_WORDS)) if key in known]
             table = file.read(wanted)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
         for key in wanted:
-            columns.setdefault(key, []).extend(table.column(key).to_pylist())
+            columns.setdefault(key, [None] * len(places)).extend(table.column(key).to_pylist())
         for row_group in range(file.num_row_groups):
             places += [(number, row_group, row) for row in range(file.metadata.row_group(row_group).num_rows)]
+        for column in columns.values():  # what this file lacks and an earlier one has
+            column.extend([None] * (len(places) - len(column)))
         schema_names = schema_names or _schema_names(file.schema_arrow.metadata or {}, label)
     if not places:
         raise ValueError(f"{paths[0]} holds no pictures")
+    _check_columns(paths[0], label, group, every)
     labels, class_names = _classes(columns, len(places), schema_names, paths[0], label)
 
     @lru_cache(maxsize=8)
@@ -646,7 +675,7 @@ def _open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
         return _opened(cells(number, row_group)[row].as_py(), paths[number].parent)
 
     names, words = [f"row {index}" for index in range(len(places))], _words(columns)
-    groups = _groups(columns, group, paths[0])
+    groups = _groups(columns, group)
     found = Source(names, np.array(labels), class_names, read, groups=groups, **words)
     return found if pictures == "image" else _as_clips(found, strips=pictures == "strip")
 
@@ -683,16 +712,20 @@ def _words(columns: dict[str, list[Any]]) -> dict[str, Any]:
     return found
 
 
-def _groups(columns: dict[str, list[Any]], group: str, path: Path | str) -> list[str] | None:
+def _groups(columns: dict[str, list[Any]], group: str) -> list[str] | None:
+    """What each row belongs to; a row without a value belongs to itself.
+
+    In a column named `hexcode`, which holds code points of emoji, and in no other, those of skin tones don't count:
+    drawings that differ in nothing else are held out together.
+    """
     if not group:
         return None
-    if group not in columns:
-        raise ValueError(f"{path} has no column {group!r} to group by; it has {', '.join(sorted(columns)) or 'none'}")
-    return [f"row {row}" if value is None else _family(str(value)) for row, value in enumerate(columns[group])]
+    keys = [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
+    return [_family(key) for key in keys] if group == "hexcode" else keys
 
 
 def _family(key: str) -> str:
-    """A group's key without the code points of skin tones: drawings that differ in nothing else belong together."""
+    """An emoji's code points without those of skin tones."""
     return re.sub(r"-1F3F[B-F]\b", "", key, flags=re.IGNORECASE)
 
 
@@ -723,5 +756,6 @@ def _classes(
     class_names = [*schema_names]
     class_names += [str(number) for number in range(len(class_names), max(values) + 1)]
     for number, name in zip(values, columns.get("label_name", []), strict=False):
-        class_names[number] = str(name)
+        if name is not None:
+            class_names[number] = str(name)
     return list(values), tuple(class_names)
