@@ -18,7 +18,7 @@ from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
 from nar.condition import ClassCondition
-from nar.convert import KINDS, convert, read_checkpoint, recognise
+from nar.convert import KINDS, Checkpoint, convert, read_checkpoint, recognise, video_tokenizer_state
 from nar.folder import read_config, read_weights
 from nar.model import ModelConfig, Transformer
 from nar.presets import PRESETS, find
@@ -289,6 +289,12 @@ def test_what_is_not_in_the_file_is_asked_for(tmp_path: Path) -> None:
     torch.save(video_model(), tmp_path / "video.pt")
     with pytest.raises(ValueError, match=r"has 12 positions, grid \(4, 16, 16\) has 1024"):
         convert("nar-c2v", tmp_path / "video.pt", tmp_path / "out", num_heads=2)
+    with pytest.raises(ValueError, match=r"grid \(3, 4\) has 2 axes, nar-c2v 3"):
+        convert("nar-c2v", tmp_path / "video.pt", tmp_path / "out", num_heads=2, grid=(3, 4))
+    settings = {"bottleneck": {"regularizer": {"name": "vq", "args": {}}}}
+    larp = Checkpoint({"bottleneck.regularizer.embedding.weight": torch.zeros(2, 2)}, settings, "larp.pth")
+    with pytest.raises(ValueError, match=r"larp\.pth: codebook_size is missing"):
+        video_tokenizer_state(larp)
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ ALLOWED = {
         "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "clips", "window"
     },
     "window": {"condition", "model", "tokenizer"},
-    "convert": {"model", "tokenizer", "presets", "folder"},
+    "convert": {"convert", "model", "tokenizer", "presets", "folder"},
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from nar.convert import Checkpoint, video_tokenizer_state
+from nar.convert.renaming import respelled
+from nar.convert.tokenizers import VIDEO_SPELLINGS
 from nar.tokenizer.video import NORMS, VideoTokenizer, VideoTokenizerConfig
 
 SIZES: dict[str, Any] = {
@@ -119,10 +121,8 @@ def test_every_norm_saves_and_converts(tmp_path: Path, norm: str, temporal_patch
 
 def published(tokenizer: VideoTokenizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state dict and settings that the published code would have for `tokenizer`."""
-    from nar.convert import _video_tokenizer_renaming
-
     config, state = tokenizer.config, tokenizer.state_dict()
-    names = {name: origin.names[0] for name, origin in _video_tokenizer_renaming(config).items()}
+    names = {name: respelled(name, VIDEO_SPELLINGS) for name in state}
     weights = {names[name]: tensor for name, tensor in state.items()}
     if config.temporal_patch_size == 1:
         weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].squeeze(2)

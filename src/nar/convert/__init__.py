@@ -1,0 +1,155 @@
+"""Published checkpoints to model folders: every concession to the file formats and spellings of others is here.
+
+Knows what a model folder needs; does not know layouts (`tokenizers`, `models`), how every tensor is accounted for
+(`renaming`), how files are read (`checkpoint`), nor how models compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from nar.convert.checkpoint import Checkpoint, read_checkpoint
+from nar.convert.models import model_state
+from nar.convert.renaming import KINDS, Parts, recognise
+from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
+from nar.folder import CONFIG, WEIGHTS, read_config, write_folder
+from nar.model import ModelConfig
+from nar.presets import find
+from nar.tokenizer.image import ImageTokenizerConfig
+from nar.tokenizer.video import VideoTokenizerConfig
+
+__all__ = [
+    "KINDS", "Checkpoint", "convert", "image_tokenizer_state", "model_state", "read_checkpoint", "recognise",
+    "video_tokenizer_state",
+]  # fmt: skip
+
+MAPPED_BYTES = 128 * 2**20
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+def convert(
+    kind: str,
+    source: str | Path,
+    output: str | Path,
+    *,
+    preset: str | None = None,
+    weights: str = "model",
+    num_heads: int | None = None,
+    grid: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    prefix_attention: str = "causal",
+    l2_norm: bool = True,
+) -> None:
+    """Turn the published checkpoint `source`, a file or its folder, into the model folder `output`.
+
+    What the tensors do not tell is taken from the settings stored beside them, from `preset` (a published name), or
+    from the arguments: `num_heads`, `grid`, and for image tokenizers `l2_norm`. `tokenizer` is a converted tokenizer's
+    folder, copied into the model's so that it makes pictures. Memory stays below the size of the file.
+
+    Raises:
+        FileNotFoundError: `source` is not there.
+        ValueError: unsafe, damaged, of another kind, or its tensors do not fit; `output` would overwrite other files.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    is_model = kind not in ("llamagen-vq", "larp-tokenizer")
+    for option, given, fits in (
+        ("num_heads", num_heads, is_model),
+        ("grid", grid, kind != "llamagen-vq"),
+        ("class_names", class_names, is_model),
+        ("tokenizer", tokenizer, is_model),
+        ("prefix_attention", prefix_attention != "causal", kind == "nar-fp"),
+        ("l2_norm", not l2_norm, kind == "llamagen-vq"),
+    ):
+        if given and not fits:
+            raise ValueError(f"{option} does not apply to {kind}, {KINDS[kind]}; leave it out")
+    target, named = _writable(Path(output), Path(source)), find(preset) if preset else None
+
+    def load() -> tuple[ImageTokenizerConfig | VideoTokenizerConfig | ModelConfig, dict[str, Parts]]:
+        checkpoint = read_checkpoint(source, weights=weights)
+        if kind == "llamagen-vq":
+            return image_tokenizer_state(checkpoint, preset=named, l2_norm=l2_norm)
+        if kind == "larp-tokenizer":
+            return video_tokenizer_state(checkpoint, preset=named, grid=grid)
+        return model_state(
+            checkpoint, kind, preset=named, num_heads=num_heads, grid=grid, prefix_attention=prefix_attention
+        )
+
+    config = load()[0]
+    if isinstance(config, ModelConfig):
+        if class_names and len(class_names) != config.num_classes:
+            raise ValueError(f"{len(class_names)} class names for a model of {config.num_classes} classes")
+        description = {"kind": "transformer", "model": dataclasses.asdict(config), "class_names": list(class_names)}
+    else:
+        written = "image-tokenizer" if kind == "llamagen-vq" else "video-tokenizer"
+        description = {"kind": written, "tokenizer": dataclasses.asdict(config)}
+    parts = {"tokenizer": _fitting(Path(tokenizer), config.vocab_size)} if tokenizer else None
+    _write(target, {**description, "converted_from": Path(source).name}, lambda: load()[1], parts)
+
+
+def _writable(output: Path, source: Path) -> Path:
+    """Refuse to replace anything but a model folder, and never the source."""
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
+    if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists and is not a model folder; choose another folder")
+    return output
+
+
+def _fitting(tokenizer: Path, vocab_size: int) -> Path:
+    found = read_config(tokenizer).get("tokenizer", {}).get("vocab_size")
+    if found != vocab_size:
+        raise ValueError(f"the tokenizer in {tokenizer} has {found} codes, the model {vocab_size}; give its own")
+    return tokenizer
+
+
+def _write(
+    target: Path, config: dict[str, Any], load: Callable[[], dict[str, Parts]], parts: dict[str, Path] | None
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, staged = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".safetensors", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _stream_safetensors(file, load)
+        Path(staged).chmod(0o644)
+        write_folder(target, config, {}, parts=parts)
+        Path(staged).replace(target / WEIGHTS)
+    finally:
+        Path(staged).unlink(missing_ok=True)
+
+
+def _stream_safetensors(file: BinaryIO, load: Callable[[], dict[str, Parts]]) -> None:
+    """Write what `load` maps from the source, mapping it anew every `MAPPED_BYTES`.
+
+    Pages of a mapped file count as memory once they are read, so that one pass would take the size of the file, and
+    the library's own writer twice that.
+    """
+    state = load()
+    if wrong := [f"{name} is {part.dtype}" for name, part in state.items() if part.dtype not in _DTYPES]:
+        raise ValueError(f"{wrong[0]}; float32, float16 and bfloat16 weights can be converted")
+    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)  # widest first: all are aligned
+    sizes = [state[name].shape.numel() * state[name].dtype.itemsize for name in order]
+    header = {
+        name: {"dtype": _DTYPES[state[name].dtype], "shape": list(state[name].shape), "data_offsets": [end - size, end]}
+        for name, size, end in zip(order, sizes, itertools.accumulate(sizes), strict=True)
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    mapped = 0
+    for name, size in zip(order, sizes, strict=True):
+        if mapped > MAPPED_BYTES:
+            state, mapped = {}, 0
+            state = load()
+        file.write(state[name].tensor().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        mapped += size
