@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from nar import ClassCondition, Pipeline, pipeline
 from nar.clips import as_array, save_clip
 from nar.condition import PrefixCondition
 from nar.sampling import Sampling, generate
+from nar.tokenizer import Tokenizer
 from reference import reference_generate
 from toy_models import PaintTokenizer, causal, larp, paint
 
@@ -89,6 +91,17 @@ def test_every_given_frame_matters(whole: Pipeline, partly: Pipeline) -> None:
             changed[index] = random_clip(1, seed=9)[0]
             after = pipe(frames=changed, seed=1, output_type="pt", **told).videos[:, :, count:]
             assert not torch.equal(after, before), f"frame {index} of {count} is not seen"
+
+
+@pytest.mark.parametrize("make", [larp, causal])
+def test_half_precision_reaches_the_decoder(make: Callable[[], Tokenizer]) -> None:
+    """Beside a model in bfloat16 the decoder computes in it, to nearly the same pixels in float32."""
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = Pipeline(make_model("video", grid=(3, 2, 2)).to(dtype), make())
+        made.append(pipe.decode(torch.arange(24).view(2, 3, 2, 2)))
+    assert made[1].dtype == torch.float32
+    assert 0 < (made[0] - made[1]).abs().mean() < 0.02
 
 
 def test_any_number_of_frames_that_was_trained(partly: Pipeline) -> None:

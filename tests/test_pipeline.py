@@ -56,6 +56,13 @@ def test_seeds(pipe: Pipeline) -> None:
     assert not torch.equal(pipe([0] * 4, seed=9, output_type="codes").images, a.images)
 
 
+def test_half_precision_reaches_the_decoder(pipe: Pipeline, toy_folder: Path) -> None:
+    codes = pipe([0, 1, 2], seed=3, output_type="codes").images
+    half = Pipeline.from_pretrained(toy_folder, device="cpu", dtype="bfloat16").decode(codes)
+    assert half.dtype == torch.float32
+    assert 0 < (half - pipe.decode(codes)).abs().mean() < 0.02
+
+
 def test_own_settings_are_the_default(pipe: Pipeline) -> None:
     assert pipe.sampling.guidance_scale == 1.5
     own = pipe([0] * 4, seed=1, output_type="codes").images

@@ -143,6 +143,7 @@ class Pipeline:
             )
         self.model = model
         self.session = Session(model)
+        self._half = next(model.parameters()).dtype == torch.bfloat16
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.sampling = sampling or Sampling()
@@ -162,10 +163,10 @@ class Pipeline:
     ) -> Pipeline:
         """Load a bundled name, a model folder or a hub id. `device` defaults to a GPU when there is one.
 
-        The tokenizer stays in float32, whatever the `dtype` of the transformer: "float32", "bfloat16", "float16", or
-        on a CPU "int8". On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
-        `text_encoder` (a folder or hub id) takes the place of the one that the folder names; published text models
-        name none. It is loaded at the first prompt.
+        The weights of the tokenizer stay in float32, whatever the `dtype` of the transformer: "float32", "bfloat16",
+        "float16", or on a CPU "int8"; with "bfloat16" its decoder computes in that. On a CPU "float16" means
+        half-precision weights and float32 arithmetic; see `nar.precision`. `text_encoder` (a folder or hub id) takes
+        the place of the one that the folder names; published text models name none. It is loaded at the first prompt.
 
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
@@ -517,12 +518,14 @@ class Pipeline:
     def decode(self, codes: Tensor, *, exact: bool = False) -> Tensor:
         """Codes (B, *grid), all decided, to pixels -1..1 (B, 3, [T,] H, W), some at a time so that memory is bounded.
 
-        `exact` decodes each alone on a CPU, so that rounding does not depend on the others either.
+        `exact` decodes each alone on a CPU, so that rounding does not depend on the others either. Beside a model in
+        bfloat16 the decoder's products are too.
         """
         codes = codes.to(self.model.device)
         alone = exact and codes.device.type == "cpu"
         count = 1 if alone else max(1, DECODED_PIXELS // math.prod(self.pixel_shape))
-        return torch.cat([self.tokenizer.decode(part).clamp(-1, 1) for part in codes.split(count)])
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=self._half):
+            return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1) for part in codes.split(count)])
 
     @torch.inference_mode()
     def pictures(self, codes: Tensor, output_type: str = "pil") -> Any:
