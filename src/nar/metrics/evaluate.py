@@ -346,6 +346,7 @@ def write_reference(
     num_pictures: int = 10_000,
     seed: int = 0,
     batch_size: int = 64,
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> None:
     """Write the statistics of all pictures, and `num_pictures` of them at random, in the npz format of ADM.
@@ -353,8 +354,9 @@ def write_reference(
     Beside ADM's `mu`, `sigma`, `mu_s`, `sigma_s` and `arr_0` the file says which network made it and of how many
     pictures, so that reading it with another network is refused.
     """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if detector is None:
-        detector = EfficientNetDetector() if inception is None else InceptionDetector(inception)
+        detector = EfficientNetDetector(place) if inception is None else InceptionDetector(inception, place)
     kept = _Reservoir(num_pictures, seed)
 
     def watch(images: np.ndarray, _: int) -> np.ndarray:

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from nar.metrics.frechet import RunningStatistics, frechet_distance
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) of pictures (B, 3, H, W) in -1..1."""
 
 _WINDOW, _SIGMA = 11, 1.5
+_PRODUCTS = 2**40  # of one iteration of k-means: a minute on one core
 
 
 def psnr(error: Tensor | float, peak: float = 255.0) -> float:
@@ -117,6 +120,38 @@ def compare(
     return numbers | dict(zip(("ssim", *(distances or {})), means.tolist(), strict=True))
 
 
+def frechet_distances(
+    real: np.ndarray, made: np.ndarray, features: Callable[[Tensor], Tensor], *, seed: int = 0, batch_size: int = 64
+) -> dict[str, tuple[float, int, int]]:
+    """Frechet distances of `real` pictures or clips (B, ...) and what was `made` of them; and the counts of both sides.
+
+    "all" compares all. Four or more are also split into random halves, all frames of a clip in one: "real" compares the
+    second half with the first, and "made" what was made of the second half with the same. So what comes back unchanged
+    has the same distance as real ones. `features` takes uint8 (n, 3, H, W) and gives (n, D).
+    """
+    halves = np.array_split(np.random.default_rng(seed).permutation(len(real)), 2)
+    fitted: list[list[RunningStatistics]] = []
+    for side in (real, made):
+        parts = [RunningStatistics() for _ in range(3)]  # the halves, and all
+        for part, rows in zip(parts, halves, strict=False):
+            for start in range(0, len(rows), batch_size):
+                shown = side[rows[start : start + batch_size]]
+                frames = torch.from_numpy(shown.reshape(-1, *shown.shape[-3:])).movedim(-1, 1)
+                with torch.inference_mode():
+                    found = features(frames)
+                part.add(found)
+                parts[2].add(found)
+        fitted.append(parts)
+    (base, other, whole), (_, coded, everything) = fitted
+    pairs = {"all": (whole, everything)}
+    if len(real) >= 4:
+        pairs |= {"made": (base, coded), "real": (base, other)}
+    return {
+        name: (frechet_distance(left.result(), right.result()), left.count, right.count)
+        for name, (left, right) in pairs.items()
+    }
+
+
 def thumbnails(real: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Pictures (B, H, W, 3) reduced to one pixel a token of the `grid` and enlarged again, both bicubic."""
     height, width = real.shape[1:3]
@@ -133,42 +168,59 @@ def motionless(real: np.ndarray) -> np.ndarray:
     return np.broadcast_to(real.mean(1, keepdims=True).round().astype(np.uint8), real.shape)
 
 
+def num_fitted_patches(train: np.ndarray, patch: tuple[int, ...], vocab_size: int) -> int:
+    """How many patches of `train` k-means is fitted to: 64 an entry, where there are so many and it can be done.
+
+    Of large patches fewer, as an iteration multiplies at most 2 ** 40 numbers: 87,381 of 16x16 pixels, 16,384 entries.
+    """
+    there = len(train) * (math.prod(train.shape[1:-1]) // math.prod(patch))
+    return min(there, 64 * vocab_size, _PRODUCTS // (vocab_size * 3 * math.prod(patch)))
+
+
 def nearest_patches(
-    train: np.ndarray, real: np.ndarray, patch: tuple[int, ...], vocab_size: int, *, iterations: int = 15, seed: int = 0
+    train: np.ndarray,
+    real: np.ndarray,
+    patch: tuple[int, ...],
+    vocab_size: int,
+    *,
+    iterations: int = 15,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """`real` pictures or clips with each patch replaced by the nearest of `vocab_size` ones.
 
-    Those are the k-means of at most 64 patches an entry, drawn from the pictures in `train`; `patch` is (h, w) or
-    (t, h, w), and divides both.
+    Those are the k-means of `num_fitted_patches`, drawn from the pictures in `train`; `patch` is (h, w) or (t, h, w),
+    and divides both.
 
     Raises:
-        ValueError: `train` has fewer than two patches an entry.
+        ValueError: it would be fitted to fewer than two patches an entry.
     """
     generator = np.random.default_rng(seed)
     per_picture = math.prod(real.shape[1:-1]) // math.prod(patch)
-    if len(train) * per_picture < 2 * vocab_size:
-        raise ValueError(f"{len(train)} pictures have too few patches to fit {vocab_size} of them")
-    wanted = min(len(train) * per_picture, 64 * vocab_size)
+    wanted = num_fitted_patches(train, patch, vocab_size)
+    if wanted < 2 * vocab_size:
+        raise ValueError(
+            f"{len(train)} pictures have too few patches to fit {vocab_size} of them, or these are too large"
+        )
     # From as many pictures as there are, a few patches of each.
     shown = train[generator.permutation(len(train))[: -(-wanted // max(1, wanted // len(train)))]]
     share = -(-wanted // len(shown))
     sample = np.concatenate(
         [_patches(picture[None], patch)[generator.permutation(per_picture)[:share]] for picture in shown]
     )
-    points = torch.from_numpy(sample).float()
-    entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size])]
+    points = torch.from_numpy(sample).to(device).float()
+    entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size]).to(device)]
     for _ in range(iterations):
         codes = _nearest(points, entries)
         counts = torch.bincount(codes, minlength=vocab_size)
         sums = torch.zeros_like(entries).index_add_(0, codes, points)
         entries = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], entries)
-    found = [
-        _from_patches(
-            entries[_nearest(torch.from_numpy(_patches(picture[None], patch)).float(), entries)], patch, picture
-        )
-        for picture in real
-    ]
-    return np.stack(found)
+
+    def through(picture: np.ndarray) -> np.ndarray:
+        own = torch.from_numpy(_patches(picture[None], patch)).to(device).float()
+        return _from_patches(entries[_nearest(own, entries)].cpu(), patch, picture)
+
+    return np.stack([through(picture) for picture in real])
 
 
 def _nearest(points: Tensor, entries: Tensor) -> Tensor:
