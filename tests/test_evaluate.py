@@ -18,15 +18,9 @@ from torch import Tensor
 from nar.calibration import resample_tokens
 from nar.cli import main
 from nar.metrics import evaluate
-from nar.metrics.evaluate import (
-    Defect,
-    Detected,
-    EfficientNetDetector,
-    as_table,
-    metric_names,
-    swap_patches,
-    write_reference,
-)
+from nar.metrics.defects import Defect, swap_patches
+from nar.metrics.detectors import Detected, EfficientNetDetector, default_detector
+from nar.metrics.evaluate import as_table, metric_names
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,
@@ -39,6 +33,7 @@ from nar.metrics.frechet import (
     resampled_kernel_distance,
 )
 from nar.metrics.pictures import batches, classes
+from nar.metrics.reference import write_reference
 from nar.samples import paired_places
 from nar.tokenizer import load_tokenizer
 
@@ -211,7 +206,7 @@ def test_features_of_files_are_cached_by_content(tmp_path: Path, monkeypatch: py
     assert detector.calls == 60 + 50 + 30  # the calibration is of the floor's half
     np.savez(tmp_path / "again.npz", arr_0=pictures(60, 1))
     with monkeypatch.context() as without:
-        without.setattr(sys.modules["nar.metrics.evaluate"], "batches", None)  # nobody reads a picture again
+        without.setattr(sys.modules["nar.metrics.features"], "batches", None)  # nobody reads a picture again
         second = judge(tmp_path / "again.npz", [pictures(50, 2)], **options)
     assert detector.calls == 60 + 50 + 30
     assert second["settings"]["real"]["features_from_cache"]
@@ -224,7 +219,7 @@ def test_features_of_files_are_cached_by_content(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore:FD-Colours")
-def test_reference_files_are_written_read_and_checked(tmp_path: Path) -> None:
+def test_reference_files_are_written_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = pictures(80, 1), pictures(70, 2)
     write_reference(tmp_path / "ref.npz", [real], detector=Colours(), num_pictures=50, progress=False)
     with np.load(tmp_path / "ref.npz") as file:
@@ -235,6 +230,9 @@ def test_reference_files_are_written_read_and_checked(tmp_path: Path) -> None:
     assert read["FD-Colours"] == pytest.approx(direct["FD-Colours"], rel=1e-9)
     assert read["settings"]["rows_real"] == 50
     assert read["settings"]["num_real"] == 80
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_reference("~/mine.npz", [real], detector=Colours(), num_pictures=50, progress=False)
+    assert judge("~/mine.npz", [fake])["FD-Colours"] == read["FD-Colours"]
 
     class Other(Colours):
         digest = "colours-2"
@@ -453,6 +451,7 @@ def test_efficientnet_equals_an_independent_implementation() -> None:
     assert small.shape == (9, 1280)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         detector(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert next(default_detector(None, "meta").network.parameters()).is_meta
 
 
 def test_efficientnet_without_its_package_or_with_other_weights(

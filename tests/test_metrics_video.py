@@ -17,7 +17,9 @@ from torch import Tensor
 from conftest import make_model
 from nar.cli import main
 from nar.metrics import evaluate
-from nar.metrics.evaluate import Detected, as_table, metric_names, motion_defects
+from nar.metrics.defects import motion_defects
+from nar.metrics.detectors import Detected
+from nar.metrics.evaluate import as_table, metric_names
 from nar.metrics.pictures import batches, classes
 from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
 from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig

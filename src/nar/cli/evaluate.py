@@ -14,7 +14,7 @@ from nar import __version__
 from nar.cli.app import app, atomically, usable_device
 
 if TYPE_CHECKING:
-    from nar.metrics.evaluate import Defect
+    from nar.metrics.defects import Defect
     from nar.pipeline import Pipeline
     from nar.samples import Drawn
 
@@ -149,9 +149,10 @@ def evaluate(
     import warnings
 
     from nar.cli.evaluate_text import TextOptions, text_report
-    from nar.metrics.evaluate import as_table, motion_defects, swapped_patches
+    from nar.metrics.defects import motion_defects, swapped_patches
+    from nar.metrics.evaluate import as_table
     from nar.metrics.evaluate import evaluate as judge
-    from nar.metrics.evaluate import write_reference as write
+    from nar.metrics.reference import write_reference as write
     from nar.pipeline import find_model
 
     words = TextOptions(
@@ -295,8 +296,8 @@ def _likelihood(
 
     from nar.data.sources import load_pictures
     from nar.folder import WEIGHTS
-    from nar.metrics.evaluate import mean_interval
     from nar.metrics.pictures import digest
+    from nar.metrics.scores import mean_interval
     from nar.pipeline import Pipeline, find_model
     from nar.tokenizer.pixels import as_pixels
     from nar.training.likelihood import bits_per_token, independence_cost
@@ -424,7 +425,7 @@ def _defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defe
 
     from nar.calibration import resample_tokens
     from nar.folder import digest
-    from nar.metrics.evaluate import Defect
+    from nar.metrics.defects import Defect
     from nar.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

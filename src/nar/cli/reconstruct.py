@@ -11,7 +11,7 @@ from nar import __version__
 if TYPE_CHECKING:
     import numpy as np
 
-    from nar.metrics.evaluate import Detector
+    from nar.metrics.detectors import Detector
 
 _KEPT = ("validation", "heldout_share", "num_frames", "stride", "frame_rate", "windows")  # of the training's data
 _TRAIN_BYTES = 2**28  # of pictures that baselines are fitted to
@@ -48,7 +48,7 @@ def judge_tokenizer(
     from nar.cli.evaluate import BATCH, CLIP_BATCH
     from nar.data.sources import load_pictures
     from nar.folder import digest, read_config
-    from nar.metrics.evaluate import EfficientNetDetector, InceptionDetector
+    from nar.metrics.detectors import default_detector
     from nar.metrics.reconstruction import code_use, compare
     from nar.pipeline import find_model
     from nar.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def judge_tokenizer(
     measures: dict[str, Any] = {"distances": {distance.name: distance}, "batch_size": batch_size, "device": place}
     counts = torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size)
     report: dict[str, Any] = {**compare(images, made, **measures), **code_use(counts)}
-    detector = EfficientNetDetector(place) if inception is None else InceptionDetector(inception, place)
+    detector = default_detector(inception, place)
     report |= _frechet(images, made, detector, seed=seed, batch_size=batch_size)
     report["warnings"] = ungrouped + report["warnings"]
     few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
@@ -144,8 +144,8 @@ def _through(tokenizer: Any, images: np.ndarray, *, pad: bool, batch_size: int, 
 
 def _frechet(images: np.ndarray, made: np.ndarray, detector: Detector, *, seed: int, batch_size: int) -> dict[str, Any]:
     """The part of the report about Frechet distances: of all pictures, and of halves."""
-    from nar.metrics.evaluate import ENOUGH
     from nar.metrics.reconstruction import frechet_distances
+    from nar.metrics.reference import ENOUGH
 
     name = detector.name("FD")
     found = frechet_distances(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
-from nar.metrics.evaluate import mean_interval
+from nar.metrics.scores import mean_interval
 from nar.metrics.text_image import (
     IMAGENET_MEAN,
     IMAGENET_STD,

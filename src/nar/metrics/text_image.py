@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nar.efficientnet import load_efficientnet
-from nar.metrics.evaluate import mean_interval
 from nar.metrics.pictures import Source, batches, digest
+from nar.metrics.scores import mean_interval
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.metrics.evaluate import Detected
+from nar.metrics.detectors import Detected
 from nar.metrics.pictures import digest
 
 VARIANTS = ("stylegan-v", "videogpt")

@@ -1,0 +1,104 @@
+"""Statistics of real pictures as ADM's npz files hold them: written, recognised and read.
+
+It knows that format and which network made a file; it does not know what is compared with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nar.metrics.defects import Defect
+from nar.metrics.detectors import Detector, default_detector
+from nar.metrics.features import FeatureSet, Reservoir, gather, gaussians, save
+from nar.metrics.frechet import Statistics
+from nar.metrics.pictures import Source
+
+ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
+
+
+def write_reference(
+    path: str | Path,
+    pictures: Source,
+    *,
+    inception: str | Path | None = None,
+    detector: Detector | None = None,
+    size: int | None = None,
+    num_pictures: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the statistics of all pictures, and `num_pictures` of them at random, in the npz format of ADM.
+
+    Beside ADM's `mu`, `sigma`, `mu_s`, `sigma_s` and `arr_0` the file says which network made it and of how many
+    pictures, so that reading it with another network is refused.
+    """
+    if detector is None:
+        detector = default_detector(inception, device)
+    kept = Reservoir(num_pictures, seed)
+
+    def watch(images: np.ndarray, _: int) -> np.ndarray:
+        kept.add(images)
+        return images
+
+    found = gather(
+        pictures, detector, name="reference", size=size, keep=2, batch_size=batch_size, seed=seed, progress=progress,
+        cache=None, defect=Defect("none", "", watch),
+    )  # fmt: skip
+    _check_determined(found.num_images, detector, "these pictures")
+    made_by = {"network": detector.digest, "num_images": found.num_images}
+    save(Path(path).expanduser(), {**gaussians(found), "arr_0": np.stack(kept.items), **made_by})
+
+
+def is_reference(source: Source) -> bool:
+    """Whether a source is a file of statistics."""
+    if not isinstance(source, str | Path) or not (path := Path(source).expanduser()).is_file() or path.suffix != ".npz":
+        return False
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "mu.npy" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def read_reference(path: str | Path, detector: Detector, gather: Callable[[Source, str], FeatureSet]) -> FeatureSet:
+    """Statistics as ADM stores them; the rest is what `gather` makes of `arr_0`, where that is in the file."""
+    path = Path(path).expanduser()
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "arr_0"}
+        has_pictures = "arr_0" in file.files
+    made_by = str(arrays.get("network", ""))
+    if made_by and made_by != detector.digest:
+        raise ValueError(
+            f"{path} was made with another network (weights {made_by[:12]}..., here {detector.digest[:12]}...); "
+            "give the same weights, or the reference's pictures in place of its statistics"
+        )
+    num_features = len(arrays["mu"])
+    if num_features != detector.num_features or arrays.get("sigma", np.zeros(0)).shape != (num_features,) * 2:
+        hint = "; give --inception FILE" if num_features == 2048 else ""
+        raise ValueError(
+            f"{path} has statistics of {num_features} features, but {detector.label} makes "
+            f"{detector.num_features}: another network made it{hint}"
+        )
+    number = int(arrays.get("num_images", 0))
+    _check_determined(number, detector, f"the pictures that {path} was made of")
+    pooled = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), number)
+    spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None
+    if has_pictures:
+        return dataclasses.replace(gather(path, "reference"), num_images=number, pooled=pooled, spatial=spatial)
+    return FeatureSet(number, None, pooled, torch.zeros(0, num_features), np.zeros(0, np.int64), spatial=spatial)
+
+
+def _check_determined(num_images: int, detector: Detector, what: str) -> None:
+    if 0 < num_images <= detector.num_features:
+        raise ValueError(
+            f"{what} are {num_images}: statistics of {detector.num_features} features need at least "
+            f"{detector.num_features + 1}, {ENOUGH:,} are recommended; judge against the pictures themselves"
+        )

@@ -1,0 +1,122 @@
+"""Every number that two sets of features allow, and how far each could be off.
+
+It knows features only; it does not know pictures, networks or reports. Dimensions: n kept rows, R resamplings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar.metrics.detectors import Detector
+from nar.metrics.features import FeatureSet
+from nar.metrics.frechet import (
+    Statistics,
+    density_coverage_rows,
+    frechet_distance,
+    frechet_influence,
+    kernel_distance,
+    precision_recall_rows,
+    resampled_kernel_distance,
+)
+
+KERNEL_ROWS = 5_000  # rows of each set that the kernel distance compares: all pairs, so the cost is its square
+KERNEL_RESAMPLINGS = 100
+MOTION = "frame difference"  # of clips, in levels of 0..255
+
+
+def scores(
+    real: FeatureSet, fake: FeatureSet, detector: Detector, *, resamplings: int = 0, seed: int = 0
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Every number that two sets allow, by its name, and where it is wanted its 95 % interval."""
+    generator = np.random.default_rng(seed)
+    numbers: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+
+    def put(name: str, value: float, contributions: Iterable[Callable[[], tuple[np.ndarray, int]]] = ()) -> None:
+        """A number, and what pictures contribute to it: of each side those that were kept, and how many there are."""
+        numbers[detector.name(name)] = float(value)
+        sides = list(contributions)
+        if resamplings and sides:
+            moves = np.zeros(resamplings)
+            for side in sides:
+                values, of = side()
+                spread = _resampled_means(values, resamplings, generator) - values.mean()
+                moves += spread * (len(values) / max(of, len(values))) ** 0.5
+            low, high = np.quantile(value + moves, (0.025, 0.975))
+            intervals[detector.name(name)] = [float(low), float(high)]
+
+    def put_frechet(name: str, left: Statistics, right: Statistics, left_rows: Tensor, right_rows: Tensor) -> None:
+        sides = [(left, right, right_rows, fake.num_images), (right, left, left_rows, real.num_images)]
+        put(name, frechet_distance(left, right), [
+            lambda first=first, second=second, rows=rows, of=of: (frechet_influence(first, second, rows), of)  # type: ignore[misc]
+            for first, second, rows, of in sides if len(rows)
+        ])  # fmt: skip
+
+    def put_mean(name: str, rows: Tensor) -> None:
+        values = rows.double().cpu().numpy()
+        put(name, values.mean(), [lambda: (values, len(values))])
+
+    put_frechet("FD", real.pooled, fake.pooled, real.rows, fake.rows)
+    if real.spatial is not None and fake.spatial is not None:
+        none = torch.zeros(0, len(real.spatial.mean))
+        known = (none if rows is None else rows for rows in (real.spatial_rows, fake.spatial_rows))
+        put_frechet("sFD", real.spatial, fake.spatial, *known)
+    if fake.score is not None:
+        influence = fake.score_influence
+        put("IS", fake.score, [] if influence is None else [lambda: (influence, len(influence))])
+    if fake.motion is not None:
+        numbers[MOTION] = float(fake.motion.mean())
+        if resamplings:
+            intervals[MOTION] = mean_interval(fake.motion, resamplings=resamplings, seed=seed)
+    if len(real.rows) < 2 or len(fake.rows) < 2:
+        return numbers, intervals
+    some_real = real.rows[torch.from_numpy(some_places(len(real.rows), KERNEL_ROWS, seed))]
+    some_fake = fake.rows[torch.from_numpy(some_places(len(fake.rows), KERNEL_ROWS, seed))]
+    kernel = detector.name("KID")
+    if not resamplings:
+        numbers[kernel] = kernel_distance(some_real, some_fake)
+    else:
+        weights = [_drawn(len(rows), KERNEL_RESAMPLINGS, generator) for rows in (some_real, some_fake)]
+        drawn = resampled_kernel_distance(some_real, some_fake, (weights[0], weights[1]))
+        numbers[kernel] = float(drawn[0])
+        spread = 1.96 * float(drawn[1:].std())
+        intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
+    if min(len(real.rows), len(fake.rows)) > 3:
+        for name, rows in zip(("precision", "recall"), precision_recall_rows(real.rows, fake.rows), strict=True):
+            put_mean(name, rows)
+    if len(real.rows) > 5:
+        for name, rows in zip(("density", "coverage"), density_coverage_rows(real.rows, fake.rows), strict=True):
+            put_mean(name, rows)
+    return numbers, intervals
+
+
+def mean_interval(values: np.ndarray, *, resamplings: int = 1000, seed: int = 0) -> list[float]:
+    """The 95 % interval of a mean, by resampling its values."""
+    means = _resampled_means(values, resamplings, np.random.default_rng(seed))
+    return [float(end) for end in np.quantile(means, (0.025, 0.975))]
+
+
+def _resampled_means(values: np.ndarray, resamplings: int, generator: np.random.Generator) -> np.ndarray:
+    """Means (R,) of R sets drawn from the values with replacement."""
+    step = max(1, (1 << 22) // len(values))
+    starts = range(0, resamplings, step)
+    draws = (generator.integers(0, len(values), (min(step, resamplings - start), len(values))) for start in starts)
+    return np.concatenate([values[places].mean(1) for places in draws])
+
+
+def _drawn(num_rows: int, resamplings: int, generator: np.random.Generator) -> Tensor:
+    """How often each row is drawn (n, 1 + R): once each in the first column, then in R resamplings."""
+    counts = [np.ones(num_rows, np.int64)]
+    counts += [np.bincount(generator.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(resamplings)]
+    return torch.from_numpy(np.stack(counts, 1))
+
+
+def some_places(num_rows: int, wanted: int, seed: int) -> np.ndarray:
+    """`wanted` of the rows at random, in order; all where there are no more."""
+    if wanted >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:wanted])
