@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from nar.data.sources import held_out, to_rgb
+from nar.crops import to_rgb
+from nar.data.split import held_out
 from nar.efficientnet import load_efficientnet
 from nar.metrics.pictures import batches, digest
 from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, fit_caption_map, retrieval

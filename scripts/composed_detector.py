@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
+from nar.crops import centre_crop, to_rgb
 from nar.data.composed import OBJECTS, Scenes, composed_scenes
-from nar.data.sources import centre_crop, to_rgb
 from nar.efficientnet import load_efficientnet
 from nar.metrics.composed import SIZE, ComposedJudge, decoded, fit_head, save_head, stages
 from nar.metrics.geneval import Found, Rules, judge_picture, summary

@@ -41,7 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar import ClassCondition, Pipeline
-from nar.data.sources import Pictures, load_pictures
+from nar.data.source import Pictures
+from nar.data.sources import load_pictures
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,

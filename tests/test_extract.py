@@ -13,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nar.crops import random_crop, views
 from nar.data import extract as extraction
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.sources import Source, held_out, open_source, random_crop, views
+from nar.data.source import Source
+from nar.data.sources import open_source
+from nar.data.split import held_out
 from nar.data.video import Windows
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig

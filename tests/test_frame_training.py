@@ -18,10 +18,11 @@ from PIL import Image
 from nar import Pipeline, cli
 from nar.condition import NULL_CLASS, ClassCondition, PrefixCondition, TextCondition, parts
 from nar.config import load
+from nar.crops import views
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.sources import open_source, views
+from nar.data.sources import open_source
 from nar.data.video import Windows
 from nar.folder import read_config
 from nar.model import ModelConfig, Transformer

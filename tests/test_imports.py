@@ -18,7 +18,8 @@ ALLOWED = {
     "config": set(),
     "folder": set(),
     "sheet": set(),
-    "clips": {"data"},
+    "crops": set(),
+    "clips": {"data", "crops"},
     "presets": set(),
     "precision": set(),
     "attention": set(),
@@ -30,11 +31,11 @@ ALLOWED = {
     "colours": set(),
     "efficientnet": set(),
     "tokenizer": {"tokenizer", "folder", "attention", "efficientnet"},
-    "data": {"data", "tokenizer", "folder", "prompts", "colours"},
-    "metrics": {"metrics", "efficientnet", "prompts", "colours"},
+    "data": {"data", "tokenizer", "folder", "prompts", "colours", "crops"},
+    "metrics": {"metrics", "efficientnet", "prompts", "colours", "crops"},
     "training": {
         "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
-        "sheet", "text", "window",
+        "sheet", "text", "window", "crops",
     },
     "pipeline": {
         "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "clips", "window"

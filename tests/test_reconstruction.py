@@ -12,7 +12,8 @@ from PIL import Image
 
 from clip_files import write
 from nar.cli.reconstruct import _baselines, _through, judge_tokenizer
-from nar.data.sources import held_out, load_pictures, open_source
+from nar.data.sources import load_pictures, open_source
+from nar.data.split import held_out
 from nar.metrics.reconstruction import (
     code_use,
     compare,

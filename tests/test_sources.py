@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nar.data import sources
-from nar.data.sources import FASHION_MNIST_CLASSES, Pictures, load_pictures, open_source
+from nar.data import builtin
+from nar.data.builtin import FASHION_MNIST_CLASSES
+from nar.data.source import Pictures
+from nar.data.sources import load_pictures, open_source
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -67,7 +69,7 @@ def test_the_word_fashion_mnist_finds_the_folder_or_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(builtin, "DEBIAN_FOLDER", tmp_path / "debian")
     monkeypatch.delenv("NAR_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
         load_pictures("fashion-mnist", size=32)

@@ -19,7 +19,7 @@ from nar.condition import TextCondition
 from nar.config import load
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.sources import held_out_pairs
+from nar.data.split import held_out_pairs
 from nar.data.wording import with_article, wordings
 from nar.folder import read_config
 from nar.model import Transformer

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nar.crops import to_rgb
+
 SUFFIXES = (".mp4", ".gif", ".webp")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_FRAMES = 2000  # of a clip to continue, which is held in memory and returned
@@ -55,7 +57,6 @@ def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate:
 
 def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) one by one, so that no long clip is held at its full size."""
-    from nar.data.sources import to_rgb
     from nar.data.video import frames as decoded
     from nar.data.video import timeline
 

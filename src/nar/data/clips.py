@@ -15,7 +15,8 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from nar.data.sources import VIEWS, Source, random_crop
+from nar.crops import VIEWS, random_crop
+from nar.data.source import Source
 from nar.data.video import Windows, read_clip, squared, timeline
 
 

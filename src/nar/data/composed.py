@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from nar.colours import COLOURS, paint
-from nar.data.sources import Source
+from nar.data.source import Source
 from nar.prompts import RELATIONS, TASKS, composition, composition_prompts
 
 # Captions of emoji that are objects, and what a prompt calls them. Only things of a clear shape: a composed drawing

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
+from nar.crops import VIEWS
 from nar.data.clips import ClipSource
 from nar.data.codes import MANIFEST
-from nar.data.sources import BROKEN, BROKEN_SHARE, VIEWS, Source, check_broken
+from nar.data.source import BROKEN, BROKEN_SHARE, Source, check_broken
 from nar.data.video import Windows
 from nar.folder import digest
 from nar.tokenizer import load_tokenizer

@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from nar.crops import centre_crop, to_rgb
+
 VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
 SUFFIXES = VIDEO_SUFFIXES | {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _HASH_BLOCK = 1 << 20
@@ -260,7 +262,7 @@ def _decode(name: str, data: Any) -> np.ndarray:
         return _stack(name, list(_video_frames(data)))
     try:
         with Image.open(data) as picture:
-            frames = [_rgb(frame) for frame in ImageSequence.Iterator(picture)]
+            frames = [np.asarray(to_rgb(frame)) for frame in ImageSequence.Iterator(picture)]
             return frames[0] if len(frames) == 1 else np.stack(frames)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} can't be read as a picture ({error}); remove it or make it again") from error
@@ -288,14 +290,6 @@ def _unstacked(name: str, strip: np.ndarray) -> np.ndarray:
     if height >= width:
         return strip.reshape(height // side, side, side, 3)
     return strip.reshape(side, width // side, side, 3).swapaxes(0, 1)
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    """Any mode to uint8 (H, W, 3), transparency on white."""
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        layered = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
-    return np.asarray(picture.convert("RGB"))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -330,7 +324,7 @@ def _items(items: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, np.nda
     index = 0
     for item in items:
         if isinstance(item, Image.Image):
-            yield f"{prefix}picture {index}", _rgb(item)
+            yield f"{prefix}picture {index}", np.asarray(to_rgb(item))
             index += 1
             continue
         if not isinstance(item, np.ndarray | Tensor):
@@ -361,10 +355,4 @@ def _at_size(picture: np.ndarray, size: int) -> np.ndarray:
         return picture
     if picture.ndim == 4:
         return np.stack([_at_size(frame, size) for frame in picture])
-    image = Image.fromarray(picture)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(centre_crop(Image.fromarray(picture), size))

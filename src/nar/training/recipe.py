@@ -11,12 +11,10 @@ from functools import partial
 
 import numpy as np
 
-from nar.data.sources import (
-    VIEWS,
-    Source,
-    held_out,
-    open_source,
-)  # fmt: skip
+from nar.crops import VIEWS
+from nar.data.source import Source
+from nar.data.sources import open_source
+from nar.data.split import held_out
 from nar.data.video import Windows
 from nar.data.wording import WORDINGS
 from nar.model import Dropout, ModelConfig

@@ -20,7 +20,8 @@ from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.composed import composed_source
 from nar.data.extract import extract, given_folder
-from nar.data.sources import Source, held_out, held_out_pairs
+from nar.data.source import Source
+from nar.data.split import held_out, held_out_pairs
 from nar.folder import digest
 from nar.training.checkpoint import atomically
 from nar.training.distributed import Workers

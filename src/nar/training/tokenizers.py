@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.data.sources import BROKEN, check_broken, load_pictures
+from nar.data.source import BROKEN, check_broken
+from nar.data.sources import load_pictures
 from nar.folder import load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet

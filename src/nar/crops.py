@@ -1,0 +1,70 @@
+"""Squares of pictures: the middle, random crops, and the views that codes are made of.
+
+Knows Pillow pictures; does not know files, models or what the squares are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageOps
+
+# How many views of a picture there are of each kind; a "loop" is of clips.
+VIEWS = {"centre": 1, "flip": 2, "ten-crop": 10, "loop": 16}
+
+
+def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
+    """The crops of a picture that codes are made of: "centre", "flip" (and mirrored), or "ten-crop".
+
+    Ten-crop cuts the four corners and the middle out of a centre crop 1.1 times as large, of the picture and of its
+    mirror image, as the published trainers do.
+    """
+    if kind == "loop":
+        raise ValueError(f"pictures have the views centre, flip and ten-crop, not {kind!r}")
+    if kind == "ten-crop":
+        large = round(size * 1.1 - 0.5)
+        square = centre_crop(picture, large)
+        middle = round((large - size) / 2)
+        corners = [(0, 0), (large - size, 0), (0, large - size), (large - size, large - size), (middle, middle)]
+        return [
+            side.crop((left, top, left + size, top + size))
+            for side in (square, ImageOps.mirror(square))
+            for left, top in corners
+        ]
+    centre = centre_crop(picture, size)
+    return [centre, ImageOps.mirror(centre)] if kind == "flip" else [centre]
+
+
+def random_crop(picture: Image.Image, size: int, uniforms: Sequence[float], *, smallest: float = 0.8) -> Image.Image:
+    """A random square of a picture, whose shorter side is first brought to a random length in [size, size / smallest].
+
+    Draws that length, the place and whether the square is mirrored from four numbers in [0, 1).
+    """
+    side = size + int(uniforms[0] * (math.ceil(size / smallest) - size + 1))
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (int(u * (length - size + 1)) for u, length in zip(uniforms[1:3], picture.size, strict=True))
+    square = picture.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(square) if uniforms[3] < 0.5 else square
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` and cut the middle, as ADM does (halving with a box filter, then bicubic)."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert any mode to RGB with transparency on white."""
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
