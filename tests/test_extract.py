@@ -102,6 +102,13 @@ def test_views_are_where_the_published_trainers_cut_them() -> None:
         np.testing.assert_array_equal(view, array[top : top + 20, left : left + 20])
     np.testing.assert_array_equal(made[9], made[4][:, ::-1])
     np.testing.assert_array_equal(made[5], made[1][:, ::-1])
+    moved = [np.asarray(view) for view in views(picture, 22, "shift")]
+    assert len(moved) == 9
+    np.testing.assert_array_equal(moved[0], array)
+    np.testing.assert_array_equal(moved[1][:-1, :-1], array[1:, 1:])
+    np.testing.assert_array_equal(moved[8][1:, 1:], array[:-1, :-1])
+    np.testing.assert_array_equal(moved[8][0, 1:], array[0, :-1])
+    assert len({view.tobytes() for view in moved}) == 9
     centre, mirrored = (np.asarray(view) for view in views(picture, 22, "flip"))
     np.testing.assert_array_equal(mirrored, centre[:, ::-1])
     for draw in np.random.default_rng(0).random((50, 4)):

@@ -305,7 +305,7 @@ def test_loops_begin_anywhere(tmp_path: Path) -> None:
     pixels = torch.from_numpy(odd.views(7, 8, "loop").copy()).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     expected = load_tokenizer(folder).encode(pixels)
     np.testing.assert_array_equal(codes.read(np.array([7, 7]), np.array([0.0, 0.99])), expected[[0, 15]])
-    with pytest.raises(ValueError, match="pictures have the views centre, flip and ten-crop"):
+    with pytest.raises(ValueError, match="pictures have the views centre, flip, shift and ten-crop"):
         views(Image.new("RGB", (8, 8)), 8, "loop")
 
 

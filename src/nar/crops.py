@@ -8,20 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageOps
 
 # How many views of a picture there are of each kind; a "loop" is of clips.
-VIEWS = {"centre": 1, "flip": 2, "ten-crop": 10, "loop": 16}
+VIEWS = {"centre": 1, "flip": 2, "shift": 9, "ten-crop": 10, "loop": 16}
 
 
 def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
-    """The crops of a picture that codes are made of: "centre", "flip" (and mirrored), or "ten-crop".
+    """The crops of a picture that codes are made of: "centre", "flip" (and mirrored), "shift", or "ten-crop".
 
+    Shift moves the picture by 1/32 of its size in eight directions, and repeats its edge where it was; the first view
+    is the picture itself.
     Ten-crop cuts the four corners and the middle out of a centre crop 1.1 times as large, of the picture and of its
     mirror image, as the published trainers do.
     """
     if kind == "loop":
-        raise ValueError(f"pictures have the views centre, flip and ten-crop, not {kind!r}")
+        raise ValueError(f"pictures have the views centre, flip, shift and ten-crop, not {kind!r}")
+    if kind == "shift":
+        step = max(1, size // 32)
+        wide = np.pad(np.asarray(centre_crop(picture, size)), ((step, step), (step, step), (0, 0)), mode="edge")
+        moves = [(0, 0), *((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right)]
+        return [
+            Image.fromarray(wide[top : top + size, left : left + size])
+            for top, left in ((step - step * down, step - step * right) for down, right in moves)
+        ]
     if kind == "ten-crop":
         large = round(size * 1.1 - 0.5)
         square = centre_crop(picture, large)

@@ -40,7 +40,7 @@ def extract(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codes. The same command resumes.")],
     size: Annotated[int | None, typer.Option(min=1, help="Pixels a side. Default: the model's own, else 256.")] = None,
     views: Annotated[
-        str, typer.Option(help="Of each picture: centre, flip (and mirrored), ten-crop; of clips: loop.")
+        str, typer.Option(help="Of each picture: centre, flip (and mirrored), shift, ten-crop; of clips: loop.")
     ] = "centre",
     frames: Annotated[
         int | None, typer.Option(min=0, help="Frames of a clip. Default: the model's own, else 16; 0 for pictures.")

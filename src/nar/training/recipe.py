@@ -41,8 +41,8 @@ class DataConfig:
         validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
             `heldout_share` of the pictures, by `group`.
         label, group: columns of tables; samples of one group are held out together.
-        views: of each picture that a model learns codes of: "centre", "flip" or "ten-crop"; of clips that are loops
-            also "loop", eight starts and their mirror images.
+        views: of each picture that a model learns codes of: "centre", "flip", "shift" (moved a little in eight
+            directions) or "ten-crop"; of clips that are loops also "loop", eight starts and their mirror images.
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
