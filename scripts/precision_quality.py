@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nar import ClassCondition, Transformer
 from nar.data.sources import load_pictures
-from nar.pipeline import find_model
+from nar.folder import find_model
 from nar.precision import PRECISIONS, convert
 
 

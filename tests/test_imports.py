@@ -16,7 +16,7 @@ SOURCE = Path(nar.__file__).parent
 ALLOWED = {
     "order": set(),
     "config": set(),
-    "folder": set(),
+    "folder": {"config"},
     "sheet": set(),
     "crops": set(),
     "clips": {"data", "crops"},

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nar import Pipeline
-from nar.pipeline import bundled_names, find_model
+from nar import Pipeline, load_tokenizer
+from nar.folder import bundled_names, find_model
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,11 @@ def test_models_are_found_or_named(toy_folder: Path, tmp_path: Path) -> None:
     (foreign / "tokenizer/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantizer.embedding.weight is \(32, 4\), the model needs \(16, 4\)"):
         Pipeline.from_pretrained(foreign)
+
+
+def test_bundled_tokenizers_are_found_by_name() -> None:
+    for name in ("fashion/tokenizer", "emoji/tokenizer", "clips/tokenizer"):
+        assert load_tokenizer(name).config.vocab_size >= 1024
 
 
 @pytest.mark.parametrize("name", bundled_names())

@@ -13,7 +13,7 @@ import pytest
 
 from nar import cli
 from nar.clips import as_array
-from nar.pipeline import bundled_names
+from nar.folder import bundled_names
 
 SAMPLING = Path(__file__).parents[1] / "docs/sampling.md"
 README = Path(__file__).parents[1] / "README.md"

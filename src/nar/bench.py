@@ -24,9 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
-from nar.folder import from_dict, read_config, without_weights
+from nar.folder import find_model, from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
-from nar.pipeline import find_model
 from nar.precision import PackedLinear, convert, fill
 from nar.presets import PRESETS, find
 from nar.sampling import Sampling, Session, generate

@@ -21,8 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nar.config import suggestion
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+BUNDLED = Path(__file__).parent / "bundled"
 Config = TypeVar("Config")
 
 
@@ -52,6 +55,44 @@ def write_folder(
             staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder of a model: a bundled name, a local folder, or a hub id such as `someone/nar-l`, which is downloaded.
+
+    A `Path` is a local folder and nothing else.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    path = Path(source)
+    if isinstance(source, Path):
+        read_config(path.expanduser())
+        return path.expanduser()
+    if (BUNDLED / str(source) / CONFIG).is_file():
+        return BUNDLED / str(source)
+    if path.exists() or str(source).startswith((".", "/", "~")):
+        read_config(path.expanduser())
+        return path.expanduser()
+    if str(source).count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"no folder {str(source)!r} here, and it can't be had from the hub ({type(error).__name__})"
+            ) from error
+    raise FileNotFoundError(
+        f"no model {str(source)!r}{suggestion(str(source), bundled_names())}; "
+        f"bundled: {', '.join(bundled_names())}; or give a model folder or a hub id"
+    )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from nar.clips import Frames, as_array, several
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondition
 from nar.config import suggestion
-from nar.folder import CONFIG, from_dict, read_config
+from nar.folder import CONFIG, find_model, from_dict, read_config
 from nar.model import Transformer
 from nar.sampling import Sampling, Session, generate_fronts
 from nar.text import TextEncoder, TextEncoderConfig
@@ -32,7 +32,6 @@ from nar.tokenizer import Tokenizer, load_tokenizer
 from nar.tokenizer.pixels import as_images
 from nar.window import Window
 
-BUNDLED = Path(__file__).parent / "bundled"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
@@ -80,39 +79,6 @@ class Request:
     prompt: str = ""
     negative: str = ""
     frames: Tensor | None = None
-
-
-def bundled_names() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
-
-
-def find_model(source: str | Path) -> Path:
-    """The folder of a model: a bundled name, a local folder, or a hub id such as `someone/nar-l`, which is downloaded.
-
-    Raises:
-        FileNotFoundError: none of these.
-    """
-    path = Path(source)
-    if (BUNDLED / str(source) / CONFIG).is_file():
-        return BUNDLED / str(source)
-    if path.exists() or str(source).startswith((".", "/", "~")):
-        read_config(path.expanduser())
-        return path.expanduser()
-    if str(source).count("/") == 1:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"no folder {str(source)!r} here, and it can't be had from the hub ({type(error).__name__})"
-            ) from error
-    raise FileNotFoundError(
-        f"no model {str(source)!r}{suggestion(str(source), bundled_names())}; "
-        f"bundled: {', '.join(bundled_names())}; or give a model folder or a hub id"
-    )
 
 
 class Pipeline:

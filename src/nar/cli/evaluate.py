@@ -149,11 +149,11 @@ def evaluate(
     import warnings
 
     from nar.cli.evaluate_text import TextOptions, text_report
+    from nar.folder import find_model
     from nar.metrics.defects import motion_defects, swapped_patches
     from nar.metrics.evaluate import as_table
     from nar.metrics.evaluate import evaluate as judge
     from nar.metrics.reference import write_reference as write
-    from nar.pipeline import find_model
 
     words = TextOptions(
         fake=fake, captions=captions, clip=clip, clip_prefix=clip_prefix, retrieval=retrieval, geneval=geneval,
@@ -295,10 +295,10 @@ def _likelihood(
     import torch
 
     from nar.data.sources import load_pictures
-    from nar.folder import WEIGHTS
+    from nar.folder import WEIGHTS, find_model
     from nar.metrics.pictures import digest
     from nar.metrics.scores import mean_interval
-    from nar.pipeline import Pipeline, find_model
+    from nar.pipeline import Pipeline
     from nar.tokenizer.pixels import as_pixels
     from nar.training.likelihood import bits_per_token, independence_cost
 
@@ -367,7 +367,7 @@ def _is_fashion(source: str) -> bool:
 
 
 def _is_model(source: str) -> bool:
-    from nar.pipeline import bundled_names
+    from nar.folder import bundled_names
 
     return source in bundled_names() or (Path(source).expanduser() / "config.json").is_file()
 

@@ -32,7 +32,7 @@ def info(
         return
     if model is None:
         from nar.config import recipe_names
-        from nar.pipeline import bundled_names
+        from nar.folder import bundled_names
 
         typer.echo(
             f"nar {__version__}\nbundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
@@ -55,9 +55,8 @@ def _made(shape: tuple[int, ...], frame_rate: float) -> str:
 
 
 def _facts(model: str) -> dict[str, Any]:
-    from nar.folder import read_config
+    from nar.folder import find_model, read_config
     from nar.model import Transformer
-    from nar.pipeline import find_model
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.video import VideoTokenizerConfig
 

@@ -47,10 +47,9 @@ def judge_tokenizer(
 
     from nar.cli.evaluate import BATCH, CLIP_BATCH
     from nar.data.sources import load_pictures
-    from nar.folder import digest, read_config
+    from nar.folder import digest, find_model, read_config
     from nar.metrics.detectors import default_detector
     from nar.metrics.reconstruction import code_use, compare
-    from nar.pipeline import find_model
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.image import ImageTokenizer
     from nar.tokenizer.perceptual import EfficientNetDistance

@@ -231,7 +231,8 @@ def _sample_set(
     text_encoder: str | None,
 ) -> None:  # fmt: skip
     from nar.cli.evaluate import real_classes
-    from nar.pipeline import Pipeline, find_model
+    from nar.folder import find_model
+    from nar.pipeline import Pipeline
     from nar.samples import LABELS, geneval_set, made_by, sample_set
     from nar.text import TextEncoder
     from nar.training.distributed import joined

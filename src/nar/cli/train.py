@@ -80,8 +80,7 @@ def extract(
     from nar.data.clips import ClipSource
     from nar.data.sources import open_source
     from nar.data.video import Windows
-    from nar.folder import read_config
-    from nar.pipeline import find_model
+    from nar.folder import find_model, read_config
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.image import ImageTokenizerConfig
     from nar.training.distributed import joined

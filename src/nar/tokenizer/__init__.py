@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nar.folder import read_config
+from nar.folder import find_model, read_config
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
@@ -23,7 +23,8 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load a tokenizer folder; raises ValueError when it holds something else."""
+    """Load a tokenizer's folder, bundled name or hub id; raises ValueError when it holds something else."""
+    folder = find_model(folder)
     kind = read_config(folder).get("kind")
     if kind == "image-tokenizer":
         return ImageTokenizer.from_pretrained(folder)

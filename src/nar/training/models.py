@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, drop, map_condition
 from nar.data.codes import Codes
+from nar.folder import find_model
 from nar.model import Dropout, Transformer
 from nar.sampling import generate
 from nar.sheet import contact_sheet, film_strips
@@ -54,7 +55,7 @@ class ModelTask:
             )
         if not (recipe.data.codes or recipe.tokenizer_path):
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
-        self.tokenizer_folder = Path(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
+        self.tokenizer_folder = find_model(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
         sources = () if recipe.data.codes else recipe.data.open()
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
@@ -251,7 +252,7 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         if len(sizes["grid"]) != len(recipe.model.grid):  # then its heads, one an axis, do not fit either
             sizes = {**sizes, "axis_heads": (), "head_depths": ()}
         return Transformer(dataclasses.replace(recipe.model, **sizes))
-    model = Transformer.from_pretrained(recipe.init)
+    model = Transformer.from_pretrained(find_model(recipe.init))
     if model.config.vocab_size != sizes["vocab_size"]:
         raise ValueError(
             f"{recipe.init} has {model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}; "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nar.config import load, recipe_names
-from nar.folder import CONFIG, read_config
+from nar.folder import CONFIG, find_model, read_config
 from nar.training.distributed import Workers, joined
 from nar.training.loop import Metrics, train
 from nar.training.models import ModelTask
@@ -40,7 +40,7 @@ def _run(recipe: Recipe, workers: Workers, *, override: bool, metrics: Metrics |
     if _finished(Path(recipe.run), config):
         return Path(recipe.run) / "model"
     if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
-        recipe = dataclasses.replace(recipe, tokenizer_path=str(Path(recipe.init) / "tokenizer"))
+        recipe = dataclasses.replace(recipe, tokenizer_path=str(find_model(recipe.init) / "tokenizer"))
     if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
         first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
         first = dataclasses.replace(

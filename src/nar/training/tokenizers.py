@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nar.data.source import BROKEN, check_broken
 from nar.data.sources import load_pictures
-from nar.folder import load_state, read_weights
+from nar.folder import find_model, load_state, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
 from nar.tokenizer import Tokenizer, new_tokenizer
@@ -41,7 +41,8 @@ class TokenizerTask:
         torch.manual_seed(recipe.seed)
         self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
-            load_state(self.module, {k: v.float() for k, v in read_weights(recipe.init).items()}, recipe.init)
+            start = find_model(recipe.init)
+            load_state(self.module, {k: v.float() for k, v in read_weights(start).items()}, start)
         self.module.to(workers.device)
         half = recipe.engine.precision == "bfloat16"
         self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
