@@ -599,3 +599,7 @@ def test_likelihood_of_models_is_paired_by_picture(
     assert report["bits_per_token"] == report["bits_per_token_against"] > 0
     assert report["settings"]["num_real"] == 30
     assert "needs MODEL" in run("eval", "--real", tmp_path / "real", "--likelihood", code=2)[1]
+    unused = run("eval", toy_folder, *options, "--top-k", 3, code=2)[1]
+    assert "--likelihood does not use --top-k; leave it out" in unused
+    words = ("eval", toy_folder, "--retrieval", "--fake", tmp_path / "real", "--labels", "real")
+    assert "near-copies, does not use model, --labels; leave them out" in run(*words, code=2)[1]

@@ -27,6 +27,11 @@ OF_TOKENIZER = {
     "tokenizer", "real", "size", "group", "number", "num_frames", "pad", "sheet", "inception", "seed", "batch_size",
     "device", "json_file",
 }  # fmt: skip
+OF_LIKELIHOOD = {"model", "likelihood", "against", "real", "split", "number", "seed", "device", "dtype", "json_file"}
+OF_WORDS = {
+    "fake", "captions", "clip", "clip_prefix", "retrieval", "geneval", "detector_folder", "composed", "geneval_prompts",
+    "composed_prompts", "near_copies", "real", "size", "seed", "device", "json_file",
+}  # fmt: skip
 PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
 
 
@@ -161,6 +166,7 @@ def evaluate(
         composed_prompts=composed_prompts, near_copies=near_copies, real=real, size=size, seed=seed, device=device,
     )  # fmt: skip
     if words.wanted:
+        _refuse_others(context, OF_WORDS, "judging pictures by words, or as near-copies,")
         report, table = text_report(words)
         _report(report, table, json_file if report else None)
         return
@@ -199,6 +205,7 @@ def evaluate(
     if likelihood:
         if model is None:
             raise ValueError("--likelihood needs MODEL: nar eval MODEL --real PICTURES --likelihood")
+        _refuse_others(context, OF_LIKELIHOOD, "--likelihood")
         report = _likelihood(model, against, real, split, number or NUMBER, seed, place, dtype)
         _report(report, _likelihood_table(report), json_file)
         return
