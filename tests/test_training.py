@@ -17,7 +17,7 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task, _pieces
-from nar.training.models import ModelTask, token_losses
+from nar.training.models import ModelTask, mixed, token_losses
 from nar.training.tasks import run_recipe
 from test_golden_models import Case, fixtures
 from training_runs import equal, losses, recipe, weights
@@ -74,6 +74,46 @@ def test_gradients_are_those_of_attention_written_out(monkeypatch: pytest.Monkey
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
         assert gradients[0]["blocks.0.attention.qkv.weight"].abs().max() > 1e-5
+
+
+def test_a_mixed_context_has_codes_of_two_samples_each_in_its_place() -> None:
+    codes = torch.arange(1000).view(1000, 1, 1).expand(1000, 16, 16)
+    torch.manual_seed(0)
+    seen = mixed(codes, 0.6)
+    foreign = (seen != codes).float().mean((1, 2))
+    assert torch.equal(seen[seen != codes], codes.roll(1, 0)[seen != codes])
+    assert 0.58 < foreign.max() < 0.75, "the share is up to `most`, but for the luck of 256 draws"
+    assert foreign.min() == 0
+    assert foreign.mean() == pytest.approx(0.3, abs=0.02)
+    assert foreign.quantile(0.25) == pytest.approx(0.15, abs=0.02), "shares are spread evenly"
+    assert torch.equal(mixed(codes, 0.0), codes)
+
+
+def test_what_is_seen_is_mixed_and_what_is_learned_is_not() -> None:
+    torch.manual_seed(0)
+    model = Transformer(
+        ModelConfig(grid=(4, 5), vocab_size=11, num_classes=3, dim=24, num_layers=2, num_heads=2, hidden_dim=32)
+    )
+    nn.init.normal_(model.output.weight, std=0.5)
+    codes, seen = torch.randint(11, (2, 2, 4, 5))
+    condition = ClassCondition(torch.tensor([1, -1]))
+    logits = model(seen, condition).flatten(1, 2)
+    expected = nn.functional.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction="none")
+    found = model.in_raster(token_losses(model, codes, condition, seen=seen))
+    torch.testing.assert_close(found.flatten(1), expected)
+    assert not torch.allclose(found, model.in_raster(token_losses(model, codes, condition)))
+
+
+def test_a_mixed_context_is_trained_with_and_measured_without(tmp_path: Path) -> None:
+    plain, mixing = trained(tmp_path), trained(tmp_path, "mixed_context=1.0")
+    assert losses(plain)[0] == losses(mixing)[0], "of zero output weights every context has the loss ln V"
+    assert not equal(weights(plain), weights(mixing))
+    for run in (plain, mixing):
+        assert losses(run, "heldout_loss")
+    with pytest.raises(ValueError, match=r"mixed_context mixes the samples that are computed together, .* is 1"):
+        trained(tmp_path, "mixed_context=0.5", "batch_size=4", "engine.accumulate=4")
+    with pytest.raises(ValueError, match=r"mixed_context must be in 0\.\.1, not 2.0"):
+        trained(tmp_path, "mixed_context=2.0")
 
 
 def test_settings_of_the_engine_do_not_change_what_is_learned(tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ class ModelTask:
 
     def __init__(self, recipe: Recipe, workers: Workers) -> None:
         self.recipe, self.workers = recipe, workers
+        together = recipe.batch_size // (workers.count * recipe.engine.accumulate)
+        if recipe.mixed_context and together < 2:
+            raise ValueError(
+                f"mixed_context mixes the samples that are computed together, and their number, batch_size / "
+                f"(processes * engine.accumulate), is {together}; take a larger batch_size, or mixed_context=0"
+            )
         if recipe.model.text_dim and not recipe.text_encoder.source:
             raise ValueError("captions need text_encoder.source=NAME, which says what reads them")
         if recipe.model.prefix_grid and not recipe.given_frames:
@@ -126,7 +132,9 @@ class ModelTask:
         frames = [part for part in parts if isinstance(part, PrefixCondition)]
         told = dropped([part for part in parts if part not in frames], draws, self.recipe.condition_dropout)
         condition = (*told, *frames)
-        losses = token_losses(self.module, data[0].to(device), condition, dropout=self.recipe.dropout)
+        codes = data[0].to(device)
+        seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
+        losses = token_losses(self.module, codes, condition, seen=seen, dropout=self.recipe.dropout)
         loss = self._of_samples(losses, condition).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
@@ -330,15 +338,32 @@ def _prompts(recipe: Recipe, heldout: Codes | None) -> list[str]:
     return list(dict.fromkeys(forms[0] for forms in heldout.wordings(recipe.data.wording)))[:10]
 
 
+def mixed(codes: Tensor, most: float) -> Tensor:
+    """Codes (B, *grid) of which a share, uniform in [0, most] for each sample, is that of the sample before it.
+
+    A model that only ever sees pictures of the training set knows one by its first codes and need not read the words,
+    and never meets a wrong code, as there are among those that it draws itself. Shown these it has to ask the words
+    (compare noisy context learning, arXiv 2502.20388).
+    """
+    share = torch.rand(len(codes), *(1,) * (codes.ndim - 1), device=codes.device) * most
+    return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes.roll(1, 0), codes)
+
+
 def token_losses(
-    model: Transformer, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None, chunk: int = 16384
+    model: Transformer,
+    codes: Tensor,
+    condition: Condition,
+    *,
+    seen: Tensor | None = None,
+    dropout: Dropout | None = None,
+    chunk: int = 16384,
 ) -> Tensor:
-    """Cross-entropy in nats of every token, (B, N) in generation order.
+    """Cross-entropy in nats of every token, (B, N) in generation order; `seen` are the codes that the model is shown.
 
     Works on `chunk` tokens at a time and computes their logits again in the backward pass, so that (B, N, V) never
     exists.
     """
-    hidden = model.hidden(codes, condition, dropout=dropout)
+    hidden = model.hidden(codes if seen is None else seen, condition, dropout=dropout)
     targets = model.in_order(codes).to(hidden.device)
 
     def piece(states: Tensor, tokens: Tensor) -> Tensor:

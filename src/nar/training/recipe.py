@@ -193,6 +193,7 @@ class Recipe(Plan):
     condition may hold, one of these numbers for each sample, and none for a further share of `frame_dropout`.
     `classes` says whether classes are learned; None: where there are neither captions nor given frames.
     `condition_dropout` is the share of samples that learn without class and words, and never drops frames.
+    `mixed_context` shows samples codes of others in place of up to this share of their own, drawn for each sample.
     """
 
     about: str = ""
@@ -214,6 +215,7 @@ class Recipe(Plan):
     prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: float = 0.1
+    mixed_context: float = 0.0
     classes: bool | None = None
     given_frames: tuple[int, ...] = ()
     frame_dropout: float = 0.0
@@ -223,7 +225,7 @@ class Recipe(Plan):
         super().__post_init__()
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
-        for name in ("condition_dropout", "frame_dropout"):
+        for name in ("condition_dropout", "frame_dropout", "mixed_context"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)}")
         if self.frame_dropout and 0 not in self.given_frames:
