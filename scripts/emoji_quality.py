@@ -4,7 +4,7 @@
 
 Two sets of prompts, one picture each:
 
-- *seen*: 200 captions of the training set that the unseen vendor (`--vendor`) has drawn too, in plain words.
+- *seen*: 200 learned captions that the unseen vendor (`--vendor`) has drawn too, in plain words.
 - *pairs*: the held-out pairs of caption and style, "taco, noto", whose captions were learned in other styles only.
 
 Both are judged by `nar.metrics.text_image.RetrievalScorer`: is a picture's own caption the nearest of 1,000 (R@1) or
@@ -87,7 +87,7 @@ def main() -> None:
             drawn_pairs[key] = row
         elif key[1] == given.vendor:
             real.setdefault(captions[row], row)
-        elif key[0] not in out:
+        elif key[0] not in out and key[1] not in held["styles"]:
             learned.append(row)
     both = sorted({captions[row] for row in learned} & real.keys())
     seen = sorted(np.random.default_rng(given.seed).permutation(both)[: given.number].tolist())

