@@ -77,7 +77,27 @@ def test_it_learns_in_the_precision_of_the_engine(half: bool) -> None:
     assert learned.dtype == torch.float32
 
 
+def test_frames_seen_at_once_show_motion() -> None:
+    clip = torch.rand(1, 3, 4, 16, 16)
+    swapped = clip[:, :, [1, 0, 3, 2]]  # other motion within the pairs, the same pictures
+    for frames, blind in ((1, True), (2, False)):
+        judge = adversary(frames=frames)
+        judge.discriminator.eval()
+        logits = [judge._judge(pixels).flatten(1) for pixels in (clip, swapped)]
+        assert len(logits[0]) == 4 // frames
+        same = torch.allclose(*(found.sort(0).values for found in logits), atol=1e-6)
+        assert same == blind
+    with pytest.raises(ValueError, match=r"num_layers 1 and frames 3 can't judge samples of 4x16x16"):
+        adversary(frames=3).check(clip)
+    with pytest.raises(ValueError, match=r"frames 2 can't judge samples of 16x16 "):
+        adversary(frames=2).check(clip[:, :, 0])
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"adversary\.frames must be at least 1, not 0$"):
+        AdversaryConfig(frames=0)
+    with pytest.raises(ValueError, match=r"frames 4 is of the network patch; a transformer sees whole clips"):
+        AdversaryConfig(frames=4, network="transformer")
     with pytest.raises(ValueError, match=r"adversary\.every must be at least 1, not 0$"):
         AdversaryConfig(every=0)
     with pytest.raises(ValueError, match=r"lecam 0\.1 is of the network transformer; with patch it must be 0"):

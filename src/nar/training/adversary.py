@@ -34,7 +34,8 @@ class AdversaryConfig:
 
     `network` is "patch", with `num_layers` convolutions from `channels` on, or "transformer", with `num_layers` layers
     of width `channels` and `num_heads`; this one learns from noisy labels, and `lecam` is the strength of its LeCam
-    regularisation, which compares logits with their means, moving with `lecam_decay`.
+    regularisation, which compares logits with their means, moving with `lecam_decay`. Of clips, a patch network sees
+    `frames` in a row at once, as channels: from 2 on it judges motion too.
     """
 
     weight: float = 0.0
@@ -48,6 +49,7 @@ class AdversaryConfig:
     learn_from: int = 0
     channels: int = 64
     num_layers: int = 3
+    frames: int = 1
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.9)
     clip_norm: float = 0.0
@@ -58,8 +60,11 @@ class AdversaryConfig:
             raise ValueError(f"adversary.weight must be at least 0, not {self.weight}")
         if self.network not in ("patch", "transformer"):
             raise ValueError(f"adversary.network must be patch or transformer, not {self.network!r}")
-        if self.every < 1:
-            raise ValueError(f"adversary.every must be at least 1, not {self.every}")
+        for name in ("every", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adversary.{name} must be at least 1, not {getattr(self, name)}")
+        if self.frames > 1 and self.network != "patch":
+            raise ValueError(f"adversary.frames {self.frames} is of the network patch; a transformer sees whole clips")
         if self.lecam and self.network == "patch":
             raise ValueError(f"adversary.lecam {self.lecam} is of the network transformer; with patch it must be 0")
         if self.learn_from > self.start:
@@ -95,9 +100,11 @@ class Adversary:
             self._judge(sample)
         except (RuntimeError, ValueError) as error:
             size = "x".join(map(str, sample.shape[2:]))
+            at_once = f" and frames {self.config.frames}" if self.config.frames > 1 else ""
             raise ValueError(
-                f"adversary.network {self.config.network!r} with num_layers {self.config.num_layers} can't judge "
-                f"samples of {size} ({str(error).splitlines()[0]}); choose another network, fewer layers or other sizes"
+                f"adversary.network {self.config.network!r} with num_layers {self.config.num_layers}{at_once} can't "
+                f"judge samples of {size} ({str(error).splitlines()[0]}); choose another network, fewer layers or "
+                "frames, or other sizes"
             ) from error
         self.discriminator.train()
 
@@ -165,9 +172,9 @@ class Adversary:
             self._means = state["adversary.mean_logits"].to(self._means.device)
 
     def _judge(self, pixels: Tensor) -> Tensor:
-        """Logits of pictures, or of clips: a patch network sees their frames one by one."""
+        """Logits of pictures, or of clips: a patch network sees some of their frames at once."""
         if self.config.network == "patch" and pixels.ndim == 5:
-            pixels = pixels.transpose(1, 2).flatten(0, 1)
+            pixels = pixels.unflatten(2, (-1, self.config.frames)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return cast(Tensor, self.discriminator(pixels))
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
@@ -187,5 +194,5 @@ class Adversary:
 
 def _network(config: AdversaryConfig) -> nn.Module:
     if config.network == "patch":
-        return PatchDiscriminator(config.channels, config.num_layers)
+        return PatchDiscriminator(config.channels, config.num_layers, in_channels=3 * config.frames)
     return ClipDiscriminator(config.channels, config.num_layers, config.num_heads)
