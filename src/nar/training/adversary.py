@@ -35,7 +35,7 @@ class AdversaryConfig:
     `network` is "patch", with `num_layers` convolutions from `channels` on, or "transformer", with `num_layers` layers
     of width `channels` and `num_heads`; this one learns from noisy labels, and `lecam` is the strength of its LeCam
     regularisation, which compares logits with their means, moving with `lecam_decay`. Of clips, a patch network sees
-    `frames` in a row at once, as channels: from 2 on it judges motion too.
+    `frames` in a row at once, as channels: from 2 on it judges motion too. Their number of frames must be a multiple.
     """
 
     weight: float = 0.0
@@ -172,7 +172,7 @@ class Adversary:
             self._means = state["adversary.mean_logits"].to(self._means.device)
 
     def _judge(self, pixels: Tensor) -> Tensor:
-        """Logits of pictures, or of clips: a patch network sees some of their frames at once."""
+        """Logits of pictures (B, 3, H, W) or clips (B, 3, T, H, W), of which a patch network sees `frames` at once."""
         if self.config.network == "patch" and pixels.ndim == 5:
             pixels = pixels.unflatten(2, (-1, self.config.frames)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return cast(Tensor, self.discriminator(pixels))
