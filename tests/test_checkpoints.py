@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from nar.training.checkpoint import Checkpoints
+from nar.training.distributed import Workers
 from nar.training.loop import Task
 from nar.training.models import ModelTask
 from nar.training.tasks import run_recipe
@@ -136,6 +138,9 @@ def test_other_settings_are_shown_and_need_override(tmp_path: Path) -> None:
         run_recipe(str(path), changed)
     assert run_recipe(str(path), changed, override=True)
     assert run_recipe(str(path), [changed[0], "about=other words", "keep_last=1", "log_every=7", "checkpoint_every=9"])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "model" / "config.json").unlink()
+    assert run_recipe(str(path), [f"run={tmp_path / 'moved'}", "engine.workers=2", "engine.device=cpu"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(tmp_path: Path) -> None:
@@ -168,6 +173,22 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert before == {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
     assert run_recipe(str(path), [f"run={run}"], override=True)
+
+
+def test_another_process_may_make_the_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = shutil.rmtree
+
+    def remove_and_see_it_made(path: Path, **options: bool) -> None:
+        removed(path, **options)
+        Path(path).mkdir()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_and_see_it_made)
+    checkpoints = Checkpoints(tmp_path, 2, Workers(0, 1, torch.device("cpu")))
+    checkpoints.save(3, {"a": torch.ones(2)}, {"heldout": None})
+    checkpoints.wait()
+    (tmp_path / "checkpoints" / ".DS_Store").write_bytes(b"of a file manager")
+    found = Checkpoints(tmp_path, 2, Workers(0, 1, torch.device("cpu"))).all()
+    assert [path.name for path in found] == ["step-000000003"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ def test_codes_stay_what_they_are_where_only_the_decoder_learns(tmp_path: Path, 
     norm = ["video_tokenizer.norm=batch"] if kind == "larp" else []
     first = run_recipe(str(path), [f"run={tmp_path / 'first'}", *norm])
     only = [f"init={first}", "train_encoder=false", "num_images=160", "optim.warmup_images=0"]
+    other, message = {
+        "pictures": ("tokenizer.l2_norm=false", r"has tokenizer\.l2_norm=True, and this recipe False"),
+        "larp": ("video_tokenizer.norm=layer", r"has video_tokenizer\.norm=batch, and this recipe layer"),
+        "causal": ("causal_tokenizer.l2_norm=false", r"has causal_tokenizer\.l2_norm=True, and this recipe False"),
+    }[kind]
+    with pytest.raises(ValueError, match=message):
+        run_recipe(str(path), [*only, f"run={tmp_path / 'other'}", other])
     second = run_recipe(str(path), [f"run={tmp_path / 'second'}", *norm, *only])
     assert first is not None
     assert second is not None

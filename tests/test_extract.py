@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +45,9 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extraction, "SHARD_SIZE", 64)
 
 
-def noise(folder: Path, count: int, size: int = 24) -> Path:
+def noise(folder: Path, count: int, size: int = 24, seed: int = 0) -> Path:
     """`count` pictures of noise in two class folders."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for index in range(count):
         path = folder / ("ant" if index % 2 else "bee") / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +217,46 @@ def test_what_names_a_source_stays_the_same() -> None:
     """Or nobody's extraction could be gone on with."""
     names, labels = ["a", "b"], np.array([0, 1])
     for kind in (Source, ClipSource):
-        assert extraction._fingerprint(kind(names, labels, ("x", "y"), str)) == "06bdb1944e223fec"
+        assert extraction._fingerprint(kind(names, labels, ("x", "y"), str)) == "3295c940d379fcbe"
+
+
+def test_rows_without_names_are_told_apart_by_what_they_hold(tmp_path: Path, tokenizer: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def table(name: str, seed: int, captions: list[str]) -> Source:
+        files = sorted(noise(tmp_path / f"pictures{seed}", 4, size=16, seed=seed).rglob("*.png"))
+        columns = {"image": [{"bytes": file.read_bytes()} for file in files], "caption": captions}
+        pq.write_table(pa.table(columns), tmp_path / name)
+        return open_source(tmp_path / name, size=16)
+
+    words = ["a", "b", "c", "d"]
+    first, again, pictures, captions = (
+        table("1.parquet", 1, words), table("2.parquet", 1, words), table("3.parquet", 2, words),
+        table("4.parquet", 1, ["a", "b", "c", "e"]),
+    )  # fmt: skip
+    extract(tokenizer, first, tmp_path / "codes", size=16, quiet=True)
+    extract(tokenizer, again, tmp_path / "codes", size=16, quiet=True)
+    for other in (pictures, captions):
+        with pytest.raises(ValueError, match="made with another source"):
+            extract(tokenizer, other, tmp_path / "codes", size=16, quiet=True)
+
+
+def test_processes_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction.os, "getpid", threading.get_ident)  # threads stand for processes
+    settings = {"tokenizer": "x", "size": 8}
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(40):
+            barrier = threading.Barrier(8)
+
+            def claim(_: int, number: int = number, barrier: threading.Barrier = barrier) -> None:
+                barrier.wait()
+                extraction._claim(tmp_path / str(number), settings)
+
+            list(pool.map(claim, range(8)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no codes"):
+        extraction._claim(tmp_path / "other", settings)
 
 
 def test_groups_are_held_out_together() -> None:

@@ -113,9 +113,14 @@ BSQ = "causal_tokenizer.quantizer=bsq causal_tokenizer.code_dim=12"
         ("toy-tokenizer", "engine.activation_checkpointing=true", r"engine\.activation_checkpointing has no effect"),
         ("clips-tokenizer", f"{BSQ} tokenizer_loss.kmeans_steps=3", "kmeans_steps 3 is of quantizer vq: .* of bsq"),
         ("clips-tokenizer", f"{BSQ} tokenizer_loss.codebook_decay=0.9", r"codebook_decay 0\.9 is of quantizer vq"),
+        ("toy", "tokenizer.vocab_size=64", r"tokenizer has no effect on a model; .*toy-tokenizer.*tokenizer_path"),
+        ("fashion", "adversary.weight=0.5", "adversary has no effect on a model"),
+        ("fashion", "train_encoder=false", "train_encoder has no effect"),
+        ("toy", "data.augment=flip", r"data\.augment is for tokenizers: models learn the codes of data\.views"),
+        ("clips", "data.windows=random", r"data\.windows=random is for tokenizers"),
     ],
 )  # fmt: skip
-def test_what_a_tokenizer_would_pass_over_is_refused(recipe: str, given: str, message: str) -> None:
+def test_what_would_be_passed_over_is_refused(recipe: str, given: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(Recipe, recipe, given.split())
 

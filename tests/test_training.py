@@ -205,6 +205,8 @@ def test_a_model_starts_from_another_one_at_a_larger_grid_and_with_other_classes
     own = trained(tmp_path, start, f"data={tmp_path / 'pictures'}", "optim.learning_rate=1e-12")
     assert weights(own)["classes.weight"].shape[0] == 3
     torch.testing.assert_close(weights(own)["output.weight"], weights(first)["output.weight"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="has the schedule manhattan and keeps it"):
+        trained(tmp_path, start, "model.schedule=raster")
     with pytest.raises(ValueError, match="lora_rank needs init=FOLDER"):
         trained(tmp_path, "lora_rank=4")
 

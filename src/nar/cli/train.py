@@ -70,7 +70,7 @@ def extract(
     wording: Annotated[str, typer.Option(help="Of each caption: plain, or varied (with tags and style).")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     pad: Annotated[bool, typer.Option("--pad", help="Repeat edges up to a multiple of the tokenizer's patch.")] = False,
 ) -> None:
     """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
@@ -94,6 +94,8 @@ def extract(
     size = size or (own[-1] if own else 256)
     if frames is None:
         frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer.config, ImageTokenizerConfig) else 16
+    if windows == "random":
+        raise ValueError("--windows random is for the training of tokenizers: codes are made once; take all, or centre")
     clips = Windows(frames, stride, frame_rate, windows) if frames else None
     with joined(device or "auto") as workers:
         source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)

@@ -6,6 +6,7 @@ Knows sources, tokenizers and the files of `nar.data.codes`; does not know model
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +33,7 @@ from nar.tokenizer.pixels import as_pixels, pad_to_multiple
 
 SHARD_SIZE = 4096
 _SETTINGS = "extraction.json"
+_LOOKED_AT = 16  # pictures whose contents are part of what names a source
 
 
 def extract(
@@ -139,34 +142,50 @@ def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, batc
 
 
 def _fingerprint(source: Source) -> str:
-    """What must stay the same for an extraction to go on: which pictures, in which order, with which labels.
+    """What must stay the same for an extraction to go on: which pictures, in which order, with which labels and words.
 
-    And of clips, which of their frames, unless they are taken whole.
+    Of the pictures themselves a few are looked at. And of clips, which of their frames, unless they are taken whole.
     """
     hashed = hashlib.sha256("\n".join(source.names).encode())
     hashed.update(source.labels.tobytes())
+    for words in (source.captions, source.groups, source.tags, source.styles):
+        hashed.update(json.dumps(None if words is None else list(words)).encode())
+    for row in np.linspace(0, len(source) - 1, _LOOKED_AT).round().astype(int):
+        try:
+            hashed.update(_beginning(source.open(int(row))))
+        except BROKEN:
+            hashed.update(b"broken")
     if isinstance(source, ClipSource) and source.windows != Windows():
         hashed.update(repr(source.windows).encode())
     return hashed.hexdigest()[:16]
 
 
+def _beginning(opened: Any) -> bytes:
+    """What tells one file, or picture, from another."""
+    if isinstance(opened, Image.Image):
+        return opened.tobytes()
+    if isinstance(opened, io.BytesIO):
+        return opened.getvalue()
+    if isinstance(opened, bytes):
+        return opened
+    with Path(opened).open("rb") as file:
+        return file.read(2**16)
+
+
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            key for key in settings if before.get(key, False) != settings[key]
-        ]  # False: padding and given frames, which older folders don't state
-        if changed:
-            raise ValueError(
-                f"{folder} holds codes made with another {' and another '.join(changed)}; "
-                "give a new folder, or delete this one"
-            )
-    elif any(path for path in folder.iterdir() if not path.name.startswith(".")):
-        raise ValueError(f"{folder} is not empty and holds no codes; give a new folder")
-    else:
+    strange = [other for other in folder.iterdir() if not other.name.startswith(".")]
+    if not path.is_file():  # another of the extraction's processes may have written it since
+        if strange:
+            raise ValueError(f"{folder} is not empty and holds no codes; give a new folder")
         _write_text(path, json.dumps(settings, indent=1))
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        raise ValueError(
+            f"{folder} holds codes made with another {' and another '.join(changed)}; "
+            "give a new folder, or delete this one"
+        )
 
 
 def _write_shard(

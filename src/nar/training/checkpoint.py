@@ -46,7 +46,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         if workers.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*"):  # of a run that was killed
+            for leftover in self.folder.glob(f".{_PREFIX}*"):  # of a run that was killed
                 shutil.rmtree(leftover)
         workers.wait()
 
@@ -104,7 +104,7 @@ class Checkpoints:
         try:
             if self._workers.first:
                 shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
+                staging.mkdir(exist_ok=True)  # another process may be in `save` already, which makes it too
                 (staging / RECORD).write_text(json.dumps({"step": step, **record}, indent=1) + "\n", encoding="utf-8")
             with _without_notice():
                 save(

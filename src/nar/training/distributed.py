@@ -29,6 +29,8 @@ PRECISIONS = ("float32", "bfloat16")
 class Engine:
     """How a step is computed; none of it changes what is learned, up to rounding.
 
+    But masks of dropout and `mixed_context` are drawn, and an adversary's batch norms measured, by process and piece.
+
     Attributes:
         parallel: over the processes of `torchrun`: "none", "ddp" (a copy in each), "fsdp" (a share of parameters,
             averages and optimizer state in each). One process is the same in all three.
@@ -106,7 +108,7 @@ def joined(device: str = "auto") -> Iterator[Workers]:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"engine.device {device!r} is not usable here ({reason}); try auto or cpu") from error
+        raise ValueError(f"device {device!r} is not usable here ({reason}); try auto or cpu") from error
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if count == 1 or dist.is_initialized():

@@ -43,7 +43,8 @@ from nar.training.ema import update_average
 from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
 NUM_DRAWS = 6  # uniform numbers that each sample gets
-_FREE = {"about", "prompts", "keep_last", "log_every", "checkpoint_every"}  # settings that touch no weights
+_FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every"}  # settings that touch no weights
+_FREE_ENGINE = {"device", "workers"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Batch:
     indices: np.ndarray
     uniforms: np.ndarray
     step: int
+
+
+def of_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that touch its weights."""
+    engine = {name: value for name, value in config["engine"].items() if name not in _FREE_ENGINE}
+    return {name: value for name, value in config.items() if name not in _FREE} | {"engine": engine}
 
 
 class Task(Protocol):
@@ -183,6 +190,12 @@ def train(
     if task.num_samples < 1:
         raise ValueError("the training set is empty")
     num_steps = plan.num_steps(task.num_samples)
+    if plan.optim.warmup_images > (num_images := num_steps * plan.batch_size) and workers.first:
+        warnings.warn(
+            f"the learning rate rises for optim.warmup_images={plan.optim.warmup_images:,} images and the run has "
+            f"{num_images:,}: it ends before it gets there; set a shorter warm-up",
+            stacklevel=2,
+        )
     pieces = workers.count * plan.engine.accumulate
     if plan.batch_size % pieces:
         raise ValueError(
@@ -194,7 +207,7 @@ def train(
     first_step, seconds, lowest = 0, 0.0, math.inf
     if found := checkpoints.all():
         record = read_record(found[-1])
-        changed = difference(*({k: v for k, v in c.items() if k not in _FREE} for c in (record["config"], config)))
+        changed = difference(*map(of_weights, (record["config"], config)))
         if changed and not override:
             raise ValueError(
                 f"{run} was started with other settings: {'; '.join(changed)}; "

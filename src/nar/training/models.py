@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, drop, map_condition
 from nar.data.codes import Codes
 from nar.folder import find_model
-from nar.model import Dropout, Transformer
+from nar.model import Dropout, ModelConfig, Transformer
 from nar.sampling import generate
 from nar.sheet import contact_sheet, film_strips
 from nar.tokenizer import load_tokenizer
@@ -67,7 +67,7 @@ class ModelTask:
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
         if recipe.data.heldout_styles:
-            train, heldout = (without_styles(recipe, codes) for codes in (train, heldout))
+            train, heldout = without_styles(recipe, train, heldout)
         if recipe.data.heldout_pairs:
             train, pairs = without_pairs(recipe, train)
         if recipe.data.composed:
@@ -274,6 +274,11 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         )
     if model.config.text_dim and text is None:
         raise ValueError(f"{recipe.init} reads captions: set text_encoder.source, as in its config.json")
+    if recipe.model.schedule not in (ModelConfig.schedule, model.config.schedule):
+        raise ValueError(
+            f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule to that, "
+            "or train without init"
+        )
     model = model.at_grid(sizes["grid"])
     if model.config.prefix_grid != sizes.get("prefix_grid", ()):
         raise ValueError(
@@ -324,7 +329,7 @@ def _text(recipe: Recipe, sets: Sequence[Codes | None], composed: Codes | None, 
     kind = recipe.data.wording
     captions = [form for codes in sets if codes is not None for forms in codes.wordings(kind) for form in forms]
     scenes = [] if composed is None else [form for forms in composed.wordings("plain") for form in forms]
-    folders = [Path(recipe.data.codes) / TEXT] if recipe.data.codes else []
+    folders = [Path(folder) / TEXT for folder in (recipe.data.codes, recipe.data.heldout_codes) if folder]
     return Text(
         recipe.text_encoder, [*captions, *_prompts(recipe, sets[1]), *scenes], kind=recipe.data.text_features,
         folders=[*folders, Path(recipe.run) / TEXT], workers=workers,

@@ -238,6 +238,8 @@ class Recipe(Plan):
             raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer":
             self._check_tokenizer()
+        else:
+            self._check_model()
 
     @property
     def tokenizer_group(self) -> str:
@@ -250,6 +252,28 @@ class Recipe(Plan):
     def tokenizer_config(self) -> TokenizerConfig:
         """The sizes of the tokenizer to train, of whichever kind."""
         return self.causal_tokenizer or self.video_tokenizer or self.tokenizer
+
+    def _check_model(self) -> None:
+        """Refuse settings that the training of a model would pass over."""
+        of_tokenizers = (
+            "tokenizer", "causal_tokenizer", "video_tokenizer", "tokenizer_loss", "adversary", "prior", "train_encoder"
+        )  # fmt: skip
+        defaults = {field.name: field for field in dataclasses.fields(Recipe)}
+        for name in of_tokenizers:
+            made = defaults[name].default_factory
+            if getattr(self, name) != (defaults[name].default if made is dataclasses.MISSING else made()):
+                raise ValueError(
+                    f"{name} has no effect on a model; set it for the tokenizer's own recipe "
+                    f"({self.tokenizer_recipe or 'task=tokenizer'}), and give what that trains as tokenizer_path"
+                )
+        data = self.data
+        for name in ("augment", "shift"):
+            if getattr(data, name) != getattr(DataConfig, name):
+                raise ValueError(f"data.{name} is for tokenizers: models learn the codes of data.views")
+        if data.windows == "random":
+            raise ValueError(
+                "data.windows=random is for tokenizers: codes are made once; take all, or centre, for a model"
+            )
 
     def _check_tokenizer(self) -> None:
         """Refuse settings that the training of a tokenizer would pass over."""

@@ -189,13 +189,14 @@ def composed_codes(recipe: Recipe, source: Source, train: Codes, tokenizer: Path
     return _extract(recipe, scenes, "composed", tokenizer, workers)
 
 
-def without_styles(recipe: Recipe, codes: Codes) -> Codes:
-    """Leave the styles out that are held out."""
-    styles, out = codes.styles or (), recipe.data.heldout_styles
-    if unknown := [style for style in out if style not in styles]:
-        known = ", ".join(sorted(set(styles))) or "none"
-        raise ValueError(f"data.heldout_styles: no picture has the style {unknown[0]!r}; styles: {known}")
-    return codes.take(np.flatnonzero([style not in out for style in styles]))
+def without_styles(recipe: Recipe, *sets: Codes) -> list[Codes]:
+    """Leave the styles out that are held out, each of which some sample has to have."""
+    out, known = recipe.data.heldout_styles, {style for codes in sets for style in codes.styles or ()}
+    if unknown := [style for style in out if style not in known]:
+        listed = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"data.heldout_styles: no picture has the style {unknown[0]!r}; styles: {listed}")
+    kept = ([style not in out for style in codes.styles or [""] * len(codes)] for codes in sets)
+    return [codes.take(np.flatnonzero(rows)) for codes, rows in zip(sets, kept, strict=True)]
 
 
 def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nar.config import load, recipe_names
+from nar.config import load
 from nar.folder import CONFIG, find_model, read_config
 from nar.training.distributed import Workers, joined
-from nar.training.loop import Metrics, train
+from nar.training.loop import Metrics, of_weights, train
 from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
 from nar.training.tokenizers import TokenizerTask
@@ -26,10 +26,10 @@ def run_recipe(
 
     Running it again resumes. `metrics` is called with the averaged module whenever previews are drawn.
     """
-    # The short forms of the command line: data=FOLDER, and on a GPU the larger version of a recipe where there is one.
+    # The short forms of the command line: data=FOLDER, and for pictures of one's own the size that suits the machine.
     overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
-    if f"{name}-cuda" in recipe_names() and torch.cuda.is_available():
-        name = f"{name}-cuda"
+    if name == "my-pictures" and torch.cuda.is_available() and "engine.device=cpu" not in overrides:
+        name = "my-pictures-cuda"
     recipe = load(Recipe, name, overrides)
     with joined(recipe.engine.device) as workers:
         return _run(recipe, workers, override=override, metrics=metrics)
@@ -60,4 +60,4 @@ def _finished(run: Path, config: dict[str, Any]) -> bool:
     if not (run / "model" / CONFIG).is_file():
         return False
     made_with = read_config(run / "model").get("training", {}).get("config")
-    return bool(made_with == json.loads(json.dumps(config)))
+    return made_with is not None and of_weights(made_with) == of_weights(json.loads(json.dumps(config)))

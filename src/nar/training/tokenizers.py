@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from nar.data.source import BROKEN, check_broken
 from nar.data.sources import load_pictures
-from nar.folder import find_model, load_state, read_weights
+from nar.folder import find_model, load_state, read_config, read_weights
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.sheet import contact_sheet
 from nar.tokenizer import Tokenizer, new_tokenizer
@@ -33,6 +35,9 @@ _HELDOUT = 2000  # held-out samples that are measured
 _IN_MEMORY = 2**31  # bytes of decoded samples that are kept
 
 
+_OF_TRAINING = {"stochastic", "temperature"}  # of a tokenizer's settings; the others say what its codes mean
+
+
 class TokenizerTask:
     """Train a tokenizer to reconstruct pictures or clips: of which kind it is, the recipe's config says."""
 
@@ -42,6 +47,7 @@ class TokenizerTask:
         self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
             start = find_model(recipe.init)
+            _check_same(recipe, start)
             load_state(self.module, {k: v.float() for k, v in read_weights(start).items()}, start)
         self.module.to(workers.device)
         half = recipe.engine.precision == "bfloat16"
@@ -252,6 +258,15 @@ def _spread(count: int, most: int) -> np.ndarray:
 def _psnr(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of an error on the -1..1 scale."""
     return 10 * torch.log10(4 / error.square().mean())
+
+
+def _check_same(recipe: Recipe, start: Path) -> None:
+    """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else."""
+    group, found = recipe.tokenizer_group, read_config(start).get("tokenizer", {})
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe.tokenizer_config)))
+    if wrong := [name for name in wanted.keys() & found.keys() - _OF_TRAINING if wanted[name] != found[name]]:
+        name = min(wrong)
+        raise ValueError(f"init={recipe.init} has {group}.{name}={found[name]}, and this recipe {wanted[name]}")
 
 
 def _distance(weights: TokenizerLossConfig) -> EfficientNetDistance | Lpips | None:
