@@ -1,10 +1,10 @@
 """What a precision costs: held-out bits per token of a model, decoded front by front in each of them.
 
-    python scripts/precision_quality.py --model fashion --codes runs/fashion/codes-heldout.safetensors --data FOLDER
+    python scripts/precision_quality.py --model fashion --codes runs/fashion/codes/heldout
 
-The codes are those that training extracted from the held-out pictures, so that nothing but the precision differs.
-Tokens are given, not drawn (teacher forcing), and pass through the steps that drawing takes, since int8 rounds the
-inputs of each product by the batch that it sees.
+The codes, and classes, are those that training extracted from the held-out pictures, so that nothing but the precision
+differs. Tokens are given, not drawn (teacher forcing), and pass through the steps that drawing takes, since int8 rounds
+the inputs of each product by the batch that it sees.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import argparse
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nar import ClassCondition, Transformer
-from nar.data.sources import load_pictures
+from nar.data.codes import Codes
 from nar.folder import find_model
 from nar.precision import PRECISIONS, convert
 
@@ -40,12 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="fashion")
     parser.add_argument("--codes", type=Path, required=True)
-    parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--number", type=int, default=4000)
     given = parser.parse_args()
-    codes = load_file(given.codes)["codes"][: given.number].long()
-    labels = torch.from_numpy(load_pictures(given.data, size=given.size, split="test").labels)[: given.number].long()
+    held = Codes.open(given.codes)
+    rows = np.arange(min(given.number, len(held)))
+    codes, labels = torch.from_numpy(held.read(rows)).long(), torch.from_numpy(held.labels[rows])
     exact = None
     for precision in PRECISIONS:
         for batch in (8, 1) if precision == "int8" else (8,):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from nar import ModelConfig, bench
+from conftest import make_model
+from nar import ModelConfig, Sampling, bench
 from nar.cli import app
 
 KEYS = {
@@ -57,6 +58,18 @@ def test_tokenizers_are_measured_in_every_dtype_and_layout(toy_folder: Path, tmp
         assert all(row["change"] < (0.5 if operation == "encode" else 5) for row in same)
         assert any(row["change"] > 0 for row in same if row["dtype"] == "bfloat16") or operation == "encode"
     assert result.stdout.count("*") == 4
+
+
+def test_work_counts_the_unconditional_half_as_long_as_it_is_fed() -> None:
+    model = make_model("nar")
+    positions = model.layout.schedule.num_positions
+    alone, half, both = (
+        bench._work(model, Sampling(guidance_scale=scale, guidance_interval=interval))[1]
+        for scale, interval in ((1.0, None), (2.0, positions // 2), (2.0, None))
+    )
+    outputs = positions * bench._num_weights(model.output)
+    assert both - outputs == 2 * (alone - outputs)
+    assert alone < half < both
 
 
 def test_published_sizes_under_every_schedule() -> None:

@@ -196,7 +196,8 @@ def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: 
             (words_folder, "--labels", "balanced", "--geneval", tmp_path / "m", *out),
             "--geneval says what is drawn: leave out --labels",
         ),
-        ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "takes no prompts"),
+        ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "reads no words: leave the text encoder out"),
+        ((toy_folder, "--fps", 3, *out), "--fps is for clips"),
         ((words_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "is no text encoder"),
     ):
         assert message in run("sample", *arguments, code=2), message

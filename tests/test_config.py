@@ -49,6 +49,16 @@ def test_mistakes_are_named(recipe: str, override: str, message: str) -> None:
         load(Schema, recipe, [override])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name: [1, 2", r"mine\.yaml is not valid YAML: .*line 1"), ("- a\n- b\n", r"mine\.yaml: .*keys and values")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(Schema, str(tmp_path / "mine.yaml"))
+
+
 def test_unknown_recipe_lists_the_names() -> None:
     with pytest.raises(FileNotFoundError, match=r"no recipe 'fashon' \(did you mean 'fashion'\?\); recipes: .*fashion"):
         find_recipe("fashon")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -518,6 +520,12 @@ def test_the_command_refuses_in_one_line(toy_folder: Path, tmp_path: Path, run: 
     )
     assert "does not exist" in run("eval", "--fake", tmp_path / "nothing", *real, code=2)[1]
     same = ["--fake", tmp_path / "real.npz", *real]
+    settings = {"--temperature": 0.3, "--labels": "balanced", "--number": 3, "--dtype": "int8", "--detector": tmp_path}
+    said = run("eval", *same, "--pad", *itertools.chain(*settings.items()), code=2)[1]
+    assert "--fake FOLDER does not use" in said
+    assert all(option in said for option in (*settings, "--pad"))
+    assert "does not use --against" in run("eval", toy_folder, *real, "--against", toy_folder, code=2)[1]
+    assert "does not use --i3d-variant" in run("eval", *same, "--i3d-variant", "videogpt", code=2)[1]
     assert "pytorch-fid" in run("eval", *same, "--inception", tmp_path / "no.pth", code=2)[1].splitlines()[-1]
 
 
@@ -598,6 +606,19 @@ def test_likelihood_of_models_is_paired_by_picture(
     assert report["difference"] == 0
     assert report["bits_per_token"] == report["bits_per_token_against"] > 0
     assert report["settings"]["num_real"] == 30
+    (tmp_path / "both").mkdir()
+    (tmp_path / "real").rename(tmp_path / "both" / "train")
+    shutil.copytree(tmp_path / "both" / "train", tmp_path / "both" / "test")
+    for path in (tmp_path / "both" / "test").rglob("[5-9].png"):
+        path.unlink()
+    run("eval", toy_folder, "--real", tmp_path / "both", *options[2:], "-n", 12)
+    fewer = json.loads((tmp_path / "report.json").read_text())
+    assert fewer["settings"]["num_real"] == 12
+    run("eval", toy_folder, "--real", tmp_path / "both" / "test", *options[2:], "-n", 12)
+    assert json.loads((tmp_path / "report.json").read_text())["bits_per_token"] == fewer["bits_per_token"]
+    shutil.rmtree(tmp_path / "both" / "test")
+    assert "no 'test'" in run("eval", toy_folder, "--real", tmp_path / "both", *options[2:], code=2)[1]
+    (tmp_path / "both" / "train").rename(tmp_path / "real")
     assert "needs MODEL" in run("eval", "--real", tmp_path / "real", "--likelihood", code=2)[1]
     unused = run("eval", toy_folder, *options, "--top-k", 3, code=2)[1]
     assert "--likelihood does not use --top-k; leave it out" in unused

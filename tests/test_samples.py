@@ -6,6 +6,7 @@ import io
 import json
 import random
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from nar import samples
+from nar.cli import main
 from nar.metrics.pictures import classes
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
@@ -149,6 +151,13 @@ def test_a_set_of_prompts(words_folder: Path, tmp_path: Path, monkeypatch: pytes
         assert made["labels"].tolist() == [-1] * 4
     with pytest.raises(ValueError, match="4 prompts for 5 pictures: give one for each"):
         sample_set(pipe, tmp_path / "set.npz", 5, "prompts", prompts=prompts)
+
+
+def test_labels_are_named_when_they_are_wrong(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["nar", "sample", str(model), "--labels", "uniform", "-o", str(tmp_path / "set.npz")]
+    monkeypatch.setattr(sys, "argv", [*command, "--debug"])
+    with pytest.raises(ValueError, match=r"--labels is balanced, random, prompts, or real pictures; .*uniform"):
+        main()
 
 
 def test_words_need_a_model_that_reads_them(model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from nar.folder import find_model, from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
 from nar.precision import PackedLinear, convert, fill
 from nar.presets import PRESETS, find
-from nar.sampling import Sampling, Session, generate
+from nar.sampling import Sampling, Session, generate, last_guided
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
@@ -488,14 +488,12 @@ def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
     config, schedule = model.config, model.layout.schedule
     in_blocks = _num_weights(model.blocks)
     in_output = _num_weights(model.output)
-    fed, seen = config.num_condition, config.num_condition**2
-    for front in range(schedule.num_steps - 1):
-        count = schedule.slot_fronts[front]
+    products, fed, guided = schedule.num_positions * in_output, 0, last_guided(sampling, schedule)
+    for front, count in enumerate((config.num_condition, *schedule.slot_fronts[: schedule.num_steps - 1])):
         fed += count
-        seen += count * fed
-    halves = 2 if sampling.guidance_scale != 1.0 else 1
-    attention = 2 * config.num_blocks * config.dim * seen
-    return in_blocks + in_output, halves * (fed * in_blocks + attention) + schedule.num_positions * in_output
+        alone = count * (in_blocks + 2 * config.num_blocks * config.dim * fed)
+        products += alone * (2 if front <= guided else 1)
+    return in_blocks + in_output, products
 
 
 def _num_weights(module: nn.Module) -> int:

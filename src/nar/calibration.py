@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nar.tokenizer import Tokenizer
+from nar.tokenizer.pixels import as_images, as_pixels
 
 
 @torch.inference_mode()
@@ -21,11 +22,8 @@ def resample_tokens(tokenizer: Tokenizer, images: np.ndarray, share: float, seed
     shows what the tokenizer alone costs.
     """
     place = next(tokenizer.parameters()).device
-    pixels = torch.from_numpy(images).movedim(-1, 1).to(place).float() / 127.5 - 1
-    codes = tokenizer.encode(pixels).cpu().numpy()
+    codes = tokenizer.encode(as_pixels(images).to(place)).cpu().numpy()
     generator = np.random.default_rng(seed)
     changed = generator.random(codes.shape) < share
     drawn = codes.reshape(-1)[generator.integers(0, codes.size, codes.shape)]
-    decoded = tokenizer.decode(torch.from_numpy(np.where(changed, drawn, codes)).to(place))
-    rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return rounded.movedim(1, -1).cpu().numpy()
+    return as_images(tokenizer.decode(torch.from_numpy(np.where(changed, drawn, codes)).to(place)))

@@ -44,6 +44,7 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
             own checks refuse.
         FileNotFoundError: no such recipe.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -53,11 +54,11 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
             raise ValueError(f"override {override!r} must be key=value, such as batch_size=64")
     try:
         given = OmegaConf.merge(_read(path), OmegaConf.from_dotlist(list(overrides)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path.name}: {_first_line(error)}") from error
     values = OmegaConf.to_container(given, resolve=True)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} must hold keys and values")
     known = {key for key, _ in _leaves(dataclasses_tree(schema))}
     for key, _ in _leaves(cast(dict[str, Any], values)):
         if key not in known and not any(key.startswith(f"{other}.") for other in known):
@@ -73,6 +74,8 @@ def _read(path: Path) -> Any:
     from omegaconf import OmegaConf
 
     values = OmegaConf.load(path)
+    if not OmegaConf.is_dict(values):
+        raise ValueError("a recipe must hold keys and values")
     if "base" not in values:
         return values
     base = cast(Any, values).pop("base")

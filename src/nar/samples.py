@@ -50,7 +50,10 @@ def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: in
     """
     num_classes = pipe.model.config.num_classes
     if not num_classes:
-        raise ValueError("this model has no classes to draw labels from")
+        raise ValueError(
+            "this model has no classes to draw labels from; with words: nar sample MODEL --labels prompts "
+            "--prompts-file FILE -o set.npz, and then nar eval --fake set.npz"
+        )
     if not isinstance(labels, str):
         places = paired_places(len(labels), count)
         numbers = {name: pipe.label_index(name) for name in dict.fromkeys(labels)}

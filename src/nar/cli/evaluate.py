@@ -12,6 +12,7 @@ import typer
 
 from nar import __version__
 from nar.cli.app import app, atomically, usable_device
+from nar.cli.real import load_part, real_classes, real_pictures
 
 if TYPE_CHECKING:
     from nar.metrics.defects import Defect
@@ -30,8 +31,14 @@ OF_TOKENIZER = {
 OF_LIKELIHOOD = {"model", "likelihood", "against", "real", "split", "number", "seed", "device", "dtype", "json_file"}
 OF_WORDS = {
     "fake", "captions", "clip", "clip_prefix", "retrieval", "geneval", "detector_folder", "composed", "geneval_prompts",
-    "composed_prompts", "near_copies", "real", "size", "seed", "device", "json_file",
+    "composed_prompts", "near_copies", "real", "split", "size", "seed", "device", "json_file",
 }  # fmt: skip
+OF_SETS = {
+    "model", "real", "fake", "floor", "inception", "tokenizer", "video", "i3d", "num_frames", "protocol", "json_file",
+    "split", "size", "seed", "calibration", "resamplings", "cache", "batch_size", "device",
+}  # fmt: skip
+SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
+OF_DRAWING = {"number", "labels", "dtype", *SETTINGS}
 PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
 
 
@@ -134,6 +141,12 @@ def evaluate(
         typer.Option(help="Classes that a model draws: balanced, random, or real: those of the real pictures."),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Of a model, 1.0 is off. Default: its own.")] = None,
+    guidance_interval: Annotated[
+        int | None, typer.Option(help="Of a model: guidance ends once more than this number of tokens are drawn.")
+    ] = None,
+    guidance_curve: Annotated[
+        str | None, typer.Option(help="Of a model: constant, linear, cosine or power, over the fronts.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Of a model, 0 is off. Default: its own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
@@ -147,7 +160,7 @@ def evaluate(
         "~/.cache/nar/features"
     ),
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 64 pictures, 8 clips.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of a model: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Judge pictures against real ones: one table, and a JSON report with all that changes a number."""
@@ -163,7 +176,8 @@ def evaluate(
     words = TextOptions(
         fake=fake, captions=captions, clip=clip, clip_prefix=clip_prefix, retrieval=retrieval, geneval=geneval,
         detector=detector_folder, composed=composed, geneval_prompts=geneval_prompts,
-        composed_prompts=composed_prompts, near_copies=near_copies, real=real, size=size, seed=seed, device=device,
+        composed_prompts=composed_prompts, near_copies=near_copies, real=real, split=split, size=size, seed=seed,
+        device=device,
     )  # fmt: skip
     if words.wanted:
         _refuse_others(context, OF_WORDS, "judging pictures by words, or as near-copies,")
@@ -185,7 +199,7 @@ def evaluate(
     place, progress = usable_device(device), sys.stderr.isatty()
     if write_reference is not None:
         write(
-            write_reference, _real_pictures(real, split, size), inception=inception, size=size, seed=seed,
+            write_reference, real_pictures(real, split, size), inception=inception, size=size, seed=seed,
             batch_size=batch_size or BATCH, device=place, progress=progress,
         )  # fmt: skip
         typer.echo(f"wrote {write_reference}")
@@ -213,7 +227,10 @@ def evaluate(
         raise ValueError("give one of MODEL and --fake: the pictures to judge, or the model that draws them")
     pipe, source, made_with = None, None, None
     only_real: list[int] | None = None
-    if model is not None or _is_model(str(fake)):
+    draws = model is not None or _is_model(str(fake))
+    used = OF_SETS | (OF_DRAWING if draws else set()) | ({"number"} if protocol else set())
+    _refuse_others(context, used | ({"i3d_variant"} if i3d else set()), "judging a set" if draws else "--fake FOLDER")
+    if draws:
         import dataclasses
 
         from nar.pipeline import Pipeline
@@ -224,8 +241,8 @@ def evaluate(
         length = pipe.pixel_shape[0] if pipe.makes_clips else None
         num_frames, video = num_frames or length, video or length is not None
         size = size or pipe.pixel_shape[-1]
-        given: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature}
-        given = {name: value for name, value in {**given, "top_k": top_k, "top_p": top_p}.items() if value is not None}
+        values = (guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
+        given: dict[str, Any] = {k: v for k, v in zip(SETTINGS, values, strict=True) if v is not None}
         sampling = dataclasses.replace(pipe.sampling, **given)
         batch_size = batch_size or (BATCH if length is None else CLIP_BATCH)
         names = real_classes(real, split, num_frames) if labels == "real" else None
@@ -252,13 +269,13 @@ def evaluate(
     with warnings.catch_warnings(record=True):  # they are in the report, and printed below
         warnings.simplefilter("always")
         report = judge(
-            _real_pictures(real, split, size),
+            real_pictures(real, split, size),
             source if source is not None else str(fake),
             inception=inception,
             detector=detector,
             num_frames=num_frames,
             only_real=only_real,
-            floor=None if floor is None else _real_pictures(floor, split, size),
+            floor=None if floor is None else real_pictures(floor, split, size),
             size=size,
             calibration=known,
             resamplings=resamplings,
@@ -301,7 +318,6 @@ def _likelihood(
     """Held-out bits per token of one model, or of two, on the same pictures."""
     import torch
 
-    from nar.data.sources import load_pictures
     from nar.folder import WEIGHTS, find_model
     from nar.metrics.pictures import digest
     from nar.metrics.scores import mean_interval
@@ -315,19 +331,23 @@ def _likelihood(
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     pipes = [Pipeline.from_pretrained(folder, device=device, dtype=dtype) for folder in folders]
+    for name, pipe in zip(names, pipes, strict=True):
+        if not pipe.model.config.num_classes or pipe.model.config.text_dim or pipe.makes_clips:
+            raise ValueError(
+                f"--likelihood is for models of classes and pictures, which {name} is not; "
+                "held-out bits of words and clips are measured while training (heldout_bits_per_token in metrics.jsonl)"
+            )
     size = pipes[0].model.config.grid[0] * pipes[0].tokenizer.config.patch_size
-    pictures = load_pictures(real, size=size, split=split if _is_fashion(real) else "train")
+    pictures = load_part(real, split, size)
     # Numbers of the classes are those of the model: by name where it has names, else by place.
     classes = [pipes[0].label_index(name) for name in pictures.class_names] if pipes[0].class_names else None
-    labels = torch.from_numpy(pictures.labels[:number])
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:number]  # not by class
+    labels = torch.from_numpy(pictures.labels)[order]
     labels = labels if classes is None else torch.tensor(classes)[labels]
     with torch.inference_mode():
-        starts = range(0, len(labels), 250)
         place = next(pipes[0].tokenizer.parameters()).device
-        pixels = (as_pixels(pictures.images[start : min(start + 250, len(labels))]).to(place) for start in starts)
+        pixels = (as_pixels(pictures.images[rows.numpy()]).to(place) for rows in order.split(250))
         codes = torch.cat([pipes[0].tokenizer.encode(part).cpu() for part in pixels]).clone()
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))  # sources are often by class
-    codes, labels = codes[order], labels[order]
     bits = [bits_per_token(pipe.model, codes, labels, progress=True).numpy() for pipe in pipes]
     cost = independence_cost(pipes[0].model, codes, labels, seed=seed, progress=True).numpy()
     report: dict[str, Any] = {
@@ -368,48 +388,10 @@ def _likelihood_table(report: dict[str, Any]) -> str:
     return "\n".join(["| | value | 95 % |", "|---|---|---|", *lines])
 
 
-def _is_fashion(source: str) -> bool:
-    path = Path(source).expanduser()
-    return source == "fashion-mnist" or (path.is_dir() and any(path.glob("*-idx3-ubyte*")))
-
-
 def _is_model(source: str) -> bool:
     from nar.folder import bundled_names
 
     return source in bundled_names() or (Path(source).expanduser() / "config.json").is_file()
-
-
-def _real_pictures(source: str, split: str, size: int | None) -> Any:
-    """What `nar.metrics` reads is passed on; Fashion-MNIST, which only `nar.data` knows, is read here."""
-    if not _is_fashion(source):
-        return _of_split(source, split)
-    from nar.data.sources import load_pictures
-
-    return [load_pictures(source, size=size or 32, split=split).images]
-
-
-def _of_split(source: str, split: str) -> Path:
-    """Of a folder that holds both a train and a test part, as folders or .parquet files, the one wanted."""
-    path = Path(source).expanduser()
-    for suffix in ("", ".parquet"):
-        both = {name: path / f"{name}{suffix}" for name in ("train", "test")}
-        if all(part.exists() for part in both.values()):
-            if split not in both:
-                raise ValueError(f"split {split!r} must be train or test")
-            return both[split]
-    return path
-
-
-def real_classes(source: str, split: str, num_frames: int | None) -> list[str]:
-    """The class of every real picture, in the order in which they are read."""
-    if _is_fashion(source):
-        from nar.data.sources import open_source
-
-        found = open_source(source, size=28, split=split)
-        return [found.class_names[label] for label in found.labels]
-    from nar.metrics.pictures import classes
-
-    return classes(_of_split(source, split), num_frames)
 
 
 def _drawn(

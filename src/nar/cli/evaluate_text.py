@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nar.cli.app import usable_device
-
-if TYPE_CHECKING:
-    import numpy as np
+from nar.cli.real import load_part
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class TextOptions:
     composed_prompts: Path | None = None
     near_copies: str | None = None
     real: str | None = None
+    split: str = "test"
     size: int | None = None
     seed: int = 0
     device: str | None = None
@@ -113,7 +112,8 @@ def _captions(options: TextOptions) -> tuple[dict[str, Any], str]:
 
         if options.real is None:
             raise ValueError("--near-copies TRAINING needs --real: pictures that were not trained on set the threshold")
-        sets = [_pixels(source, options.size or 64) for source in (options.fake, options.near_copies, options.real)]
+        parts = ((options.fake, "train"), (options.near_copies, "train"), (options.real, options.split))
+        sets = [load_part(source, split, options.size or 64).images for source, split in parts]
         _merge(report, near_copies(*sets), near_copies_of=Path(options.near_copies).name, size=options.size or 64)
     lines = ["| | value | 95 % | real, scorer has not seen |", "|---|---|---|---|"]
     real = report.get("real", {}).get("vendor left out", {})
@@ -146,9 +146,3 @@ def _captioned(source: str, file: Path | None) -> tuple[Any, Sequence[str]]:
             "order of the names, a .txt beside each picture, a metadata.jsonl, or a .parquet with `caption`"
         )
     return pictures, captions
-
-
-def _pixels(source: str, size: int) -> np.ndarray:
-    from nar.data.sources import load_pictures
-
-    return load_pictures(source, size=size).images

@@ -99,8 +99,9 @@ def _facts(model: str) -> dict[str, Any]:
             f"patch {'x'.join(map(str, patch))}, {sizes.vocab_size} codes"
         )
     training = config.get("training", {})
-    if training:
-        heldout = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["heldout"].items())
+    if {"images_seen", "hours"} <= training.keys():
+        measured = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in training.get("heldout", {}).items())
+        heldout = ", ".join(measured) or "not measured"
         facts["training"] = f"{training['images_seen']:,} images, {training['hours']} h; held-out: {heldout}"
     else:
         source = config.get("converted_from")

@@ -110,7 +110,7 @@ def sample(
         str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
 ) -> None:
     """Draw pictures or clips with a model."""
@@ -147,12 +147,14 @@ def sample(
         pipe = pipe.at_grid(sizes(grid))
     if output.suffix not in (CLIPS if pipe.makes_clips else PICTURES):
         raise ValueError(f"this model makes pictures: output {output} must end in .png, .gif or .npz, or be a folder")
+    if fps is not None and not pipe.makes_clips:
+        raise ValueError("--fps is for clips; this model makes pictures")
     if gif and pipe.makes_clips:
         raise ValueError("--gif shows pictures growing; for a clip as an animation give an output that ends in .gif")
     config = pipe.model.config
     prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
     if config.num_classes and not (class_label or prompts or frames):
-        class_label = [str(index) for index in range(min(10, config.num_classes))]
+        class_label = [pipe.label_name(index) for index in range(min(10, config.num_classes))]
     fronts: dict[int, list[Any]] = {}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
     started = perf_counter()
@@ -230,7 +232,7 @@ def _sample_set(
     given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
     text_encoder: str | None,
 ) -> None:  # fmt: skip
-    from nar.cli.evaluate import real_classes
+    from nar.cli.real import real_classes
     from nar.folder import find_model
     from nar.pipeline import Pipeline
     from nar.samples import LABELS, geneval_set, made_by, sample_set
@@ -256,7 +258,10 @@ def _sample_set(
             sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
         else:
             num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
-            names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
+            try:
+                names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
+            except FileNotFoundError as error:
+                raise ValueError(f"--labels is {', '.join(LABELS)}, prompts, or real pictures; {error}") from error
             drawn = f"{number} pictures, {labels} labels"
             sample_set(pipe, output, number, names, **options)
         if workers.first:
@@ -267,8 +272,8 @@ def _check_output(output: Path) -> None:
     """Refuse a path that can't be written before any work is done."""
     if output.suffix not in CLIPS:
         raise ValueError(
-            f"output {output} must end in .png, .gif or .npz (clips also .mp4, .webp), or be a folder, "
-            f"not {output.suffix!r}"
+            f"output {output} must end in .png, .gif or .npz (clips also .mp4, .webp), or be a folder without a dot in "
+            f"its name, not {output.suffix!r}"
         )
     if output.suffix == ".mp4" and find_spec("av") is None:
         raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
