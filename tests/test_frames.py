@@ -41,6 +41,18 @@ def partly() -> Pipeline:
     return Pipeline(model, causal(), ["jump", "run"], given_frames=(0, 1, 3), frame_rate=5)
 
 
+def test_a_model_of_frames_alone_may_begin_from_nothing() -> None:
+    model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), text_dim=0, text_length=0)
+    pipe = Pipeline(model, causal(), given_frames=(0, 3))
+    made = pipe(num_images_per_prompt=2, seed=1, output_type="np").videos
+    assert made.shape[0] == 2
+    np.testing.assert_array_equal(
+        pipe.pictures(pipe(num_images_per_prompt=2, seed=1, output_type="codes").videos, "np"), made
+    )
+    with pytest.raises(ValueError, match="say what to make: this model takes frames"):
+        Pipeline(model, causal(), given_frames=(3,))()
+
+
 def test_clips_of_classes() -> None:
     pipe = Pipeline(make_model("video", grid=(3, 2, 2)), larp())
     out = pipe([3, 4], num_images_per_prompt=2, seed=1, guidance_scale=2.0)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_condition, make_model
 from nar import ClassCondition, ModelConfig, Transformer
 from nar.condition import drop
+from nar.folder import BUNDLED
 from nar.model import Dropout
 
 
@@ -131,6 +132,22 @@ def test_folder_round_trip(tmp_path: Path, model: Transformer) -> None:
     assert again.config == model.config
     codes, condition = torch.zeros(2, *model.config.grid, dtype=torch.long), make_condition(model, 2)
     assert torch.equal(again(codes, condition), model(codes, condition))
+
+
+def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:
+    model = make_model("nar")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a model folder; choose another"):
+        model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").is_file()
+    bundled = BUNDLED / "fashion" / "tokenizer"
+    model.save_pretrained(tmp_path / "model", tokenizer=bundled)
+    with pytest.raises(ValueError, match="holds a tokenizer, which would be lost"):
+        model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", tokenizer=tmp_path / "model" / "tokenizer")
+    assert (tmp_path / "model" / "tokenizer" / "config.json").is_file()
+    assert Transformer.from_pretrained("fashion").config.grid == (8, 8)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

@@ -48,12 +48,31 @@ def test_batches_do_not_matter(pipe: Pipeline) -> None:
 
 
 def test_seeds(pipe: Pipeline) -> None:
+    a = pipe([0] * 4, seed=8, output_type="codes")
     generator = torch.Generator().manual_seed(8)
-    a, b = pipe([0] * 4, seed=8, output_type="codes"), pipe([0] * 4, generator=generator, output_type="codes")
-    assert torch.equal(a.images, b.images)
+    first, second = (pipe([0] * 4, generator=generator, output_type="codes") for _ in range(2))
+    assert not torch.equal(first.images, second.images), "a generator goes on"
+    again = pipe([0] * 4, generator=torch.Generator().manual_seed(8), output_type="codes")
+    assert torch.equal(again.images, first.images)
+    assert torch.equal(pipe([0] * 4, seed=first.seed, output_type="codes").images, first.images)
+    for wrong in ({"generator": generator, "seed": 1}, {"generator": [generator]}):
+        with pytest.raises(ValueError, match="either seed or one"):
+            pipe(0, **wrong)
     free = pipe([0] * 4, output_type="codes")
     assert torch.equal(pipe([0] * 4, seed=free.seed, output_type="codes").images, free.images)
     assert not torch.equal(pipe([0] * 4, seed=9, output_type="codes").images, a.images)
+
+
+def test_labels_as_people_hold_them(pipe: Pipeline, toy_folder: Path) -> None:
+    expected = pipe([2, 1], seed=1, output_type="codes").images
+    for labels in (torch.tensor([2, 1]), np.array([2, 1]), (np.int64(2), "1")):
+        assert torch.equal(pipe(labels, seed=1, output_type="codes").images, expected)
+    known = pipe(0, seed=1, output_type="codes").images
+    assert torch.equal(pipe(1, known=known.numpy(), seed=3, output_type="codes").images, known)
+    numbered = Pipeline(pipe.model, pipe.tokenizer, class_names=["1", "10", "2"])
+    assert [numbered.label_index(label) for label in (0, 1, 2, "1", "10", "2", "0")] == [0, 1, 2, 0, 1, 2, 0]
+    with pytest.raises(ValueError, match="reads no words"):
+        Pipeline.from_pretrained(toy_folder, text_encoder="minilm")
 
 
 def test_half_precision_reaches_the_decoder(pipe: Pipeline, toy_folder: Path) -> None:

@@ -71,6 +71,22 @@ def test_nothing_needs_no_encoder(words_folder: Path) -> None:
     assert torch.equal(codes_of(pipe, "apple"), before)
 
 
+def test_a_caption_is_encoded_once(words_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipeline.from_pretrained(words_folder, device="cpu")
+    asked: list[str] = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    once = codes_of(pipe, ["apple", "octopus"], negative_prompt="cross", num_images_per_prompt=3, guidance_scale=2.0)
+    assert torch.equal(codes_of(pipe, ["apple", "octopus"], negative_prompt="cross", num_images_per_prompt=3,
+                                guidance_scale=2.0, batch_size=1), once)  # fmt: skip
+    assert sorted(asked) == ["apple", "cross", "octopus"]
+    monkeypatch.setattr("nar.pipeline.KEPT_CAPTIONS", 1)
+    pipe.drop_text_encoder()
+    assert torch.equal(codes_of(pipe, "apple"), codes_of(Pipeline.from_pretrained(words_folder, device="cpu"), "apple"))
+    codes_of(pipe, "octopus")
+    assert len(pipe._encoded) == 1
+
+
 def test_published_models_see_the_end_of_an_empty_caption(pipe: Pipeline) -> None:
     """Where a dropped caption keeps its own padding, an empty one has a single token: all dropped rows are the same."""
     model = make_model("text-published", grid=(4, 4), text_dim=16, text_length=10, vocab_size=32)

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, Sampling, Transformer, generate, generate_fronts
-from nar.condition import map_condition
+from nar.condition import PrefixCondition, map_condition
 from nar.sampling import draw, probabilities, uniforms
 from reference import reference_generate
 
@@ -63,6 +63,29 @@ def test_negative_condition_replaces_the_null() -> None:
     null = generate(model, condition, sampling, negative=ClassCondition(torch.tensor([-1, -1])))
     assert torch.equal(generate(model, condition, sampling), null)
     assert not torch.equal(generate(model, condition, sampling, negative=other), null)
+
+
+def test_every_row_has_its_own_of_everything() -> None:
+    model, condition = make_model("nar"), ClassCondition(torch.tensor([1, 2, 3]))
+    known = torch.full((1, *model.config.grid), -1)
+    led = ClassCondition(torch.tensor([5]))
+    for given in ({"indices": [5]}, {"known": known}, {"negative": led, "sampling": Sampling(guidance_scale=2.0)}):
+        with pytest.raises(ValueError, match=r"(indices|known|negative) has 1 rows for a batch of 3"):
+            generate(model, condition, **given)  # type: ignore[arg-type]
+
+
+def test_a_negative_without_a_mask_leaves_the_mask_of_the_other_side() -> None:
+    model = make_model("frames")
+    codes = torch.randint(model.config.vocab_size, (2, *model.config.prefix_grid))
+    mask = torch.zeros_like(codes, dtype=torch.bool)
+    hidden = (codes + 1) % model.config.vocab_size
+    classes = ClassCondition(torch.tensor([1, 2])), ClassCondition(torch.tensor([3, 3]))
+    sampling = Sampling(guidance_scale=3.0, temperature=0.0)
+    led = classes[1], PrefixCondition(codes)
+    first, second = (
+        generate(model, (classes[0], PrefixCondition(given, mask)), sampling, negative=led) for given in (codes, hidden)
+    )
+    assert torch.equal(first, second), "codes that are masked are not seen"
 
 
 def test_fronts_appear_one_after_another(model: Transformer) -> None:

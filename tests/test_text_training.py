@@ -23,7 +23,7 @@ from nar.data.split import held_out_pairs
 from nar.data.wording import with_article, wordings
 from nar.folder import read_config
 from nar.model import Transformer
-from nar.text import TextEncoder, TextEncoderConfig
+from nar.text import TextEncoder, TextEncoderConfig, found
 from nar.tokenizer import load_tokenizer
 from nar.training.distributed import Workers
 from nar.training.loop import _pieces
@@ -154,9 +154,11 @@ def test_styles_are_held_out(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "held-out.json").read_text())["styles"] == ["noto"]
     recipe = load(Recipe, str(path), [*options, "data.heldout_styles=[noto]"])
     codes = Codes.open(tmp_path / "run" / "codes" / "train")
-    left = without_styles(recipe, codes)
+    (left,) = without_styles(recipe, codes)
     assert 0 < len(left) < len(codes)
     assert "noto" not in (left.styles or ())
+    rest, less = without_styles(recipe, left, codes)  # it is enough that one of the sets has the style
+    assert len(rest) == len(less) == len(left)
     with pytest.raises(ValueError, match=r"no picture has the style 'notto'; styles: flat, noto, old"):
         run_recipe(str(path), [*options, "data.heldout_styles=[notto]", f"run={tmp_path / 'other'}"])
 
@@ -273,8 +275,11 @@ def test_extracted_features_stand_for_the_encoder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    (tmp_path / "encoder").rename(tmp_path / "elsewhere")
     data = [f"data.codes={tmp_path / 'codes'}", "data.source=''"]
+    run_recipe(str(path), [f"run={tmp_path / 'more'}", *data, "prompts=[a strange new prompt]"])
+    own = found(TextEncoderConfig(str(tmp_path / "encoder"), 12), tmp_path / "more" / "text")
+    assert [len(features) for features in own] == [1], "only what is new is encoded"
+    (tmp_path / "encoder").rename(tmp_path / "elsewhere")
     run_recipe(str(path), [f"run={tmp_path / 'run'}", *data])
     config = read_config(tmp_path / "run" / "model")["text_encoder"]
     assert config["source"] == str(tmp_path / "encoder")

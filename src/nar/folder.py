@@ -35,8 +35,17 @@ def write_folder(
     """Write `config.json` and `model.safetensors`; `parts` maps a subfolder's name to a model folder to copy into it.
 
     Everything is written to a temporary folder beside the target first, so that a folder is either complete or absent.
+    A model folder that is there already is replaced whole.
+
+    Raises:
+        ValueError: the target holds something else than a model, or a tokenizer that would be lost.
     """
     target = Path(folder)
+    is_model = (target / CONFIG).is_file() or (target / WEIGHTS).is_file()
+    if target.exists() and not is_model and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not a model folder; choose another folder")
+    if (target / "tokenizer").is_dir() and "tokenizer" not in (parts or {}):
+        raise ValueError(f"{target} holds a tokenizer, which would be lost; give it too, or choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -62,10 +71,10 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
 
 
-def find_model(source: str | Path) -> Path:
+def find_model(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: a bundled name, a local folder, or a hub id such as `someone/nar-l`, which is downloaded.
 
-    A `Path` is a local folder and nothing else.
+    A `Path` is a local folder and nothing else. `revision` is a branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: none of these.
@@ -84,7 +93,7 @@ def find_model(source: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+            return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"no folder {str(source)!r} here, and it can't be had from the hub ({type(error).__name__})"

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, rotations
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
-from nar.folder import Weights, check_shapes, from_dict, read_config, without_weights, write_folder
+from nar.folder import Weights, check_shapes, find_model, from_dict, read_config, without_weights, write_folder
 from nar.order import Schedule, build
 from nar.precision import PackedLinear, fill
 
@@ -535,11 +535,12 @@ class Transformer(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, precision: str | torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Transformer:
-        """Load a model folder, strictly; weights stored in half precision are read into float32.
+        """Load a bundled name, model folder or hub id, strictly; weights in half precision are read into float32.
 
         With a `precision` (see `nar.precision`) the model is for inference only, on `device`, and each weight is
         converted as it is read: memory never holds all of them in float32 beside the others.
         """
+        folder = find_model(folder)
         config = read_config(folder)
         if config.get("kind") != "transformer":
             raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a transformer")
@@ -558,7 +559,10 @@ class Transformer(nn.Module):
         tokenizer: Path | None = None,
         **extra: Any,
     ) -> None:
-        """Write the model as a folder, with the tokenizer's folder inside it; `extra` goes into `config.json`."""
+        """Write the model as a folder, with the tokenizer's folder inside it; `extra` goes into `config.json`.
+
+        A model folder that is there is replaced whole; one with a tokenizer only when a `tokenizer` is given.
+        """
         config = {
             "kind": "transformer",
             "model": dataclasses.asdict(self.config),

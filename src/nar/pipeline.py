@@ -34,6 +34,7 @@ from nar.window import Window
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
+KEPT_CAPTIONS = 128  # whose features are not computed again: of flan-t5-xl a MB each
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
 Callback = Callable[["Pipeline", int, Tensor], None]
@@ -114,6 +115,8 @@ class Pipeline:
         self.class_names = tuple(class_names)
         self.sampling = sampling or Sampling()
         self.text = text
+        self._encoded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._encoded_by: Encoder | None = None
         self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
         self.window = Window(model, tokenizer, given_frames)
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
@@ -126,8 +129,11 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: str | torch.dtype = "float32",
         text_encoder: str | Path | None = None,
+        revision: str | None = None,
     ) -> Pipeline:
-        """Load a bundled name, a model folder or a hub id. `device` defaults to a GPU when there is one.
+        """Load a bundled name, a model folder or a hub id (`revision`: its branch, tag or commit).
+
+        `device` defaults to cuda where there is one.
 
         The weights of the tokenizer stay in float32, whatever the `dtype` of the transformer: "float32", "bfloat16",
         "float16", or on a CPU "int8"; with "bfloat16" its decoder computes in that. On a CPU "float16" means
@@ -136,9 +142,9 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
-            ValueError: a damaged folder.
+            ValueError: a damaged folder, or a text encoder for a model that reads no words.
         """
-        folder = find_model(source)
+        folder = find_model(source, revision)
         config = read_config(folder)
         if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
             raise FileNotFoundError(
@@ -147,6 +153,8 @@ class Pipeline:
             )
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = Transformer.from_pretrained(folder, dtype, place)
+        if text_encoder and not model.config.text_dim:
+            raise ValueError(f"{source} reads no words: leave the text encoder out")
         # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
         text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
         text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
@@ -178,13 +186,16 @@ class Pipeline:
         return len(self.pixel_shape) == 3
 
     def label_index(self, label: str | int) -> int:
-        """The number of a class, given its name (any case) or number; raises ValueError with the names."""
+        """The number of a class, given its name (any case) or number; raises ValueError with the names.
+
+        A string is a name where there is one like it, "10" too; an int is always the number.
+        """
         count = self.model.config.num_classes
         if not count:
             raise ValueError(f"this model has no classes; it takes {self._inputs()}")
         text = str(label).strip()
         names = [name.lower() for name in self.class_names]
-        if text.lower() in names:
+        if isinstance(label, str) and text.lower() in names:
             return names.index(text.lower())
         if text.isdecimal() and int(text) < count:
             return int(text)
@@ -220,6 +231,7 @@ class Pipeline:
 
     def drop_text_encoder(self) -> None:
         """Free the memory of the text encoder; the next prompt loads it again."""
+        self._encoded = {}
         if self.text is not None and not isinstance(self.text, TextEncoderConfig):
             self.text.close()
 
@@ -240,7 +252,7 @@ class Pipeline:
         top_p: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        known: Tensor | None = None,
+        known: Tensor | np.ndarray | None = None,
         batch_size: int = 32,
         output_type: str = "pil",
         callback_on_front_end: Callback | None = None,
@@ -259,6 +271,7 @@ class Pipeline:
             num_frames: length of the clips, those given included. By default what one pass of the model adds. Longer
                 ones are drawn in several passes, each of which sees only the last frames of what is there.
             guidance_scale: 1.0 is off.
+            generator: the seed is drawn from it, so that the next call with it makes others.
             known: codes (number of pictures, *grid) kept as given, -1 where free; given frames come first.
             output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where
@@ -278,12 +291,15 @@ class Pipeline:
             "temperature": temperature, "top_k": top_k, "top_p": top_p,
         }  # fmt: skip
         sampling = dataclasses.replace(self.sampling, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        if generator is not None and not (seed is None and isinstance(generator, torch.Generator)):
+            raise ValueError("give either seed or one torch.Generator for all; number i depends on (seed, i)")
         if seed is None:
-            seed = generator.initial_seed() if generator is not None else secrets.randbits(32)
+            seed = secrets.randbits(32) if generator is None else _drawn_seed(generator)
         requests = self.requests(class_labels, prompt, negative_prompt, frames)
         requests = [request for request in requests for _ in range(num_images_per_prompt)]
         if sampling.guidance_scale == 1.0 and any(_says(request.negative) for request in requests):
             raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
+        known = None if known is None else torch.as_tensor(known)
         if known is not None and len(known) != len(requests):
             raise ValueError(f"known has {len(known)} rows for {len(requests)} pictures")
         self._check_length(num_frames, requests, output_type)
@@ -322,6 +338,8 @@ class Pipeline:
             if value is not None and not taken:
                 raise ValueError(f"this model takes no {name}; it takes {self._inputs()}")
         if class_labels is None and prompt is None and frames is None:
+            if 0 in self.window.counts and not (config.num_classes or config.text_dim):
+                return [Request()]  # a clip from nothing
             raise ValueError(f"say what to make: this model takes {self._inputs()}")
         if config.prefix_grid and frames is None and 0 not in self.window.counts:
             raise ValueError("this model continues clips: give it frames")
@@ -406,21 +424,23 @@ class Pipeline:
 
         Those marked in `null`, and those that say nothing, are the null condition.
         """
-        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for prompt in prompts:
-            if prompt not in found:
-                found[prompt] = self._features(prompt)
         features, masks, blank = (
-            torch.cat(parts).to(self.model.device) for parts in zip(*(found[prompt] for prompt in prompts), strict=True)
+            torch.cat(parts).to(self.model.device) for parts in zip(*map(self._features, prompts), strict=True)
         )
         return TextCondition(features, masks, blank | torch.tensor(null).to(blank.device))
 
     def _features(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,)."""
+        """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,); some are kept."""
         if _says(prompt):
             encoder = self.text_encoder()
-            features, mask = encoder.encode([prompt])
-            return features, mask, encoder.blank([prompt]).to(features.device)
+            if encoder is not self._encoded_by:
+                self._encoded, self._encoded_by = {}, encoder
+            if prompt not in self._encoded:
+                while len(self._encoded) >= KEPT_CAPTIONS:
+                    del self._encoded[next(iter(self._encoded))]
+                features, mask = encoder.encode([prompt])
+                self._encoded[prompt] = features, mask, encoder.blank([prompt]).to(features.device)
+            return self._encoded[prompt]
         config, device = self.model.config, self.model.device  # no encoder is needed for nothing
         last = torch.arange(config.text_length, device=device) == config.text_length - 1  # where the text ends
         features = torch.zeros(1, config.text_length, config.text_dim, device=device)
@@ -522,7 +542,12 @@ def _says(prompt: str) -> bool:
     return any(character.isprintable() and not character.isspace() for character in prompt)
 
 
+def _drawn_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**32, (), generator=generator, device=generator.device))
+
+
 def _listed(value: Any) -> list[Any]:
+    value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     return [value] if isinstance(value, str | int) else list(value)
 
 

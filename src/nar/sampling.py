@@ -262,6 +262,10 @@ def _steps(
         raise ValueError("this session belongs to another model")
     schedule = model.layout.schedule
     batch = len(parts(condition)[0])
+    led = None if negative is None else parts(negative)[0]
+    for name, rows in (("indices", indices), ("negative", led), ("known", known)):
+        if rows is not None and len(rows) != batch:
+            raise ValueError(f"{name} has {len(rows)} rows for a batch of {batch}")
     if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
         raise ValueError(
             f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1}, and -1 where free"
@@ -269,8 +273,10 @@ def _steps(
     embedded, key_mask = model.embed(condition)
     if last_guided(sampling, schedule) >= 0:
         other, other_mask = model.embed(_null(model, condition) if negative is None else negative)
+        if key_mask is not None or other_mask is not None:
+            seen = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+            key_mask = torch.cat([seen if mask is None else mask for mask in (key_mask, other_mask)])
         embedded = torch.cat([embedded, other])
-        key_mask = None if key_mask is None or other_mask is None else torch.cat([key_mask, other_mask])
     buffers = session.buffers(batch, len(embedded), key_mask is not None)
     advance = session.stepper(buffers, sampling)
     buffers.embedded.copy_(embedded)

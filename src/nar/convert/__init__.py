@@ -98,7 +98,7 @@ def convert(
 
 
 def _writable(output: Path, source: Path) -> Path:
-    """Refuse to replace anything but a model folder, and never the source."""
+    """Refuse, before the source is read, to replace anything but a model folder; and never the source."""
     if source.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
     if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):

@@ -118,11 +118,12 @@ def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *,
     return features
 
 
-def found(config: TextEncoderConfig, captions: Iterable[str], folder: str | Path) -> Features | None:
-    """The features of captions where `folder` has all of them from this encoder, which itself is not needed then.
+def found(config: TextEncoderConfig, folder: str | Path) -> list[Features]:
+    """What `folder` has of this encoder, which itself is not needed for these captions.
 
-    A `max_length` of 0 and a `digest` of "" in `config` stand for any.
+    A `max_length` of 0 and a `digest` of "" in `config` stand for any: then there may be several.
     """
+    matching = []
     for path in sorted(Path(folder).glob(f"*/{CONFIG}")):
         features = Features(path.parent)
         wanted = dataclasses.replace(
@@ -130,6 +131,6 @@ def found(config: TextEncoderConfig, captions: Iterable[str], folder: str | Path
             max_length=config.max_length or features.config.max_length,
             digest=config.digest or features.config.digest,
         )
-        if features.config == wanted and all(caption in features for caption in captions):
-            return features
-    return None
+        if features.config == wanted:
+            matching.append(features)
+    return matching

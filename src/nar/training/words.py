@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nar.condition import ClassCondition, Part, TextCondition
-from nar.text import TextEncoder, TextEncoderConfig, cached, found
+from nar.text import Features, TextEncoder, TextEncoderConfig, cached, found
 from nar.training.distributed import Workers
 
 TEXT_FEATURES = ("cached", "on-the-fly")
@@ -85,29 +85,42 @@ class Text:
         folders: Sequence[Path],
         workers: Workers,
     ) -> None:
-        """Encode `captions` where `kind` is "cached" and none of `folders` has them; the last one takes what is new."""
+        """Where `kind` is "cached", encode those of `captions` that none of `folders` has, into the last of them."""
         self._numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         self._captions = list(self._numbers)
         self._encoder: TextEncoder | None = None
-        features = None
-        if kind == "cached":
-            features = next(filter(None, (found(config, self._captions, folder) for folder in folders)), None)
-        if features is None:
+        self._features: list[Features] = []
+        there = [features for folder in folders for features in found(config, folder)] if kind == "cached" else []
+        workers.wait()  # so that all have seen the same before one writes
+        for exact in dict.fromkeys(features.config for features in there):
+            of_one = [features for features in there if features.config == exact]
+            if not self._missing(of_one):
+                self._features = of_one
+                break
+        else:
             fast = kind == "on-the-fly" and workers.device.type == "cuda"
             dtype = torch.bfloat16 if fast else None
             self._encoder = encoder = TextEncoder.open(config, device=workers.device, dtype=dtype)
             if kind == "cached":
+                of_one = [features for features in there if features.config == encoder.config]
+                missing = self._missing(of_one)
                 if workers.first:
-                    cached(encoder, self._captions, folders[-1])
+                    cached(encoder, missing, folders[-1])
                     encoder.close()
                 workers.wait()
-                features, self._encoder = cached(encoder, self._captions, folders[-1]), None
-        self._features = features
-        opened = features or self._encoder
+                self._features, self._encoder = [*of_one, cached(encoder, missing, folders[-1])], None
+        opened = self._features[0] if self._features else self._encoder
         assert opened is not None
         self.config, self.dim = opened.config, opened.dim
         self._blank = torch.tensor([not self.config.prepare(caption) for caption in self._captions])
-        self._rows = None if features is None else features.rows(self._captions)
+        self._owners = np.zeros(len(self._captions), np.int64)  # which of the features has a caption, and where
+        self._rows = np.zeros(len(self._captions), np.int64)
+        for number, caption in enumerate(self._captions if self._features else ()):
+            owner = next(index for index, features in enumerate(self._features) if caption in features)
+            self._owners[number], self._rows[number] = owner, self._features[owner].rows([caption])[0]
+
+    def _missing(self, features: Sequence[Features]) -> list[str]:
+        return [caption for caption in self._captions if not any(caption in part for part in features)]
 
     def places(self, captions: Sequence[str]) -> np.ndarray:
         """The numbers of captions."""
@@ -115,11 +128,14 @@ class Text:
 
     def condition(self, places: np.ndarray) -> TextCondition:
         """The captions of these numbers as a condition."""
-        if self._features is not None and self._rows is not None:
-            features, mask = self._features.take(self._rows[places])
-        else:
-            assert self._encoder is not None
+        if self._encoder is not None:
             features, mask = self._encoder.encode([self._captions[place] for place in places])
+        else:
+            features = torch.zeros(len(places), self.config.max_length, self.dim)
+            mask = torch.zeros(features.shape[:2], dtype=torch.bool)
+            for owner in np.unique(self._owners[places]):
+                rows = np.flatnonzero(self._owners[places] == owner)
+                features[rows], mask[rows] = self._features[owner].take(self._rows[places[rows]])
         null: Tensor = self._blank[torch.from_numpy(places)]
         return TextCondition(features, mask, null.to(features.device))
 
