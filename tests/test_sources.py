@@ -167,7 +167,7 @@ def test_sources_and_settings_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="size 0"):
         load_pictures(tmp_path, size=0)
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"allowed are a .parquet file"):
+    with pytest.raises(ValueError, match=r"allowed are a \.parquet, \.tar or \.npz file"):
         load_pictures(tmp_path / "a.zip", size=8)
 
 

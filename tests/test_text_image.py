@@ -14,6 +14,7 @@ from PIL import Image
 
 from nar import Pipeline
 from nar.cli import main
+from nar.data.sources import load_pictures, open_source
 from nar.metrics.text_image import (
     CAPTION_MAP,
     CaptionMap,
@@ -176,6 +177,16 @@ def test_the_command(
         Image.fromarray(picture).save(drawn / f"{index}.png")
     assert run("--fake", str(drawn), "--clip", str(clip_folder)) == 2
     assert "3 pictures and no captions" in capsys.readouterr().err
+    np.savez(tmp_path / "drawn.npz", arr_0=noise(3), names=np.array(CAPTIONS))
+    records = [{"file": f"{index}.png", "prompt": caption} for index, caption in enumerate(CAPTIONS)]
+    (drawn / "samples.json").write_text(json.dumps(records))
+    same = [open_source(source, size=64) for source in (tmp_path / "drawn.npz", drawn)]
+    assert [source.captions for source in same] == [CAPTIONS, CAPTIONS]
+    np.testing.assert_array_equal(load_pictures(same[0], size=64).images, load_pictures(same[1], size=64).images)
+    np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((3, 8, 8), np.uint8))
+    assert run("--fake", str(tmp_path / "wrong.npz"), "--clip", str(clip_folder)) == 2
+    assert "expected as uint8 (N, H, W, 3)" in capsys.readouterr().err
+    (drawn / "samples.json").unlink()
     for index, caption in enumerate(CAPTIONS):
         (drawn / f"{index}.txt").write_text(caption)
     report = tmp_path / "report.json"

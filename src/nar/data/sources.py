@@ -7,6 +7,7 @@ Dimensions: N pictures, size x size pixels, 3 channels.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 from nar.data.builtin import FASHION_MNIST, TOY, draw_toy, find_fashion_mnist, idx_file, of_arrays, read_idx
 from nar.data.clips import ClipSource, open_list
 from nar.data.source import BROKEN, SUFFIXES, Pictures, Source, check_broken
-from nar.data.tables import as_clips, check_columns, open_hub, open_listed, open_parquet, open_tars
+from nar.data.tables import as_clips, check_columns, open_array, open_hub, open_listed, open_parquet, open_tars
 from nar.data.video import SUFFIXES as CLIP_SUFFIXES
 from nar.data.video import Windows
 
+SAMPLES = "samples.json"  # of `nar sample`: which file shows what
 _FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}
 
 
@@ -37,10 +39,12 @@ def open_source(
     `source` is one of
     - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
     - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
-      beside each picture, or in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`);
+      beside each picture, in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`), or in
+      the `samples.json` of `nar sample`;
     - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`, `tags`
       and `style` (which jsonl and json may have too); clips are in the column `strip`, their square frames stacked in
       one picture, or in `video`;
+    - an `.npz` file with `arr_0` (N, H, W, 3) uint8 and maybe `labels` or `arr_1`, and `names`, which are captions;
     - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
     - with `windows`, a list of clips as UCF-101 and Kinetics-600 come with: a .csv, several with "+" between, or a
       folder with `*train.csv` and `*test.csv` or `*val.csv` (see `nar.data.clips.open_list`);
@@ -70,9 +74,11 @@ def open_source(
     if str(source) == FASHION_MNIST and not path.exists():
         path = find_fashion_mnist()
     if path.is_file():
-        if path.suffix not in (".parquet", ".tar"):
-            raise ValueError(f"{path} is a file; allowed are a .parquet file, a .tar file or a folder with pictures")
+        if path.suffix not in (".parquet", ".tar", ".npz"):
+            raise ValueError(f"{path} is a file; allowed are a .parquet, .tar or .npz file or a folder with pictures")
         _only_train(path, split)
+        if path.suffix == ".npz":
+            return open_array(path, label, group)
         return (open_parquet if path.suffix == ".parquet" else open_tars)([path], label, group)
     if not path.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
@@ -172,15 +178,17 @@ def _open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -
     paths = [path for _, found in classes for path in found]
     labels = [index for index, (_, found) in enumerate(classes) for _ in found]
     texts = [path.with_suffix(".txt") for path in paths]
-    has_captions = any(text.is_file() for text in texts)
+    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
+    if not any(captions) and (folder / SAMPLES).is_file():
+        records = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        prompts = {record["file"]: record.get("prompt", "") for record in records}
+        captions = [prompts.get(path.name, "") for path in paths]
     return Source(
         [str(path.relative_to(folder)) for path in paths],
         np.array(labels),
         tuple(name for name, _ in classes),
         lambda index: paths[index],
-        [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
-        if has_captions
-        else None,
+        captions if any(captions) or any(text.is_file() for text in texts) else None,
     )
 
 

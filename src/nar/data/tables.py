@@ -1,4 +1,4 @@
-"""Tables of pictures and clips: metadata.jsonl, webdataset tars, parquet files, data sets on the hub.
+"""Tables of pictures and clips: metadata.jsonl, webdataset tars, parquet and npz files, data sets on the hub.
 
 Knows columns and what they say of a picture; does not know which table is wanted.
 """
@@ -10,12 +10,14 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from nar.data.clips import ClipSource
 from nar.data.source import SUFFIXES, Source
@@ -88,6 +90,28 @@ def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
         sample.update(json.loads(text))
     else:
         sample["caption" if suffix == "txt" else "label"] = text.strip() if suffix == "txt" else int(text)
+
+
+def open_array(path: Path, label: str, group: str) -> Source:
+    """An .npz file as evaluators and `nar sample` have it: `arr_0` (N, H, W, 3), maybe `labels` or `arr_1`, `names`."""
+    try:
+        with np.load(path) as file:
+            found = {name: file[name] for name in ("arr_0", "labels", "arr_1", "names") if name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file ({error}); copy it again") from error
+    images = found.get("arr_0", np.empty(0))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(
+            f"{path} has arr_0 {images.dtype} {images.shape}; pictures are expected as uint8 (N, H, W, 3), at least one"
+        )
+    columns: dict[str, list[Any]] = {}
+    labels = found.get("labels", found.get("arr_1"))
+    if labels is not None and labels.shape == (len(images),):
+        columns["label"] = labels.tolist()
+    if "names" in found:
+        columns["caption"] = found["names"].tolist()
+    names = [f"picture {index}" for index in range(len(images))]
+    return _table(path, names, columns, lambda index: Image.fromarray(images[index]), label, group)
 
 
 def open_hub(name: str, split: str, label: str, group: str) -> Source:
