@@ -59,6 +59,14 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> No
         load(Schema, str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.usefixtures("recipe")
+def test_a_base_lies_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "more.yaml").write_text("base: ../mine.yaml\nbatch_size: 9\n")
+    made = load(Schema, str(tmp_path / "other" / "more.yaml"))
+    assert (made.name, made.batch_size, made.group.rate) == ("mine", 9, 0.5)
+
+
 def test_unknown_recipe_lists_the_names() -> None:
     with pytest.raises(FileNotFoundError, match=r"no recipe 'fashon' \(did you mean 'fashion'\?\); recipes: .*fashion"):
         find_recipe("fashon")

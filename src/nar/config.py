@@ -37,7 +37,7 @@ def find_recipe(name: str) -> Path:
 def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Schema:
     """Merge a recipe and `key=value` overrides (dots reach into groups) into `schema`, a frozen dataclass.
 
-    A recipe may name another one as its `base`, and then holds only what differs.
+    A recipe may name another one as its `base` (a file's path is that from the recipe), and then holds what differs.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or what the dataclass's
@@ -79,7 +79,8 @@ def _read(path: Path) -> Any:
     if "base" not in values:
         return values
     base = cast(Any, values).pop("base")
-    return OmegaConf.merge(_read(find_recipe(base)), values)
+    beside = path.parent / base
+    return OmegaConf.merge(_read(beside if beside.is_file() else find_recipe(base)), values)
 
 
 def dataclasses_tree(schema: type) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def _made(shape: tuple[int, ...], frame_rate: float) -> str:
 
 
 def _facts(model: str) -> dict[str, Any]:
-    from nar.folder import find_model, read_config
-    from nar.model import Transformer
+    from nar.folder import CONFIG, Weights, check_shapes, find_model, from_dict, read_config, without_weights
+    from nar.model import ModelConfig, Transformer
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.video import VideoTokenizerConfig
 
@@ -64,7 +64,9 @@ def _facts(model: str) -> dict[str, Any]:
     config = read_config(folder)
     facts: dict[str, Any] = {"folder": str(folder), "kind": config.get("kind")}
     if config.get("kind") == "transformer":
-        transformer = Transformer.from_pretrained(folder)
+        with without_weights():
+            transformer = Transformer(from_dict(ModelConfig, config.get("model"), folder / CONFIG))
+        check_shapes(transformer, Weights(folder).shapes, folder)
         shape, schedule = transformer.config, transformer.layout.schedule
         facts |= {
             "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
