@@ -41,9 +41,7 @@ def write_folder(
         ValueError: the target holds something else than a model, or a tokenizer that would be lost.
     """
     target = Path(folder)
-    is_model = (target / CONFIG).is_file() or (target / WEIGHTS).is_file()
-    if target.exists() and not is_model and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not a model folder; choose another folder")
+    check_replaceable(target)
     if (target / "tokenizer").is_dir() and "tokenizer" not in (parts or {}):
         raise ValueError(f"{target} holds a tokenizer, which would be lost; give it too, or choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +62,13 @@ def write_folder(
             staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError where a model can't be written without losing something that is no model."""
+    is_model = (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
+    if folder.exists() and not is_model and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a model folder; choose another folder")
 
 
 def bundled_names() -> list[str]:

@@ -15,6 +15,7 @@ import typer
 
 from nar import __version__
 
+SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 app = typer.Typer(
     name="nar",
     help="Fast autoregressive image and video generation. Every command has --help with an example.",
@@ -84,6 +85,11 @@ def sizes(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f"grid {text!r} must be whole numbers joined by x, such as 16x16 or 4x16x16")
     return tuple(map(int, sizes))
+
+
+def given_settings(*values: Any) -> dict[str, Any]:
+    """Those of a drawing's settings, in the order of SETTINGS, that were given."""
+    return {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
 
 
 def usable_device(name: str | None) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import app, atomically, usable_device
+from nar.cli.app import SETTINGS, app, atomically, given_settings, usable_device
 from nar.cli.real import load_part, real_classes, real_pictures
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ OF_SETS = {
     "model", "real", "fake", "floor", "inception", "tokenizer", "video", "i3d", "num_frames", "protocol", "json_file",
     "split", "size", "seed", "calibration", "resamplings", "cache", "batch_size", "device",
 }  # fmt: skip
-SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 OF_DRAWING = {"number", "labels", "dtype", *SETTINGS}
 PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
 
@@ -241,8 +240,7 @@ def evaluate(
         length = pipe.pixel_shape[0] if pipe.makes_clips else None
         num_frames, video = num_frames or length, video or length is not None
         size = size or pipe.pixel_shape[-1]
-        values = (guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
-        given: dict[str, Any] = {k: v for k, v in zip(SETTINGS, values, strict=True) if v is not None}
+        given = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
         sampling = dataclasses.replace(pipe.sampling, **given)
         batch_size = batch_size or (BATCH if length is None else CLIP_BATCH)
         names = real_classes(real, split, num_frames) if labels == "real" else None

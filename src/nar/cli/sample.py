@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import Model, app, atomically, sizes, usable_device
+from nar.cli.app import Model, app, atomically, given_settings, sizes, usable_device
 
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
 
 PICTURES, CLIPS = (".png", ".gif", ".npz", ""), (".png", ".gif", ".mp4", ".webp", ".npz", "")
 EACH = 4  # pictures of everything that is asked for, where nothing says how many
-SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 
 
 @app.command(
@@ -114,8 +113,7 @@ def sample(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
 ) -> None:
     """Draw pictures or clips with a model."""
-    values = (guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
-    given: dict[str, Any] = {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
+    given = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
     if drawn_labels is not None or geneval is not None:
         of_prompts = drawn_labels == "prompts"
         unused = {

@@ -21,7 +21,7 @@ from nar.convert.checkpoint import Checkpoint, read_checkpoint
 from nar.convert.models import model_state
 from nar.convert.renaming import KINDS, Parts, recognise
 from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
-from nar.folder import CONFIG, WEIGHTS, read_config, write_folder
+from nar.folder import WEIGHTS, check_replaceable, read_config, write_folder
 from nar.model import ModelConfig
 from nar.presets import find
 from nar.tokenizer.image import ImageTokenizerConfig
@@ -101,8 +101,7 @@ def _writable(output: Path, source: Path) -> Path:
     """Refuse, before the source is read, to replace anything but a model folder; and never the source."""
     if source.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
-    if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output {output} exists and is not a model folder; choose another folder")
+    check_replaceable(output)
     return output
 
 
