@@ -241,10 +241,9 @@ def test_rows_without_names_are_told_apart_by_what_they_hold(tmp_path: Path, tok
             extract(tokenizer, other, tmp_path / "codes", size=16, quiet=True)
 
 
-def test_processes_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction.os, "getpid", threading.get_ident)  # threads stand for processes
+def test_processes_may_begin_at_once(tmp_path: Path) -> None:
     settings = {"tokenizer": "x", "size": 8}
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:  # threads stand for processes
         for number in range(40):
             barrier = threading.Barrier(8)
 

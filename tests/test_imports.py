@@ -16,6 +16,7 @@ SOURCE = Path(nar.__file__).parent
 ALLOWED = {
     "order": set(),
     "config": set(),
+    "files": set(),
     "folder": {"config"},
     "sheet": set(),
     "crops": set(),
@@ -26,16 +27,16 @@ ALLOWED = {
     "condition": {"attention"},
     "model": {"order", "condition", "attention", "folder", "precision"},
     "sampling": {"model", "order", "attention", "condition", "precision"},
-    "text": {"text", "folder"},
+    "text": {"text", "folder", "files"},
     "prompts": set(),
     "colours": set(),
     "efficientnet": set(),
     "tokenizer": {"tokenizer", "folder", "attention", "efficientnet"},
-    "data": {"data", "tokenizer", "folder", "prompts", "colours", "crops"},
-    "metrics": {"metrics", "efficientnet", "prompts", "colours", "crops"},
+    "data": {"data", "tokenizer", "folder", "files", "prompts", "colours", "crops"},
+    "metrics": {"metrics", "efficientnet", "prompts", "colours", "crops", "files"},
     "training": {
         "training", "model", "tokenizer", "data", "metrics", "order", "config", "condition", "sampling", "folder",
-        "sheet", "text", "window", "crops",
+        "sheet", "text", "window", "crops", "files",
     },
     "pipeline": {
         "sampling", "model", "condition", "tokenizer", "text", "folder", "config", "clips", "window"
@@ -45,7 +46,7 @@ ALLOWED = {
     "bench": {
         "pipeline", "sampling", "model", "condition", "presets", "order", "tokenizer", "folder", "precision"
     },
-    "samples": {"pipeline", "sampling", "condition", "folder", "tokenizer"},
+    "samples": {"pipeline", "sampling", "condition", "folder", "files", "tokenizer"},
     "calibration": {"tokenizer"},
     "cli": None,
 }  # fmt: skip

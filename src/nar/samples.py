@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tqdm import tqdm, trange
 
 from nar import __version__
 from nar.condition import NULL_CLASS
+from nar.files import atomically
 from nar.folder import digest, read_config
 from nar.pipeline import Pipeline, Request
 from nar.sampling import Sampling
@@ -156,10 +158,7 @@ def sample_set(
                 for batch in drawn.part(start, end):
                     images.append(batch)
                     bar.update(len(batch))
-                staging = part.with_suffix(".tmp")
-                with staging.open("wb") as file:
-                    np.save(file, np.concatenate(images))
-                staging.replace(part)
+                atomically(part, partial(np.save, arr=np.concatenate(images)))
             else:
                 bar.update(end - start)
     wait()
@@ -184,10 +183,7 @@ def _claim(parts: Path, settings: dict[str, object]) -> None:
         if changed:
             raise ValueError(f"{parts} holds parts of another set: {', '.join(changed)}; delete it to begin anew")
         return
-    parts.mkdir(parents=True, exist_ok=True)
-    staging = parts / f"settings.{torch.randint(10**9, ()).item()}"  # every process may be the first
-    staging.write_text(text + "\n", encoding="utf-8")
-    staging.replace(path)
+    atomically(path, lambda staged: staged.write_text(text + "\n", encoding="utf-8"))  # every process may be the first
 
 
 def _join(parts: Path, output: Path, labels: np.ndarray, settings: dict[str, Any]) -> None:

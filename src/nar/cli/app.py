@@ -1,14 +1,10 @@
-"""The command `nar` itself, and what its verbs share: options, one-line errors, files written whole or not at all."""
+"""The command `nar` itself, and what its verbs share: options, one-line errors."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -102,17 +98,3 @@ def usable_device(name: str | None) -> str | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
     return name
-
-
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` on a temporary name beside `path`, then move it there: `path` is whole or untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".nar-", dir=path.parent))
-    try:
-        staged = staging / path.name
-        write(staged)
-        if path.is_dir():
-            path.rmdir()
-        staged.replace(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

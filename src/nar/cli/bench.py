@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nar.cli.app import app, atomically, usable_device
+from nar.cli.app import app, usable_device
+from nar.files import atomically
 
 
 @app.command(

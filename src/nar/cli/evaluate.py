@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import SETTINGS, app, atomically, given_settings, usable_device
+from nar.cli.app import SETTINGS, app, given_settings, usable_device
 from nar.cli.real import load_part, real_classes, real_pictures
+from nar.files import atomically
 
 if TYPE_CHECKING:
     from nar.metrics.defects import Defect

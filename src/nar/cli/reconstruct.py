@@ -194,7 +194,7 @@ def _write_sheet(path: Path, images: np.ndarray, made: np.ndarray, kind: str | N
     """Pairs side by side, of clips their middle frames."""
     from PIL import Image
 
-    from nar.cli.app import atomically
+    from nar.files import atomically
     from nar.sheet import contact_sheet
 
     pairs = [side[len(side) // 2] if side.ndim == 4 else side

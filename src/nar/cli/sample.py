@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import Model, app, atomically, given_settings, sizes, usable_device
+from nar.cli.app import Model, app, given_settings, sizes, usable_device
+from nar.files import atomically
 
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from nar.data.clips import ClipSource
 from nar.data.codes import MANIFEST
 from nar.data.source import BROKEN, BROKEN_SHARE, Source, check_broken
 from nar.data.video import Windows
+from nar.files import atomically
 from nar.folder import digest
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.pixels import as_pixels, pad_to_multiple
@@ -208,10 +208,12 @@ def _write_shard(
         columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    staging = path.with_name(f".{path.name}")
-    with pa.OSFile(str(staging), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    staging.replace(path)
+
+    def write(staged: Path) -> None:
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+
+    atomically(path, write)
 
 
 def _finish(
@@ -275,6 +277,4 @@ def _finish(
 
 
 def _write_text(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}")  # the processes of one extraction may write it at once
-    staging.write_text(text + "\n", encoding="utf-8")
-    staging.replace(path)
+    atomically(path, lambda staged: staged.write_text(text + "\n", encoding="utf-8"))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nar.files import atomically
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector
 from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, inception_score
@@ -213,14 +212,12 @@ class Reservoir:
 def save(path: Path, values: dict[str, Any]) -> None:
     """Write an npz file whole or not at all; what is None is left out."""
     arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(suffix=".npz", dir=path.parent)
-    os.close(handle)
-    try:
-        np.savez(staged, allow_pickle=False, **arrays)
-        Path(staged).replace(path)
-    finally:
-        Path(staged).unlink(missing_ok=True)
+
+    def write(staged: Path) -> None:
+        with staged.open("wb") as file:  # a name without .npz stays as it is
+            np.savez(file, allow_pickle=False, **arrays)
+
+    atomically(path, write)
 
 
 def gaussians(found: FeatureSet) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from nar.files import atomically
 from nar.folder import CONFIG, from_dict, read_config
 from nar.text.encoder import TextEncoder, TextEncoderConfig
 
@@ -87,9 +87,7 @@ class Features:
             "ends": ends,
             "captions": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         }
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, staging)
-        staging.replace(path)
+        atomically(path, lambda staged: save_file(tensors, staged))
         self._add(path)
 
 
@@ -102,10 +100,8 @@ def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *,
     config = encoder.config
     kept = Path(folder) / f"{config.digest[:16]}-{config.max_length}{'-clean' if config.clean else ''}"
     if not (kept / CONFIG).is_file():
-        kept.mkdir(parents=True, exist_ok=True)
-        staging = kept / f".{CONFIG}.{os.getpid()}"
-        staging.write_text(json.dumps(dataclasses.asdict(config) | {"dim": encoder.dim}, indent=1) + "\n", "utf-8")
-        staging.replace(kept / CONFIG)
+        record = json.dumps(dataclasses.asdict(config) | {"dim": encoder.dim}, indent=1)
+        atomically(kept / CONFIG, lambda staged: staged.write_text(record + "\n", "utf-8"))
     features = Features(kept)
     missing = [caption for caption in dict.fromkeys(captions) if caption not in features]
     with tqdm(

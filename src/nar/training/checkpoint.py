@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,16 +139,6 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} has no readable {RECORD} ({error}); delete this folder") from error
     return record
-
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a hidden name beside `path`, then rename: the file is whole or as it was before."""
-    staging = path.with_name(f".{path.name}")
-    try:
-        write(staging)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from nar import __version__
 from nar.config import difference
-from nar.training.checkpoint import Checkpoints, atomically, read_record
+from nar.files import atomically
+from nar.training.checkpoint import Checkpoints, read_record
 from nar.training.distributed import Engine, Workers, spread, unsynchronised, whole
 from nar.training.ema import update_average
 from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor

@@ -22,8 +22,8 @@ from nar.data.composed import composed_source
 from nar.data.extract import extract, given_folder
 from nar.data.source import Source
 from nar.data.split import held_out, held_out_pairs
+from nar.files import atomically
 from nar.folder import digest
-from nar.training.checkpoint import atomically
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
 from nar.training.words import Conditions, Labels, Text, Words
