@@ -30,6 +30,7 @@ import torch
 from nar import Pipeline
 from nar.data.sources import load_pictures, open_source
 from nar.metrics.text_image import RetrievalScorer, near_copies
+from nar.tokenizer.pixels import as_images, as_pixels
 
 SIZE = 64
 BATCH = 8
@@ -50,11 +51,9 @@ def draw(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | None
 @torch.inference_mode()
 def after_tokenizer(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """What the tokenizer leaves of pictures (N, 64, 64, 3) uint8."""
-    pixels = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
     tokenizer = pipe.tokenizer
-    parts = [tokenizer.decode(tokenizer.encode(some)) for some in pixels.split(64)]
-    found: np.ndarray = ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-    return found
+    parts = as_pixels(pictures).split(64)
+    return np.concatenate([as_images(tokenizer.decode(tokenizer.encode(some))) for some in parts])
 
 
 def main() -> None:
