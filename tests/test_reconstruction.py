@@ -130,7 +130,7 @@ def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> 
     ImageTokenizer(config).save_pretrained(tmp_path / "tokenizer", training={"config": {"data": data}})
     report_file, sheet = tmp_path / "report.json", tmp_path / "sheet.jpg"
     command = ("eval", "--tokenizer", tmp_path / "tokenizer", "--real", EMOJI, "--device", "cpu")
-    said = nar(*command, "--json", report_file, "--sheet", sheet)
+    said = nar(*command, "--json", report_file, "--sheet", sheet, "--refine", "3")
     report = json.loads(report_file.read_text())
     source = open_source(EMOJI, size=32, group="hexcode")
     assert source.groups is not None
@@ -147,6 +147,18 @@ def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> 
         assert report["distance-EffLite0"] > baseline["distance-EffLite0"]
     assert report["at_floor_counts"]["FD-EffLite0"] > report["floor"]["FD-EffLite0"]
     assert set(report["baselines"]) == {"thumbnail", "k-means of patches"}
+    assert report["refined"].keys() == {
+        "psnr",
+        "psnr_each",
+        "ssim",
+        "distance-EffLite0",
+        "usage",
+        "perplexity",
+        "dead_codes",
+    }
+    assert report["refined"]["psnr_each"] > report["psnr_each"]
+    assert report["settings"]["refine"] == 3
+    assert "| | tokenizer | refined |" in said
     assert "| psnr |" in said
     assert Image.open(sheet).width > 8 * 32
     assert "30x30 pixels is not a multiple of the patch size 4" in nar(*command, "--size", "30", code=2)
@@ -214,7 +226,7 @@ def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monke
     def taken(folder: str) -> dict[str, object]:
         report = judge_tokenizer(
             str(tmp_path / folder), str(tmp_path / "data"), size=None, group=None, num_frames=None, number=3, pad=False,
-            seed=0, batch_size=None, device="cpu", inception=None, sheet=None,
+            refine=0, seed=0, batch_size=None, device="cpu", inception=None, sheet=None,
         )  # fmt: skip
         return report["settings"]["real"]["heldout"]
 

@@ -26,8 +26,8 @@ CLIP_BATCH, BATCH = 8, 64
 # What the ways of judging read that need few of all options.
 OF_REFERENCE = {"real", "split", "size", "inception", "seed", "batch_size", "device", "write_reference"}
 OF_TOKENIZER = {
-    "tokenizer", "real", "size", "group", "number", "num_frames", "pad", "sheet", "inception", "seed", "batch_size",
-    "device", "json_file",
+    "tokenizer", "real", "size", "group", "number", "num_frames", "pad", "refine", "sheet", "inception", "seed",
+    "batch_size", "device", "json_file",
 }  # fmt: skip
 OF_LIKELIHOOD = {"model", "likelihood", "against", "real", "split", "number", "seed", "device", "dtype", "json_file"}
 OF_WORDS = {
@@ -86,6 +86,10 @@ def evaluate(
     pad: Annotated[
         bool, typer.Option("--pad", help="Of --tokenizer: repeat edges up to a multiple of its patch.")
     ] = False,
+    refine: Annotated[
+        int,
+        typer.Option(min=0, help="Of --tokenizer: also search better codes than its encoder's, in so many steps; 100."),
+    ] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Of --tokenizer: write real and coded pictures, in pairs.")] = None,
     video: Annotated[bool, typer.Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
     i3d: Annotated[
@@ -210,7 +214,7 @@ def evaluate(
 
         report = judge_tokenizer(
             str(tokenizer), real, size=size, group=group, num_frames=num_frames, number=number or NUMBER, pad=pad,
-            seed=seed, batch_size=batch_size, device=place, inception=inception, sheet=sheet,
+            refine=refine, seed=seed, batch_size=batch_size, device=place, inception=inception, sheet=sheet,
         )  # fmt: skip
         for text in report["warnings"]:
             typer.echo(f"warning: {text}", err=True)
@@ -347,8 +351,8 @@ def _likelihood(
         place = next(pipes[0].tokenizer.parameters()).device
         pixels = (as_pixels(pictures.images[rows.numpy()]).to(place) for rows in order.split(250))
         codes = torch.cat([pipes[0].tokenizer.encode(part).cpu() for part in pixels]).clone()
-    bits = [bits_per_token(pipe.model, codes, labels, progress=True).numpy() for pipe in pipes]
-    cost = independence_cost(pipes[0].model, codes, labels, seed=seed, progress=True).numpy()
+    bits = [bits_per_token(pipe.model, codes, labels, progress=sys.stderr.isatty()).numpy() for pipe in pipes]
+    cost = independence_cost(pipes[0].model, codes, labels, seed=seed, progress=sys.stderr.isatty()).numpy()
     report: dict[str, Any] = {
         "bits_per_token": float(bits[0].mean()),
         "independence_cost": float(cost.mean()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def judge_tokenizer(
     num_frames: int | None,
     number: int,
     pad: bool,
+    refine: int,
     seed: int,
     batch_size: int | None,
     device: str | None,
@@ -37,7 +39,8 @@ def judge_tokenizer(
 
     `size`, `group` and `num_frames` are by default those that the tokenizer was trained with, and windows of clips are
     taken as in its training; pictures without a column `group` are held out one by one. `pad` allows sizes that are no
-    multiple of the patch.
+    multiple of the patch. With `refine`, the report also has the numbers of codes refined in that many steps, which
+    `sheet` shows then.
 
     Raises:
         ValueError: no size is known, it does not fit the tokenizer, or `sheet` is no kind of picture.
@@ -49,7 +52,7 @@ def judge_tokenizer(
     from nar.data.sources import load_pictures
     from nar.folder import digest, find_model, read_config
     from nar.metrics.detectors import default_detector
-    from nar.metrics.reconstruction import code_use, compare
+    from nar.metrics.reconstruction import compare
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.image import ImageTokenizer
     from nar.tokenizer.perceptual import EfficientNetDistance
@@ -86,11 +89,13 @@ def judge_tokenizer(
     made, codes = _through(tokenizer.to(place), images, pad=pad, batch_size=batch_size, device=place)
     distance = EfficientNetDistance().to(place)
     measures: dict[str, Any] = {"distances": {distance.name: distance}, "batch_size": batch_size, "device": place}
-    counts = torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size)
-    report: dict[str, Any] = {**compare(images, made, **measures), **code_use(counts)}
+    report: dict[str, Any] = {**compare(images, made, **measures), **_use(codes, tokenizer)}
     detector = default_detector(inception, place)
     report |= _frechet(images, made, detector, seed=seed, batch_size=batch_size)
     report["warnings"] = ungrouped + report["warnings"]
+    if refine:
+        made, codes = _through(tokenizer, images, pad=pad, refine=refine, batch_size=batch_size, device=place)
+        report["refined"] = {**compare(images, made, **measures), **_use(codes, tokenizer)}
     few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
     fitted = load_pictures(train.take(few), size=size).images
     made_cheaply = _baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
@@ -101,7 +106,7 @@ def judge_tokenizer(
         "tokenizer": folder, "weights_sha256": digest(folder), "config": dataclasses.asdict(tokenizer.config),
         "real": {"source": Path(real).name, "heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
         "num_real": len(images), "num_fitted": len(fitted), "codes_per_sample": list(codes.shape[1:]), "size": size,
-        "padded": pad, "seed": seed, "network": detector.label, "network_sha256": detector.digest,
+        "padded": pad, "refine": refine, "seed": seed, "network": detector.label, "network_sha256": detector.digest,
         "versions": {"nar": __version__, "torch": torch.__version__},
     }  # fmt: skip
     return report
@@ -109,33 +114,49 @@ def judge_tokenizer(
 
 def as_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table: a number a row, the tokenizer and its baselines side by side."""
-    baselines = report["baselines"]
-    columns = ["tokenizer", *baselines, *(["coded half to the other", "real half"] if "floor" in report else [])]
+    beside = ({"refined": report["refined"]} if "refined" in report else {}) | report["baselines"]
+    columns = ["tokenizer", *beside, *(["coded half to the other", "real half"] if "floor" in report else [])]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name in (name for name, value in report.items() if isinstance(value, float)):
-        cells = [report[name], *(values.get(name) for values in baselines.values())]
+        cells = [report[name], *(values.get(name) for values in beside.values())]
         if "floor" in report:
             cells += [report["at_floor_counts"].get(name), report["floor"].get(name)]
         lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:.5g}' for cell in cells)} |")
     return "\n".join(lines)
 
 
-def _through(tokenizer: Any, images: np.ndarray, *, pad: bool, batch_size: int, device: Any) -> tuple[Any, Any]:
-    """Pictures or clips uint8 (B, ..., 3) as the tokenizer gives them back, of the same shape, and their codes."""
+def _use(codes: np.ndarray, tokenizer: Any) -> dict[str, float]:
+    import torch
+
+    from nar.metrics.reconstruction import code_use
+
+    return code_use(torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size))
+
+
+def _through(
+    tokenizer: Any, images: np.ndarray, *, pad: bool, refine: int = 0, batch_size: int, device: Any
+) -> tuple[Any, Any]:
+    """Pictures or clips uint8 (B, ..., 3) as the tokenizer gives them back, of the same shape, and their codes.
+
+    The codes are those of its encoder, or refined in `refine` steps.
+    """
     import numpy as np
     import torch
     from tqdm import tqdm
 
     from nar.tokenizer.pixels import as_images, as_pixels, pad_to_multiple
+    from nar.tokenizer.refine import refine_codes
     from nar.tokenizer.video import VideoTokenizer
 
+    encode = functools.partial(refine_codes, tokenizer, steps=refine) if refine else tokenizer.encode
+    doing = "refining" if refine else "reconstructing"
     told = {"num_frames": images.shape[1]} if isinstance(tokenizer, VideoTokenizer) else {}
     height, width = images.shape[-3:-1]
     made, codes = [], []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(images), batch_size), desc="reconstructing", unit="batch", disable=None):
+        for start in tqdm(range(0, len(images), batch_size), desc=doing, unit="batch", disable=None):
             pixels = as_pixels(images[start : start + batch_size]).to(device)
-            code = tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
+            code = encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
             made.append(as_images(tokenizer.decode(code, **told)[..., :height, :width]))
             codes.append(code.cpu().numpy())
     return np.concatenate(made), np.concatenate(codes)

@@ -173,7 +173,7 @@ def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: b
         ValueError: metadata or a picture that can't be read, prompts without pictures; named.
     """
     rows: list[dict[str, Any]] = []
-    for place in tqdm(_prompt_folders(folder), desc="prompts", unit="", disable=not progress):
+    for place in tqdm(_prompt_folders(folder), desc="prompts", unit="", disable=None if progress else True):
         wanted = checked((place / "metadata.jsonl").read_text(encoding="utf-8"), str(place / "metadata.jsonl"))
         for file in _samples(place):
             try:

@@ -159,9 +159,13 @@ class CausalTokenizer(nn.Module):
         if codes.ndim != 4:
             raise ValueError(f"codes must be (batch, time, height, width), not {tuple(codes.shape)}")
         check_codes(codes, self.config.vocab_size)
+        return self.decode_latents(self.quantizer.decode(codes))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Quantised latents (B, D, t, h, w) to clips (B, 3, T, H, W); with a gradient."""
         memories: list[Tensor] = [self.nothing]
-        for latents in self.quantizer.decode(codes).unbind(2):
-            memories.append(self._remember(memories[-1], latents))
+        for grid in latents.unbind(2):
+            memories.append(self._remember(memories[-1], grid))
         return self._decode(memories[1:])
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -103,7 +103,7 @@ class ImageTokenizer(nn.Module):
         """Reconstruct `pixels` (B, 3, H, W) in -1..1, with the quantiser's losses."""
         latents = self.latents(pixels)
         quantized = self.quantizer(latents)
-        decoded = self.decoder(self.from_code(quantized.latents))
+        decoded = self.decode_latents(quantized.latents)
         return Reconstruction(decoded, quantized.codes, latents, quantized.codebook_loss, quantized.commitment_loss)
 
     @property
@@ -143,8 +143,11 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
         if tile is not None and tile < max(codes.shape[1:]):
             return self._decode_tiles(codes, tile, overlap)
-        latents = self.quantizer.decode(codes).to(self.from_code.weight.dtype)
-        return cast(Tensor, self.decoder(self.from_code(latents)))
+        return self.decode_latents(self.quantizer.decode(codes))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Quantised latents (B, code_dim, h, w) to pictures (B, 3, H, W); with a gradient."""
+        return cast(Tensor, self.decoder(self.from_code(latents.to(self.from_code.weight.dtype))))
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Height and width of the pictures that codes of this grid stand for."""

@@ -169,7 +169,7 @@ class VideoTokenizer(nn.Module):
         entries = self.quantizer.decode(codes)
         straight_through = points + (entries - points).detach()
         return Reconstruction(
-            self._decode(straight_through, clips.shape[2]),
+            self.decode_latents(straight_through, num_frames=clips.shape[2]),
             codes,
             latents,
             F.mse_loss(entries, points.detach()),
@@ -222,7 +222,7 @@ class VideoTokenizer(nn.Module):
         if tuple(codes.shape[1:]) != config.grid:
             raise ValueError(f"codes must be (batch, {', '.join(map(str, config.grid))}), not {tuple(codes.shape)}")
         check_codes(codes, config.vocab_size)
-        return self._decode(self.quantizer.decode(codes), config.num_frames if num_frames is None else num_frames)
+        return self.decode_latents(self.quantizer.decode(codes), num_frames=num_frames)
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
         """Frames, height and width of the clips that codes stand for."""
@@ -267,8 +267,10 @@ class VideoTokenizer(nn.Module):
             drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
 
-    def _decode(self, latents: Tensor, num_frames: int) -> Tensor:
+    def decode_latents(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
+        """Quantised latents (B, D, *grid) to clips (B, 3, T, H, W); with a gradient. T as in `decode`."""
         config = self.config
+        num_frames = config.num_frames if num_frames is None else num_frames
         step = config.temporal_patch_size
         if not 0 < num_frames <= config.num_frames or num_frames % step:
             raise ValueError(
