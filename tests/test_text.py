@@ -88,11 +88,11 @@ def test_enormous_prompts_take_no_time(folders: dict[str, Path], prompt: str) ->
     for clean in (False, True):
         encoder = TextEncoder.from_pretrained(folders["t5"], device="cpu", max_length=12, clean=clean)
         encoder.encode(["red"])
-        started = time.monotonic()
+        started = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, mask = encoder.encode([prompt])
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
         assert mask.any()
 
 
