@@ -21,7 +21,7 @@ MOST_ENTRIES = 2**18  # distances to all entries are taken
 _CANDIDATES = 32
 _RENEWED = 10  # steps after which candidates are looked for again
 _RATE = 0.04  # of Adam; this and the temperatures in units of the entries' spacing, see `_spacing`
-_HOT, _COLD = 0.15, 0.02
+_HOT, _COLD = 0.15, 0.02  # half or twice as hot: within 0.15 dB (emoji, clips)
 _CHUNK = 2**27  # distances held at once: half a gigabyte
 
 
@@ -33,7 +33,7 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
     Args:
         pixels: pictures (B, 3, H, W) or clips (B, 3, T, H, W), as `encode` takes them.
         steps: passes forward and back through the decoder; 100 give most of the gain.
-        seed: of the noise, the same for each sample: a sample's codes do not depend on its batch.
+        seed: of the noise, the same for each sample: its codes do not depend on its batch, but for rounding.
 
     What counts is the squared error of pixels in -1..1. No sample becomes worse: where the search does not help, the
     encoder's codes are returned. `docs/tokenizers.md` has what it gains and costs.
@@ -63,7 +63,7 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
         temperature = _HOT * (_COLD / _HOT) ** (step / steps) * spacing**2
         scores = (points[..., None, :] - near).square().sum(-1) / (-2 * temperature)  # (B, N, K)
         draws = torch.empty(scores.shape[1:], device=scores.device).exponential_(generator=noise)
-        shares = (scores - draws.log()).softmax(-1)
+        shares = (scores - draws.clamp_min(1e-20).log()).softmax(-1)  # Gumbel noise; a draw may be 0
         mixed = (shares[..., None, :] @ near).squeeze(-2).mT.unflatten(-1, first.shape[1:])
         error = _error(tokenizer.decode_latents(mixed, **told), pixels)
         (points.grad,) = torch.autograd.grad(error.log().sum(), points)
