@@ -224,6 +224,26 @@ class VideoTokenizer(nn.Module):
         check_codes(codes, config.vocab_size)
         return self.decode_latents(self.quantizer.decode(codes), num_frames=num_frames)
 
+    def decode_latents(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
+        """Quantised latents (B, D, *grid) to clips (B, 3, T, H, W); with a gradient. T as in `decode`."""
+        config = self.config
+        num_frames = config.num_frames if num_frames is None else num_frames
+        step = config.temporal_patch_size
+        if not 0 < num_frames <= config.num_frames or num_frames % step:
+            raise ValueError(
+                f"num_frames {num_frames} is impossible: this tokenizer gives up to {config.num_frames} frames, "
+                f"in multiples of {step}"
+            )
+        grid = (num_frames // step, *config.patch_grid[1:])
+        codes = self.from_code(latents.flatten(2).transpose(1, 2).to(self.from_code.weight.dtype))  # (B, Q, C)
+        codes = codes + self.code_positions()
+        queries = self.pixel_queries(math.prod(grid)).to(codes.dtype).expand(len(codes), -1, -1)
+        x = self.decoder(torch.cat((codes, queries), dim=1))[:, codes.shape[1] :]  # (B, P, C)
+        patches = self.to_pixels(self.norm_out(x)).unflatten(1, grid)
+        patches = patches.unflatten(-1, (step, config.patch_size, config.patch_size, 3))  # (B, t, h, w, dt, dh, dw, 3)
+        pixels = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, 3, t, dt, h, dh, w, dw)
+        return cast(Tensor, pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3) * 2.0 - 1.0)
+
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
         """Frames, height and width of the clips that codes stand for."""
         return self.config.num_frames, self.config.image_size, self.config.image_size
@@ -266,26 +286,6 @@ class VideoTokenizer(nn.Module):
             scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature
             drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
-
-    def decode_latents(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
-        """Quantised latents (B, D, *grid) to clips (B, 3, T, H, W); with a gradient. T as in `decode`."""
-        config = self.config
-        num_frames = config.num_frames if num_frames is None else num_frames
-        step = config.temporal_patch_size
-        if not 0 < num_frames <= config.num_frames or num_frames % step:
-            raise ValueError(
-                f"num_frames {num_frames} is impossible: this tokenizer gives up to {config.num_frames} frames, "
-                f"in multiples of {step}"
-            )
-        grid = (num_frames // step, *config.patch_grid[1:])
-        codes = self.from_code(latents.flatten(2).transpose(1, 2).to(self.from_code.weight.dtype))  # (B, Q, C)
-        codes = codes + self.code_positions()
-        queries = self.pixel_queries(math.prod(grid)).to(codes.dtype).expand(len(codes), -1, -1)
-        x = self.decoder(torch.cat((codes, queries), dim=1))[:, codes.shape[1] :]  # (B, P, C)
-        patches = self.to_pixels(self.norm_out(x)).unflatten(1, grid)
-        patches = patches.unflatten(-1, (step, config.patch_size, config.patch_size, 3))  # (B, t, h, w, dt, dh, dw, 3)
-        pixels = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, 3, t, dt, h, dh, w, dw)
-        return cast(Tensor, pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3) * 2.0 - 1.0)
 
     def _check_clips(self, clips: Tensor) -> None:
         config, side = self.config, self.config.image_size
