@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nar import Transformer, load_tokenizer
-from nar.folder import read_config
+from nar.storage.folder import read_config
 
 
 def bundle(model: Path, target: Path, tokenizer: Path | None = None) -> int:

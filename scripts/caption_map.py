@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from nar.crops import to_rgb
 from nar.data.split import held_out
-from nar.efficientnet import load_efficientnet
+from nar.media.crops import to_rgb
+from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import batches, digest
 from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, fit_caption_map, retrieval
 

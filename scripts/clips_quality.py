@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from nar import Pipeline
-from nar.data.sources import load_pictures, open_source
-from nar.data.video import Windows
+from nar.data.open import load_pictures, open_source
+from nar.media.pixels import as_images, as_pixels
+from nar.media.video import Windows
 from nar.metrics.reconstruction import psnr
 from nar.metrics.text_image import RetrievalScorer
-from nar.tokenizer.pixels import as_images, as_pixels
 
 SIZE = 64
 BATCH = 8

@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
-from nar.crops import centre_crop, to_rgb
-from nar.data.composed import OBJECTS, Scenes, composed_scenes
-from nar.efficientnet import load_efficientnet
-from nar.metrics.composed import SIZE, ComposedJudge, decoded, fit_head, save_head, stages
-from nar.metrics.geneval import Found, Rules, judge_picture, summary
+from nar.media.crops import centre_crop, to_rgb
+from nar.metrics.geneval.composed import SIZE, ComposedJudge, decoded, fit_head, save_head, stages
+from nar.metrics.geneval.judge import Found, Rules, judge_picture, summary
+from nar.metrics.geneval.prompts import TASKS
+from nar.metrics.geneval.scenes import OBJECTS, Scenes, composed_scenes
+from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import digest
-from nar.prompts import TASKS
 
 DRAWING = 96  # pixels of a drawing before it is composed
 EPOCHS = 8

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from nar import Pipeline
-from nar.data.sources import load_pictures, open_source
+from nar.data.open import load_pictures, open_source
+from nar.media.pixels import as_images, as_pixels
 from nar.metrics.text_image import RetrievalScorer, near_copies
-from nar.tokenizer.pixels import as_images, as_pixels
 
 SIZE = 64
 BATCH = 8

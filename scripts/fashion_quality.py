@@ -41,8 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar import ClassCondition, Pipeline
+from nar.data.open import load_pictures
 from nar.data.source import Pictures
-from nar.data.sources import load_pictures
+from nar.likelihood import token_losses
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,
@@ -50,7 +51,6 @@ from nar.metrics.frechet import (
     frechet_distance,
     nearest_distances,
 )
-from nar.training.models import token_losses
 
 SIZE = 32
 PATCH = 4

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 from nar import ClassCondition, ModelConfig, Sampling, Transformer, generate
 from nar.bench import SCHEDULES, Row, Setup, bench_preset, compare, preset_model, table
-from nar.presets import PRESETS, Preset, find
 from nar.sampling import Session
+from nar.storage.presets import PRESETS, Preset, find
 
 TARGETS = {("NAR-L", 1): "target 25 ms", ("NAR-L", 64): "target 700 pictures/s in 4.7 GB"}
 SETTINGS = (

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nar import ClassCondition, Transformer
 from nar.data.codes import Codes
-from nar.folder import find_model
 from nar.precision import PRECISIONS, convert
+from nar.storage.folder import find_model
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from nar.data.video import frames, timeline
+from nar.media.video import frames, timeline
 
 NUM_FRAMES, SIZE = 16, 64
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from nar import Pipeline, cli
-from nar.clips import as_array
+from nar.media.clips import as_array
 
 Run = Callable[..., Any]
 

@@ -13,11 +13,11 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from nar.config import load
+from nar.storage.config import load
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.clip_adversarial import ClipDiscriminator, lecam_loss, noisy_labels
-from nar.tokenizer.prior import CodePrior
 from nar.tokenizer.quantize import draw_codes
+from nar.training.clip_discriminator import ClipDiscriminator, lecam_loss, noisy_labels
+from nar.training.code_prior import CodePrior
 from nar.training.distributed import Workers
 from nar.training.loop import Task
 from nar.training.recipe import Recipe

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nar import clips
-from nar.clips import as_array, save_clip, several
-from nar.sheet import contact_sheet, film_strips, moving_sheet
+from nar.media import clips
+from nar.media.clips import as_array, save_clip, several
+from nar.media.sheet import contact_sheet, film_strips, moving_sheet
 
 
 def moving(length: int = 6, height: int = 34, width: int = 46) -> np.ndarray:

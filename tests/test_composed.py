@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from nar.cli import main
-from nar.colours import COLOURS, PAINTS, name_colour, paint
-from nar.data.composed import OBJECTS, composed_scenes, scene_prompts, trim
-from nar.metrics.composed import WEIGHTS, ComposedJudge, SceneHead, decoded, fit_head, save_head
-from nar.metrics.geneval import Rules, relations
-from nar.prompts import TASKS
+from nar.metrics.geneval.colours import COLOURS, PAINTS, name_colour, paint
+from nar.metrics.geneval.composed import WEIGHTS, ComposedJudge, SceneHead, decoded, fit_head, save_head
+from nar.metrics.geneval.judge import Rules, relations
+from nar.metrics.geneval.prompts import TASKS
+from nar.metrics.geneval.scenes import OBJECTS, composed_scenes, scene_prompts, trim
 
 NAMES = ("red apple", "pear", "cat", "robot", "star")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nar.config import difference, find_recipe, load
+from nar.storage.config import difference, find_recipe, load
 
 
 @dataclass(frozen=True)

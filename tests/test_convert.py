@@ -19,11 +19,11 @@ from torch import Tensor
 from golden_fixtures import Fixture, fixtures
 from nar.condition import ClassCondition
 from nar.convert import KINDS, Checkpoint, convert, read_checkpoint, recognise, video_tokenizer_state
-from nar.folder import read_config, read_weights
 from nar.model import ModelConfig, Transformer
-from nar.presets import PRESETS, find
+from nar.storage.folder import read_config, read_weights
+from nar.storage.presets import PRESETS, find
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 DIM, HIDDEN, VOCAB, CLASSES = 16, 24, 12, 5
 SIZES = {"num_heads": 2, "grid": (3, 4)}

@@ -15,11 +15,11 @@ from clip_files import level, numbers, write
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.sources import load_pictures, open_source
-from nar.data.video import Windows
+from nar.data.open import load_pictures, open_source
+from nar.media.pixels import as_pixels
+from nar.media.video import Windows
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
-from nar.tokenizer.pixels import as_pixels
 
 pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")

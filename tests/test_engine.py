@@ -253,7 +253,7 @@ def test_weights_converted_as_they_are_read_are_the_same(precision: str, toy_fol
 def test_models_are_made_without_drawing_numbers() -> None:
     """On the meta device PyTorch imports its whole compiler to initialise weights: a second and 75 MB."""
     code = (
-        "import sys; from nar.folder import without_weights; from nar import ModelConfig, Transformer\n"
+        "import sys; from nar.storage.folder import without_weights; from nar import ModelConfig, Transformer\n"
         "with without_weights(): model = Transformer(ModelConfig(dim=32, num_heads=2, text_dim=8))\n"
         "print('sympy' in sys.modules, {p.device.type for p in [*model.parameters(), *model.buffers()]})"
     )

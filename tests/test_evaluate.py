@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nar.calibration import resample_tokens
 from nar.cli import main
+from nar.evaluation.resampling import resample_tokens
+from nar.evaluation.sets import paired_places
 from nar.metrics import evaluate
 from nar.metrics.defects import Defect, swap_patches
 from nar.metrics.detectors import Detected, EfficientNetDetector, default_detector
@@ -36,7 +37,6 @@ from nar.metrics.frechet import (
 )
 from nar.metrics.pictures import batches, classes
 from nar.metrics.reference import write_reference
-from nar.samples import paired_places
 from nar.tokenizer import load_tokenizer
 
 
@@ -354,7 +354,7 @@ def test_progress_is_shown_with_the_number_of_pictures(capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_a_local_inception_file_is_used(tmp_path: Path) -> None:
-    from nar.metrics.inception import Inception
+    from nar.metrics.networks.inception import Inception
 
     torch.manual_seed(0)
     network = Inception()
@@ -459,7 +459,7 @@ def test_efficientnet_equals_an_independent_implementation() -> None:
 def test_efficientnet_without_its_package_or_with_other_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from nar import efficientnet
+    from nar.metrics.networks import efficientnet
 
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not EfficientNet-Lite0"):

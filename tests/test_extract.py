@@ -15,19 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from nar.crops import random_crop, views
 from nar.data import extract as extraction
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
+from nar.data.config import DataConfig
 from nar.data.extract import extract
+from nar.data.open import open_source
 from nar.data.source import Source
-from nar.data.sources import open_source
 from nar.data.split import held_out
-from nar.data.video import Windows
+from nar.media.crops import random_crop, views
+from nar.media.video import Windows
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
 from nar.training.distributed import Workers
-from nar.training.recipe import DataConfig, Recipe
+from nar.training.recipe import Recipe
 from nar.training.samples import code_sets
 from nar.training.tasks import run_recipe
 from training_runs import nar, random_tokenizer, recipe, start

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nar.files import atomically
+from nar.storage.files import atomically
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

@@ -17,23 +17,24 @@ from PIL import Image
 
 from nar import Pipeline, cli
 from nar.condition import NULL_CLASS, ClassCondition, PrefixCondition, TextCondition, parts
-from nar.config import load
-from nar.crops import views
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.sources import open_source
-from nar.data.video import Windows
-from nar.folder import read_config
+from nar.data.open import open_source
+from nar.likelihood import token_losses
+from nar.media.crops import views
+from nar.media.video import Windows
 from nar.model import ModelConfig, Transformer
+from nar.pipeline.continuation import Window, prefix_grid
+from nar.storage.config import load
+from nar.storage.folder import read_config
 from nar.tokenizer import load_tokenizer
 from nar.training.distributed import Workers
 from nar.training.loop import _pieces
-from nar.training.models import ModelTask, token_losses
+from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
 from nar.training.words import dropped
-from nar.window import Window, prefix_grid
 from text_encoders import tiny_encoder
 from toy_models import causal, larp
 from training_runs import equal, losses, nar, weights

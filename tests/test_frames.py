@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from conftest import make_condition, make_model
-from nar import ClassCondition, Pipeline, pipeline
-from nar.clips import as_array, save_clip
+from nar import ClassCondition, Pipeline
 from nar.condition import PrefixCondition
+from nar.media.clips import as_array, save_clip
+from nar.pipeline import pipeline
 from nar.sampling import Sampling, generate
 from nar.tokenizer import Tokenizer
 from reference import reference_generate
@@ -277,7 +278,7 @@ def test_many_frames_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(as_array(tmp_path / "frames"), clip)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    monkeypatch.setattr("nar.clips.MOST_FRAMES", 39)
+    monkeypatch.setattr("nar.media.clips.MOST_FRAMES", 39)
     with pytest.raises(ValueError, match="has 40 frames; cut out what is to be continued, at most 39"):
         as_array(tmp_path / "frames")
 

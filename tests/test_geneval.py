@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nar.metrics.geneval import (
+from nar.metrics.geneval.judge import (
     Found,
     Mask2FormerJudge,
     Rules,
@@ -25,7 +25,7 @@ from nar.metrics.geneval import (
     relations,
     summary,
 )
-from nar.prompts import (
+from nar.metrics.geneval.prompts import (
     GENEVAL_COLOURS,
     TASKS,
     add_s,

@@ -25,7 +25,7 @@ from nar.metrics.frechet import (
     nearest_distances,
     precision_recall,
 )
-from nar.metrics.inception import POOLED_DIMS, Inception, load_inception, resize_tensorflow1
+from nar.metrics.networks.inception import POOLED_DIMS, Inception, load_inception, resize_tensorflow1
 from nar.text import clean_caption, left_pad, prepare_caption
 
 

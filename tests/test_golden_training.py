@@ -11,9 +11,9 @@ import torch
 from golden_fixtures import Fixture, asked_kinds, fixtures, folder
 from nar.condition import ClassCondition
 from nar.convert import Checkpoint, convert, model_state, read_checkpoint
-from nar.folder import read_weights
 from nar.model import Transformer
 from nar.sampling import probabilities
+from nar.storage.folder import read_weights
 from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
 pytestmark = pytest.mark.golden

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, generate
-from nar.training.likelihood import bits_per_token, independence_cost
+from nar.likelihood import bits_per_token, independence_cost
 
 
 @pytest.mark.parametrize("layout", ["nar", "raster", "par"])

@@ -22,7 +22,7 @@ from nar.metrics.detectors import Detected
 from nar.metrics.evaluate import as_table, metric_names
 from nar.metrics.pictures import batches, classes
 from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 
 def moving_squares(number: int, seed: int = 0, num_frames: int = 12) -> np.ndarray:

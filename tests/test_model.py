@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from conftest import make_condition, make_model
 from nar import ClassCondition, ModelConfig, Transformer
 from nar.condition import drop
-from nar.folder import BUNDLED
 from nar.model import Dropout
+from nar.storage.folder import BUNDLED
 
 
 def decode_all(model: Transformer, codes: torch.Tensor, condition: object, step: int) -> torch.Tensor:

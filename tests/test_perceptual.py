@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nar.efficientnet import EfficientNetLite0
-from nar.tokenizer.perceptual import EfficientNetDistance, load_lpips
+from nar.metrics.networks.efficientnet import EfficientNetLite0
+from nar.metrics.networks.perceptual import EfficientNetDistance, load_lpips
 
 CONVOLUTIONS = {
     0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nar import Pipeline, load_tokenizer
-from nar.folder import bundled_names, find_model
+from nar.storage.folder import bundled_names, find_model
 
 
 @pytest.fixture(scope="module")

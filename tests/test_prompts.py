@@ -80,7 +80,7 @@ def test_a_caption_is_encoded_once(words_folder: Path, monkeypatch: pytest.Monke
     assert torch.equal(codes_of(pipe, ["apple", "octopus"], negative_prompt="cross", num_images_per_prompt=3,
                                 guidance_scale=2.0, batch_size=1), once)  # fmt: skip
     assert sorted(asked) == ["apple", "cross", "octopus"]
-    monkeypatch.setattr("nar.pipeline.KEPT_CAPTIONS", 1)
+    monkeypatch.setattr("nar.pipeline.pipeline.KEPT_CAPTIONS", 1)
     pipe.drop_text_encoder()
     assert torch.equal(codes_of(pipe, "apple"), codes_of(Pipeline.from_pretrained(words_folder, device="cpu"), "apple"))
     codes_of(pipe, "octopus")

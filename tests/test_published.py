@@ -29,10 +29,10 @@ from nar import Pipeline, TextCondition, Transformer, generate
 from nar.cli import main
 from nar.condition import PrefixCondition
 from nar.convert import KINDS
-from nar.folder import read_config
-from nar.presets import PRESETS
+from nar.storage.folder import read_config
+from nar.storage.presets import PRESETS
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 from text_encoders import tiny_encoder
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "checkpoints.md"

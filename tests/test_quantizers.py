@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nar import load_tokenizer
-from nar.data.sources import load_pictures
+from nar.data.open import load_pictures
 from nar.metrics.reconstruction import psnr
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.quantize import BinaryQuantizer, ScalarQuantizer, VectorQuantizer, build_quantizer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nar import cli
-from nar.clips import as_array
+from nar.media.clips import as_array
 
 SAMPLING = Path(__file__).parents[1] / "docs/sampling.md"
 README = Path(__file__).parents[1] / "README.md"

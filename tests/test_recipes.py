@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nar.config import load, recipe_names
-from nar.data.sources import load_pictures
+from nar.data.open import load_pictures
 from nar.model import ModelConfig, Transformer
-from nar.presets import PRESETS
+from nar.storage.config import load, recipe_names
+from nar.storage.presets import PRESETS
 from nar.training.optim import learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from clip_files import write
-from nar.cli.reconstruct import _baselines, _through, judge_tokenizer
-from nar.data.sources import load_pictures, open_source
+from nar.data.open import load_pictures, open_source
 from nar.data.split import held_out
+from nar.evaluation.tokenizers import _baselines, _through, judge_tokenizer
 from nar.metrics.reconstruction import (
     code_use,
     compare,
@@ -26,7 +26,7 @@ from nar.metrics.reconstruction import (
     thumbnails,
 )
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 from test_quantizers import BODY, EMOJI
 from training_runs import nar
 
@@ -221,7 +221,7 @@ def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monke
     assert settings["num_fitted"] + settings["num_real"] == 10
     assert settings["codes_per_sample"] == [8]
     assert settings["real"]["heldout"].items() >= (windows | {"num_frames": 8}).items()
-    monkeypatch.setattr("nar.cli.reconstruct._frechet", lambda *_, **__: {"warnings": []})
+    monkeypatch.setattr("nar.evaluation.tokenizers._frechet", lambda *_, **__: {"warnings": []})
 
     def taken(folder: str) -> dict[str, object]:
         report = judge_tokenizer(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nar import load_tokenizer
-from nar.data.sources import load_pictures
+from nar.data.open import load_pictures
+from nar.media.pixels import as_pixels
 from nar.metrics.reconstruction import psnr, squared_error
 from nar.tokenizer import CausalTokenizer, CausalTokenizerConfig, Tokenizer, VideoTokenizer, VideoTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.pixels import as_pixels
 from nar.tokenizer.refine import refine_codes
 
 EMOJI = Path(__file__).parent / "data" / "emoji-mini.parquet"

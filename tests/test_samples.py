@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from nar import samples
 from nar.cli import main
+from nar.evaluation import sets as samples
+from nar.evaluation.sets import paired_places, sample_set
 from nar.metrics.pictures import classes
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
-from nar.samples import paired_places, sample_set
 from training_runs import nar, random_tokenizer, start
 
 

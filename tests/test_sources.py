@@ -15,8 +15,8 @@ from PIL import Image
 
 from nar.data import builtin
 from nar.data.builtin import FASHION_MNIST_CLASSES
+from nar.data.open import load_pictures, open_source
 from nar.data.source import Pictures
-from nar.data.sources import load_pictures, open_source
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nar import Pipeline
 from nar.cli import main
-from nar.data.sources import load_pictures, open_source
+from nar.data.open import load_pictures, open_source
 from nar.metrics.text_image import (
     CAPTION_MAP,
     CaptionMap,

@@ -16,18 +16,19 @@ from PIL import Image
 
 from nar import Pipeline, cli
 from nar.condition import TextCondition
-from nar.config import load
 from nar.data.codes import Codes
 from nar.data.extract import extract
 from nar.data.split import held_out_pairs
 from nar.data.wording import with_article, wordings
-from nar.folder import read_config
+from nar.likelihood import token_losses
 from nar.model import Transformer
+from nar.storage.config import load
+from nar.storage.folder import read_config
 from nar.text import TextEncoder, TextEncoderConfig, found
 from nar.tokenizer import load_tokenizer
 from nar.training.distributed import Workers
 from nar.training.loop import _pieces
-from nar.training.models import ModelTask, token_losses
+from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
 from nar.training.samples import composed_codes, without_styles
 from nar.training.tasks import run_recipe

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nar import load_tokenizer
-from nar.config import load
+from nar.media.pixels import pad_to_multiple
+from nar.storage.config import load
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.pixels import pad_to_multiple
 from nar.tokenizer.quantize import VectorQuantizer
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, TextCondition
-from nar.data.sources import load_pictures
+from nar.data.open import load_pictures
+from nar.likelihood import token_losses
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task, _pieces
-from nar.training.models import ModelTask, mixed, token_losses
+from nar.training.models import ModelTask, mixed
 from nar.training.tasks import run_recipe
 from test_golden_models import Case, fixtures
 from training_runs import equal, losses, recipe, weights

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from clip_files import level, numbers, write
-from nar.data import video
-from nar.data.video import Windows, frames, read_clip, timeline
+from nar.media import video
+from nar.media.video import Windows, frames, read_clip, timeline
 
 av = pytest.importorskip("av")
 

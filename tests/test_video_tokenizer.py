@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nar.convert import Checkpoint, video_tokenizer_state
 from nar.convert.renaming import respelled
 from nar.convert.tokenizers import VIDEO_SPELLINGS
-from nar.tokenizer.video import NORMS, VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import NORMS, VideoTokenizer, VideoTokenizerConfig
 
 SIZES: dict[str, Any] = {
     "num_frames": 4,

@@ -14,7 +14,7 @@ from nar.model import Transformer
 from nar.text import TextEncoder
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 
 class PaintTokenizer(nn.Module):

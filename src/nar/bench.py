@@ -24,15 +24,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
-from nar.folder import find_model, from_dict, read_config, without_weights
 from nar.model import ModelConfig, Transformer
 from nar.precision import PackedLinear, convert, fill
-from nar.presets import PRESETS, find
 from nar.sampling import Sampling, Session, generate, last_guided
+from nar.storage.folder import find_model, from_dict, read_config, without_weights
+from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

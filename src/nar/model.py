@@ -25,9 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, rotations
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
-from nar.folder import Weights, check_shapes, find_model, from_dict, read_config, without_weights, write_folder
 from nar.order import Schedule, build
 from nar.precision import PackedLinear, fill
+from nar.storage.folder import Weights, check_shapes, find_model, from_dict, read_config, without_weights, write_folder
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 

@@ -166,3 +166,14 @@ def _int8(weight: Tensor) -> Product:
     # Without VNNI two products of 8 bits overflow the 16-bit sum: inputs are rounded to 7 bits there.
     reduce_range = not torch.cpu._is_vnni_supported()
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
+
+
+def usable_device(name: str | None) -> str | None:
+    """The device of that name; raises ValueError where this machine has none such."""
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
+    return name

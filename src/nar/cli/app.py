@@ -86,15 +86,3 @@ def sizes(text: str) -> tuple[int, ...]:
 def given_settings(*values: Any) -> dict[str, Any]:
     """Those of a drawing's settings, in the order of SETTINGS, that were given."""
     return {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
-
-
-def usable_device(name: str | None) -> str | None:
-    import torch
-
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
-    return name

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nar.cli.app import app, usable_device
-from nar.files import atomically
+from nar.cli.app import app
+from nar.storage.files import atomically
 
 
 @app.command(
@@ -73,6 +73,7 @@ def bench(
     import torch
 
     from nar import bench as measure
+    from nar.precision import usable_device
 
     setup = measure.Setup(
         batch_sizes=sizes,

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import SETTINGS, app, given_settings, usable_device
-from nar.cli.real import load_part, real_classes, real_pictures
-from nar.files import atomically
+from nar.cli.app import SETTINGS, app, given_settings
+from nar.evaluation.real import BATCH, CLIP_BATCH, load_part, real_classes, real_pictures
+from nar.storage.files import atomically
 
 if TYPE_CHECKING:
+    from nar.evaluation.sets import Drawn
     from nar.metrics.defects import Defect
     from nar.pipeline import Pipeline
-    from nar.samples import Drawn
 
 TOKEN_SHARES = (0.0, 0.02, 0.05, 0.1)  # of the calibration with a tokenizer; 0: only encoded and decoded
 NUMBER = 10_000  # pictures that a model draws
-CLIP_BATCH, BATCH = 8, 64
 # What the ways of judging read that need few of all options.
 OF_REFERENCE = {"real", "split", "size", "inception", "seed", "batch_size", "device", "write_reference"}
 OF_TOKENIZER = {
@@ -170,12 +169,13 @@ def evaluate(
     """Judge pictures against real ones: one table, and a JSON report with all that changes a number."""
     import warnings
 
-    from nar.cli.evaluate_text import TextOptions, text_report
-    from nar.folder import find_model
+    from nar.evaluation.words import TextOptions, text_report
     from nar.metrics.defects import motion_defects, swapped_patches
     from nar.metrics.evaluate import as_table
     from nar.metrics.evaluate import evaluate as judge
     from nar.metrics.reference import write_reference as write
+    from nar.precision import usable_device
+    from nar.storage.folder import find_model
 
     words = TextOptions(
         fake=fake, captions=captions, clip=clip, clip_prefix=clip_prefix, retrieval=retrieval, geneval=geneval,
@@ -209,8 +209,8 @@ def evaluate(
         typer.echo(f"wrote {write_reference}")
         return
     if of_tokenizer:
-        from nar.cli.reconstruct import as_table as tokenizer_table
-        from nar.cli.reconstruct import judge_tokenizer
+        from nar.evaluation.tokenizers import as_table as tokenizer_table
+        from nar.evaluation.tokenizers import judge_tokenizer
 
         report = judge_tokenizer(
             str(tokenizer), real, size=size, group=group, num_frames=num_frames, number=number or NUMBER, pad=pad,
@@ -237,8 +237,8 @@ def evaluate(
     if draws:
         import dataclasses
 
+        from nar.evaluation.sets import made_by
         from nar.pipeline import Pipeline
-        from nar.samples import made_by
 
         model = model or str(fake)
         pipe = Pipeline.from_pretrained(model, device=place, dtype=dtype)
@@ -256,7 +256,7 @@ def evaluate(
             "grid": list(pipe.model.config.grid), **made_by(find_model(model)),
         }  # fmt: skip
     elif protocol is not None:
-        from nar.samples import paired_places
+        from nar.evaluation.sets import paired_places
 
         only_real = paired_places(len(real_classes(real, split, num_frames)), number or NUMBER)
     detector = None
@@ -321,12 +321,12 @@ def _likelihood(
     """Held-out bits per token of one model, or of two, on the same pictures."""
     import torch
 
-    from nar.folder import WEIGHTS, find_model
+    from nar.likelihood import bits_per_token, independence_cost
+    from nar.media.pixels import as_pixels
     from nar.metrics.pictures import digest
     from nar.metrics.scores import mean_interval
     from nar.pipeline import Pipeline
-    from nar.tokenizer.pixels import as_pixels
-    from nar.training.likelihood import bits_per_token, independence_cost
+    from nar.storage.folder import WEIGHTS, find_model
 
     names = [model] if against is None else [model, against]
     folders = [find_model(name) for name in names]
@@ -392,7 +392,7 @@ def _likelihood_table(report: dict[str, Any]) -> str:
 
 
 def _is_model(source: str) -> bool:
-    from nar.folder import bundled_names
+    from nar.storage.folder import bundled_names
 
     return source in bundled_names() or (Path(source).expanduser() / "config.json").is_file()
 
@@ -401,8 +401,8 @@ def _drawn(
     pipe: Pipeline, number: int | None, labels: str | Sequence[str], sampling: Any, seed: int, batch_size: int
 ) -> tuple[Drawn, list[int] | None]:
     """Pictures that are drawn as they are read, and which real ones they are paired with, where they are."""
+    from nar.evaluation.sets import Drawn, paired_places, set_labels
     from nar.pipeline import Request
-    from nar.samples import Drawn, paired_places, set_labels
 
     paired = None if isinstance(labels, str) else paired_places(len(labels), number or NUMBER)
     count = number or (NUMBER if paired is None else len(paired))
@@ -415,9 +415,9 @@ def _defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defe
     """Real pictures with some of their tokens resampled."""
     import torch
 
-    from nar.calibration import resample_tokens
-    from nar.folder import digest
+    from nar.evaluation.resampling import resample_tokens
     from nar.metrics.defects import Defect
+    from nar.storage.folder import digest
     from nar.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

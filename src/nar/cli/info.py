@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Say what a model is: parameters, grid, steps, tokenizer, how it was trained."""
     if presets:
-        from nar.presets import PRESETS
+        from nar.storage.presets import PRESETS
 
         if as_json:
             typer.echo(json.dumps({name: vars(preset) for name, preset in PRESETS.items()}, indent=2, default=list))
@@ -31,8 +31,8 @@ def info(
             typer.echo(f"{name:<16} {preset.kind:<15} {preset.num_parameters:>13,} parameters  grid {grid}")
         return
     if model is None:
-        from nar.config import recipe_names
-        from nar.folder import bundled_names
+        from nar.storage.config import recipe_names
+        from nar.storage.folder import bundled_names
 
         typer.echo(
             f"nar {__version__}\nbundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
@@ -55,10 +55,10 @@ def _made(shape: tuple[int, ...], frame_rate: float) -> str:
 
 
 def _facts(model: str) -> dict[str, Any]:
-    from nar.folder import CONFIG, Weights, check_shapes, find_model, from_dict, read_config, without_weights
     from nar.model import ModelConfig, Transformer
+    from nar.storage.folder import CONFIG, Weights, check_shapes, find_model, from_dict, read_config, without_weights
     from nar.tokenizer import load_tokenizer
-    from nar.tokenizer.video import VideoTokenizerConfig
+    from nar.tokenizer.larp import VideoTokenizerConfig
 
     folder = find_model(model)
     config = read_config(folder)

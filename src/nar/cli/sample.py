@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import Model, app, given_settings, sizes, usable_device
-from nar.files import atomically
+from nar.cli.app import Model, app, given_settings, sizes
+from nar.storage.files import atomically
 
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
@@ -140,6 +140,7 @@ def sample(
     from tqdm import tqdm
 
     from nar.pipeline import Pipeline
+    from nar.precision import usable_device
 
     pipe = Pipeline.from_pretrained(model, device=usable_device(device), dtype=dtype, text_encoder=text_encoder)
     if grid is not None:
@@ -231,10 +232,10 @@ def _sample_set(
     given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
     text_encoder: str | None,
 ) -> None:  # fmt: skip
-    from nar.cli.real import real_classes
-    from nar.folder import find_model
+    from nar.evaluation.real import real_classes
+    from nar.evaluation.sets import LABELS, geneval_set, made_by, sample_set
     from nar.pipeline import Pipeline
-    from nar.samples import LABELS, geneval_set, made_by, sample_set
+    from nar.storage.folder import find_model
     from nar.text import TextEncoder
     from nar.training.distributed import joined
 
@@ -292,7 +293,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write(output: Path, result: Output, records: list[dict[str, Any]]) -> None:
-    from nar.sheet import contact_sheet
+    from nar.media.sheet import contact_sheet
 
     if output.suffix == ".png":
         atomically(output, contact_sheet(result.images, result.names).save)
@@ -310,8 +311,8 @@ def _write(output: Path, result: Output, records: list[dict[str, Any]]) -> None:
 
 
 def _write_clips(output: Path, result: Output, records: list[dict[str, Any]], frame_rate: float) -> None:
-    from nar.clips import save_clip
-    from nar.sheet import film_strips, moving_sheet
+    from nar.media.clips import save_clip
+    from nar.media.sheet import film_strips, moving_sheet
 
     clips = result.videos
     if output.suffix == ".png":
@@ -348,7 +349,7 @@ def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
 def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], result: Output) -> None:
     import torch
 
-    from nar.sheet import contact_sheet, save_animation
+    from nar.media.sheet import contact_sheet, save_animation
 
     frames = [contact_sheet(pipe.pictures(torch.cat(codes)), result.names) for _, codes in sorted(fronts.items())]
     atomically(path, lambda staged: save_animation(frames, staged))

@@ -78,9 +78,9 @@ def extract(
 
     from nar.data import extract as extraction
     from nar.data.clips import ClipSource
-    from nar.data.sources import open_source
-    from nar.data.video import Windows
-    from nar.folder import find_model, read_config
+    from nar.data.open import open_source
+    from nar.media.video import Windows
+    from nar.storage.folder import find_model, read_config
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.image import ImageTokenizerConfig
     from nar.training.distributed import joined

@@ -21,11 +21,11 @@ from nar.convert.checkpoint import Checkpoint, read_checkpoint
 from nar.convert.models import model_state
 from nar.convert.renaming import KINDS, Parts, recognise
 from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
-from nar.folder import WEIGHTS, check_replaceable, read_config, write_folder
 from nar.model import ModelConfig
-from nar.presets import find
+from nar.storage.folder import WEIGHTS, check_replaceable, read_config, write_folder
+from nar.storage.presets import find
 from nar.tokenizer.image import ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizerConfig
 
 __all__ = [
     "KINDS", "Checkpoint", "convert", "image_tokenizer_state", "model_state", "read_checkpoint", "recognise",

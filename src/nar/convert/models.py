@@ -14,9 +14,9 @@ import torch
 
 from nar.convert.checkpoint import Checkpoint
 from nar.convert.renaming import Origin, Parts, check_kind, rename
-from nar.folder import without_weights
 from nar.model import Layout, ModelConfig, Transformer
-from nar.presets import PRESETS, Preset
+from nar.storage.folder import without_weights
+from nar.storage.presets import PRESETS, Preset
 
 _VIDEO = ("nar-c2v", "nar-fp")
 _HEADS = {  # norm and matrix of each prediction head, along the width first

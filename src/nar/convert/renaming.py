@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nar.convert.checkpoint import Checkpoint
-from nar.presets import Preset
+from nar.storage.presets import Preset
 
 KINDS = {
     "nar-c2i": "NAR, classes to pictures",

@@ -11,10 +11,10 @@ from typing import Any
 
 from nar.convert.checkpoint import Checkpoint
 from nar.convert.renaming import Parts, check_kind, rename
-from nar.folder import without_weights
-from nar.presets import Preset
+from nar.storage.folder import without_weights
+from nar.storage.presets import Preset
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 IMAGE_SPELLINGS = (
     (r"^quantizer\.", "quantize."),

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nar.crops import centre_crop
 from nar.data.source import Pictures, Source
+from nar.media.crops import centre_crop
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_CLASSES = (

@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from nar.crops import VIEWS, random_crop
 from nar.data.source import Source
-from nar.data.video import Windows, read_clip, squared, timeline
+from nar.media.crops import VIEWS, random_crop
+from nar.media.video import Windows, read_clip, squared, timeline
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
-from nar.crops import VIEWS
 from nar.data.clips import ClipSource
 from nar.data.codes import MANIFEST
 from nar.data.source import BROKEN, BROKEN_SHARE, Source, check_broken
-from nar.data.video import Windows
-from nar.files import atomically
-from nar.folder import digest
+from nar.media.crops import VIEWS
+from nar.media.pixels import as_pixels, pad_to_multiple
+from nar.media.video import Windows
+from nar.storage.files import atomically
+from nar.storage.folder import digest
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.pixels import as_pixels, pad_to_multiple
 
 SHARD_SIZE = 4096
 _SETTINGS = "extraction.json"

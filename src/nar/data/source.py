@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from nar.crops import centre_crop, random_crop, to_rgb, views
+from nar.media.crops import centre_crop, random_crop, to_rgb, views
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
@@ -77,7 +77,7 @@ class Source:
         return np.asarray(random_crop(picture, size, uniforms) if crop and uniforms else centre_crop(picture, size))
 
     def views(self, index: int, size: int, kind: str) -> np.ndarray:
-        """The views (v, size, size, 3) uint8 of picture `index`, see `nar.crops.views`."""
+        """The views (v, size, size, 3) uint8 of picture `index`, see `nar.media.crops.views`."""
         return np.stack([np.asarray(view) for view in views(self.picture(index), size, kind)])
 
     def take(self, rows: np.ndarray) -> Self:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from nar.data.clips import ClipSource
 from nar.data.source import SUFFIXES, Source
-from nar.data.video import SUFFIXES as CLIP_SUFFIXES
+from nar.media.video import SUFFIXES as CLIP_SUFFIXES
 
 _CAPTIONS = ("caption", "text", "prompt")
 _WORDS = (*_CAPTIONS, "tags", "style")

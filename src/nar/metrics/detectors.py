@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nar import efficientnet
-from nar.metrics.inception import load_inception
+from nar.metrics.networks import efficientnet
+from nar.metrics.networks.inception import load_inception
 from nar.metrics.pictures import digest
 
 

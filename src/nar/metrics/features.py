@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nar.files import atomically
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector
 from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, inception_score
 from nar.metrics.pictures import Source, batches, count, fingerprint
+from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
 SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID

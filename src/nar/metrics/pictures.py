@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from nar.crops import centre_crop, to_rgb
+from nar.media.crops import centre_crop, to_rgb
 
 VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
 SUFFIXES = VIDEO_SUFFIXES | {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

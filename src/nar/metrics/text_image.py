@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nar.efficientnet import load_efficientnet
+from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import Source, batches, digest
 from nar.metrics.scores import mean_interval
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nar.files import atomically
-from nar.folder import CONFIG, from_dict, read_config
+from nar.storage.files import atomically
+from nar.storage.folder import CONFIG, from_dict, read_config
 from nar.text.encoder import TextEncoder, TextEncoderConfig
 
 PART_SIZE = 4096  # captions encoded, and then written, at a time

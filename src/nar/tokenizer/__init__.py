@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nar.folder import find_model, read_config
+from nar.storage.folder import find_model, read_config
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 Tokenizer = ImageTokenizer | VideoTokenizer | CausalTokenizer
 TokenizerConfig = ImageTokenizerConfig | VideoTokenizerConfig | CausalTokenizerConfig

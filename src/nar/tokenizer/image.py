@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
-from nar.tokenizer.pixels import check_codes, check_values
+from nar.media.pixels import check_codes, check_values
+from nar.storage.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32

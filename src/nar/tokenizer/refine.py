@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nar.tokenizer import Tokenizer
-from nar.tokenizer.video import VideoTokenizer
+from nar.tokenizer.larp import VideoTokenizer
 
 MOST_ENTRIES = 2**18  # distances to all entries are taken
 _CANDIDATES = 32

@@ -11,8 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nar.tokenizer.adversarial import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
-from nar.tokenizer.clip_adversarial import (
+from nar.training.clip_discriminator import (
     ClipDiscriminator,
     discriminator_logistic_loss,
     generator_logistic_loss,
@@ -21,6 +20,7 @@ from nar.tokenizer.clip_adversarial import (
 )
 from nar.training.distributed import Workers
 from nar.training.optim import load_side_state, side_state
+from nar.training.patch_discriminator import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from nar import __version__
-from nar.config import difference
-from nar.files import atomically
+from nar.storage.config import difference
+from nar.storage.files import atomically
 from nar.training.checkpoint import Checkpoints, read_record
 from nar.training.distributed import Engine, Workers, spread, unsynchronised, whole
 from nar.training.ema import update_average

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, drop, map_condition
 from nar.data.codes import Codes
-from nar.folder import find_model
-from nar.model import Dropout, ModelConfig, Transformer
+from nar.likelihood import token_losses
+from nar.media.pixels import as_images, as_pictures
+from nar.media.sheet import contact_sheet, film_strips
+from nar.model import ModelConfig, Transformer
+from nar.pipeline.continuation import Window, prefix_grid
 from nar.sampling import generate
-from nar.sheet import contact_sheet, film_strips
+from nar.storage.folder import find_model
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.pixels import as_images, as_pictures
 from nar.training.distributed import Workers
 from nar.training.loop import Batch, share
 from nar.training.recipe import Recipe
@@ -37,7 +37,6 @@ from nar.training.samples import (
     without_styles,
 )
 from nar.training.words import Text, dropped
-from nar.window import Window, prefix_grid
 
 TEXT = "text"  # the folder of features, in that of codes or of a run
 
@@ -352,32 +351,3 @@ def mixed(codes: Tensor, most: float) -> Tensor:
     """
     share = torch.rand(len(codes), *(1,) * (codes.ndim - 1), device=codes.device) * most
     return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes.roll(1, 0), codes)
-
-
-def token_losses(
-    model: Transformer,
-    codes: Tensor,
-    condition: Condition,
-    *,
-    seen: Tensor | None = None,
-    dropout: Dropout | None = None,
-    chunk: int = 16384,
-) -> Tensor:
-    """Cross-entropy in nats of every token, (B, N) in generation order; `seen` are the codes that the model is shown.
-
-    Works on `chunk` tokens at a time and computes their logits again in the backward pass, so that (B, N, V) never
-    exists.
-    """
-    hidden = model.hidden(codes if seen is None else seen, condition, dropout=dropout)
-    targets = model.in_order(codes).to(hidden.device)
-
-    def piece(states: Tensor, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(states), tokens, reduction="none")
-
-    pieces = [
-        piece(states, tokens)
-        if hidden[..., 0].numel() <= chunk or not torch.is_grad_enabled()
-        else checkpoint(piece, states, tokens, use_reentrant=False)
-        for states, tokens in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
-    ]
-    return torch.cat(pieces).view_as(targets)

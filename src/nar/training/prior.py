@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nar.tokenizer.image import Reconstruction
-from nar.tokenizer.prior import CodePrior
 from nar.tokenizer.quantize import Quantizer
+from nar.training.code_prior import CodePrior
 from nar.training.distributed import Workers
 from nar.training.optim import load_side_state, side_state
 

@@ -7,135 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import partial
 
-import numpy as np
-
-from nar.crops import VIEWS
-from nar.data.source import Source
-from nar.data.sources import open_source
-from nar.data.split import held_out
-from nar.data.video import Windows
-from nar.data.wording import WORDINGS
+from nar.data.config import DataConfig
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
 from nar.text import TextEncoderConfig
 from nar.tokenizer import TokenizerConfig
 from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
-from nar.tokenizer.video import VideoTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.codebook import CodebookConfig
 from nar.training.loop import Plan
 from nar.training.prior import PriorConfig
-from nar.training.words import TEXT_FEATURES
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is learned from.
-
-    Attributes:
-        source: pictures, see `nar.data.sources.open_source`.
-        size: pixels a side.
-        validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
-            `heldout_share` of the pictures, by `group`.
-        label, group: columns of tables; samples of one group are held out together.
-        views: of each picture that a model learns codes of: "centre", "flip", "shift" (moved a little in eight
-            directions) or "ten-crop"; of clips that are loops also "loop", eight starts and their mirror images.
-        augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
-            random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
-            anywhere and played backwards half of the time.
-        shift: pixels by which "flip" and "loop" also move a picture or clip at most, either way; its edges are
-            repeated.
-        num_frames: of a clip; 0 for pictures, or all frames of clips in tables.
-        stride: every how many-th frame of a clip is taken.
-        frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are. Strips in
-            tables are always taken so; of them it says at what rate the model's clips play.
-        windows: where in a longer clip: at the "start", in the "centre", at a "random" place in each step, or "all",
-            one sample each.
-        wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
-            caption, tags and style ("varied", see `nar.data.wording`).
-        heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
-        heldout_styles: styles that are held out whole, for measuring what a model makes of drawings like none it saw.
-        text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
-        composed: share of the samples that are composed scenes ("three cats", "a red car left of a house") of the
-            drawings that are learned from; see `nar.data.composed`. For pictures with captions.
-        num_composed: how many scenes there are, made at the start of a run.
-        codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
-            the first is held out.
-    """
-
-    source: str = ""
-    size: int = 256
-    validation: str = "auto"
-    heldout_share: float = 0.05
-    label: str = "label"
-    group: str = ""
-    views: str = "centre"
-    augment: str = "none"
-    shift: int = 0
-    num_frames: int = 0
-    stride: int = 1
-    frame_rate: float = 0.0
-    windows: str = "centre"
-    wording: str = "plain"
-    heldout_pairs: int = 0
-    heldout_styles: tuple[str, ...] = ()
-    text_features: str = "cached"
-    composed: float = 0.0
-    num_composed: int = 4000
-    codes: str = ""
-    heldout_codes: str = ""
-
-    def __post_init__(self) -> None:
-        if self.views not in VIEWS:
-            raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
-        if self.augment not in ("none", "flip", "crop", "loop"):
-            raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
-        if self.shift and (self.augment not in ("flip", "loop") or not 0 <= self.shift < self.size):
-            raise ValueError(
-                f"data.shift {self.shift} must be from 0 to {self.size - 1} (data.size), and 0 unless data.augment is "
-                "flip or loop"
-            )
-        if self.wording not in WORDINGS:
-            raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
-        if self.text_features not in TEXT_FEATURES:
-            raise ValueError(
-                f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
-            )
-        if not 0 <= self.composed < 1 or self.num_composed < 1:
-            raise ValueError(
-                f"data.composed must be at least 0 and below 1, not {self.composed}, and data.num_composed at least 1, "
-                f"not {self.num_composed}"
-            )
-        Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
-        object.__setattr__(self, "heldout_styles", tuple(self.heldout_styles))
-        if not 0 < self.heldout_share < 1:
-            raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
-
-    @property
-    def clip_windows(self) -> Windows | None:
-        """Which frames of clips are taken; None for pictures, and for clips in tables that are taken whole."""
-        return Windows(self.num_frames, self.stride, self.frame_rate, self.windows) if self.num_frames else None
-
-    def open(self) -> tuple[Source, Source]:
-        """The pictures to learn from, and those held out."""
-        if not self.source:
-            raise ValueError("this recipe needs pictures: data.source=FOLDER (or a .parquet or .tar file, or a hub id)")
-        opened = partial(
-            open_source, self.source, size=self.size, label=self.label, group=self.group, windows=self.clip_windows
-        )
-        train, split = opened(), "test" if self.validation == "auto" else self.validation
-        try:
-            return train, opened(split=split)
-        except FileNotFoundError:
-            if self.validation != "auto":
-                raise
-        if len(train) < 2:
-            raise ValueError(f"{self.source} has {len(train)} pictures; at least two are needed, one to be held out")
-        out = held_out(train.groups or train.names, self.heldout_share)
-        return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
 
 
 @dataclass(frozen=True)
@@ -145,7 +29,7 @@ class TokenizerLossConfig(CodebookConfig):
     Attributes:
         l1, l2: of the difference of pixels on the -1..1 scale.
         perceptual: of the distance of features, those of EfficientNet-Lite0 or, with `lpips`, LPIPS.
-        lpips: a folder with VGG16's weights and LPIPS's, see `nar.tokenizer.perceptual.load_lpips`.
+        lpips: a folder with VGG16's weights and LPIPS's, see `nar.metrics.networks.perceptual.load_lpips`.
         codebook, commitment: of the distance between latents and their codes, as it moves one or the other.
         entropy: for lfq and bsq, of the entropy of single latents minus `entropy_diversity` times that of the mean
             code, in nats; a bit whose latent is at its entry has log-odds of `entropy_sharpness`.

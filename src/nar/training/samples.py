@@ -18,16 +18,16 @@ from torch import Tensor
 from nar.condition import Part, PrefixCondition
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
-from nar.data.composed import composed_source
 from nar.data.extract import extract, given_folder
 from nar.data.source import Source
 from nar.data.split import held_out, held_out_pairs
-from nar.files import atomically
-from nar.folder import digest
+from nar.metrics.geneval.scenes import composed_source
+from nar.pipeline.continuation import Window
+from nar.storage.files import atomically
+from nar.storage.folder import digest
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
 from nar.training.words import Conditions, Labels, Text, Words
-from nar.window import Window
 
 
 class Samples:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from nar.config import load
-from nar.folder import CONFIG, find_model, read_config
+from nar.storage.config import load
+from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.distributed import Workers, joined
 from nar.training.loop import Metrics, of_weights, train
 from nar.training.models import ModelTask

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nar.data.open import load_pictures
 from nar.data.source import BROKEN, check_broken
-from nar.data.sources import load_pictures
-from nar.folder import find_model, load_state, read_config, read_weights
+from nar.media.pixels import as_pictures, as_pixels
+from nar.media.sheet import contact_sheet
+from nar.metrics.networks.perceptual import EfficientNetDistance, Lpips, load_lpips
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
-from nar.sheet import contact_sheet
+from nar.storage.folder import find_model, load_state, read_config, read_weights
 from nar.tokenizer import Tokenizer, new_tokenizer
-from nar.tokenizer.perceptual import EfficientNetDistance, Lpips, load_lpips
-from nar.tokenizer.pixels import as_pictures, as_pixels
 from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
 from nar.training.codebook import Codebook, CodebookConfig

@@ -19,8 +19,6 @@ from nar.condition import ClassCondition, Part, TextCondition
 from nar.text import Features, TextEncoder, TextEncoderConfig, cached, found
 from nar.training.distributed import Workers
 
-TEXT_FEATURES = ("cached", "on-the-fly")
-
 
 class Conditions(Protocol):
     """What the samples of a set are made from."""

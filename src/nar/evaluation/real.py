@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nar.data.source import Pictures
 
+BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are judged at a time
+
 
 def real_pictures(source: str, split: str, size: int | None) -> Any:
     """What `nar.metrics` reads is passed on as a path; what only `nar.data` knows is read here."""
@@ -19,7 +21,7 @@ def real_pictures(source: str, split: str, size: int | None) -> Any:
 
 def load_part(source: str, split: str, size: int) -> Pictures:
     """Pictures of one split in memory, with their labels; of a source without splits, all."""
-    from nar.data.sources import load_pictures
+    from nar.data.open import load_pictures
 
     try:
         return load_pictures(source, size=size, split=split)
@@ -33,7 +35,7 @@ def load_part(source: str, split: str, size: int) -> Pictures:
 def real_classes(source: str, split: str, num_frames: int | None) -> list[str]:
     """The class of every real picture, in the order in which they are read."""
     if _is_named(source):
-        from nar.data.sources import open_source
+        from nar.data.open import open_source
 
         found = open_source(source, size=28, split=split)
         return [found.class_names[label] for label in found.labels]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.tokenizer.video import Bidirectional, sinusoid_grid
+from nar.tokenizer.larp import Bidirectional, sinusoid_grid
 
 
 class ClipDiscriminator(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.efficientnet import load_efficientnet
+from nar.metrics.networks.efficientnet import load_efficientnet
 
 # The convolutions of VGG16 by the index that torchvision gives them, in the five parts that LPIPS compares.
 _VGG_PARTS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nar.colours import name_colour
-from nar.efficientnet import EfficientNetLite0, load_efficientnet
-from nar.metrics.geneval import Box, Found, Rules
+from nar.metrics.geneval.colours import name_colour
+from nar.metrics.geneval.judge import Box, Found, Rules
+from nar.metrics.networks.efficientnet import EfficientNetLite0, load_efficientnet
 from nar.metrics.pictures import digest
 
 SIZE = 64  # pixels of the pictures that are judged
 CELLS = 16
-WEIGHTS = Path(__file__).parent / "fitted" / "composed.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "fitted" / "composed.safetensors"
 _ENLARGED = 128  # what the network sees: its stages of stride 8, 16 and 32 are then 16, 8 and 4 cells wide
 _TAPS = {8: 40, 16: 112, 32: 320}  # stride of the features, and how many channels they have
 _BATCH = 64
@@ -149,7 +149,7 @@ def _spot_loss(logits: Tensor, spots: Tensor) -> Tensor:
 
 
 class ComposedJudge:
-    """The judge of composed drawings, for `nar.metrics.geneval.judge_folder`.
+    """The judge of composed drawings, for `nar.metrics.geneval.judge.judge_folder`.
 
     Args:
         weights: of a head; by default those that come with the package.

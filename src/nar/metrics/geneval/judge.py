@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
+from nar.metrics.geneval.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
 from nar.metrics.scores import mean_interval
 from nar.metrics.text_image import (
     IMAGENET_MEAN,
@@ -30,7 +31,6 @@ from nar.metrics.text_image import (
     normalisation,
     weights_digest,
 )
-from nar.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
 
 GREY = (153, 153, 153)  # behind an object whose colour is asked for
 COLOUR_PROMPTS = (

@@ -12,15 +12,44 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from nar.condition import ClassCondition
-from nar.model import Transformer
-from nar.training.models import token_losses
+from nar.condition import ClassCondition, Condition
+from nar.model import Dropout, Transformer
 
 RANK = 16
 STEPS = 120
 RATES = (3e-2, 5e-4)  # for strong and for faint dependence; the better one on checked pictures counts
+
+
+def token_losses(
+    model: Transformer,
+    codes: Tensor,
+    condition: Condition,
+    *,
+    seen: Tensor | None = None,
+    dropout: Dropout | None = None,
+    chunk: int = 16384,
+) -> Tensor:
+    """Cross-entropy in nats of every token, (B, N) in generation order; `seen` are the codes that the model is shown.
+
+    Works on `chunk` tokens at a time and computes their logits again in the backward pass, so that (B, N, V) never
+    exists.
+    """
+    hidden = model.hidden(codes if seen is None else seen, condition, dropout=dropout)
+    targets = model.in_order(codes).to(hidden.device)
+
+    def piece(states: Tensor, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(states), tokens, reduction="none")
+
+    pieces = [
+        piece(states, tokens)
+        if hidden[..., 0].numel() <= chunk or not torch.is_grad_enabled()
+        else checkpoint(piece, states, tokens, use_reentrant=False)
+        for states, tokens in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+    ]
+    return torch.cat(pieces).view_as(targets)
 
 
 @torch.no_grad()

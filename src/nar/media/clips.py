@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nar.crops import to_rgb
+from nar.media.crops import to_rgb
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -57,8 +57,8 @@ def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate:
 
 def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) one by one, so that no long clip is held at its full size."""
-    from nar.data.video import frames as decoded
-    from nar.data.video import timeline
+    from nar.media.video import frames as decoded
+    from nar.media.video import timeline
 
     if not isinstance(frames, str | Path):
         for frame in frames:

@@ -48,15 +48,15 @@ def judge_tokenizer(
     import numpy as np
     import torch
 
-    from nar.cli.evaluate import BATCH, CLIP_BATCH
-    from nar.data.sources import load_pictures
-    from nar.folder import digest, find_model, read_config
+    from nar.data.config import DataConfig
+    from nar.data.open import load_pictures
+    from nar.evaluation.real import BATCH, CLIP_BATCH
     from nar.metrics.detectors import default_detector
+    from nar.metrics.networks.perceptual import EfficientNetDistance
     from nar.metrics.reconstruction import compare
+    from nar.storage.folder import digest, find_model, read_config
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.image import ImageTokenizer
-    from nar.tokenizer.perceptual import EfficientNetDistance
-    from nar.training.recipe import DataConfig
 
     kind = None if sheet is None else _picture_format(sheet)
     folder = str(find_model(folder))
@@ -144,9 +144,9 @@ def _through(
     import torch
     from tqdm import tqdm
 
-    from nar.tokenizer.pixels import as_images, as_pixels, pad_to_multiple
+    from nar.media.pixels import as_images, as_pixels, pad_to_multiple
+    from nar.tokenizer.larp import VideoTokenizer
     from nar.tokenizer.refine import refine_codes
-    from nar.tokenizer.video import VideoTokenizer
 
     encode = functools.partial(refine_codes, tokenizer, steps=refine) if refine else tokenizer.encode
     doing = "refining" if refine else "reconstructing"
@@ -215,8 +215,8 @@ def _write_sheet(path: Path, images: np.ndarray, made: np.ndarray, kind: str | N
     """Pairs side by side, of clips their middle frames."""
     from PIL import Image
 
-    from nar.files import atomically
-    from nar.sheet import contact_sheet
+    from nar.media.sheet import contact_sheet
+    from nar.storage.files import atomically
 
     pairs = [side[len(side) // 2] if side.ndim == 4 else side
              for pair in zip(images[:_SHOWN], made[:_SHOWN], strict=True) for side in pair]  # fmt: skip

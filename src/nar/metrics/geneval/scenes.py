@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from nar.colours import COLOURS, paint
 from nar.data.source import Source
-from nar.prompts import RELATIONS, TASKS, composition, composition_prompts
+from nar.metrics.geneval.colours import COLOURS, paint
+from nar.metrics.geneval.prompts import RELATIONS, TASKS, composition, composition_prompts
 
 # Captions of emoji that are objects, and what a prompt calls them. Only things of a clear shape: a composed drawing
 # has some 20 pixels.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from nar.media.pixels import as_images, as_pixels
 from nar.tokenizer import Tokenizer
-from nar.tokenizer.pixels import as_images, as_pixels
 
 
 @torch.inference_mode()

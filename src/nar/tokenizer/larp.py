@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
+from nar.media.pixels import check_codes, check_values
+from nar.storage.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.image import Reconstruction
-from nar.tokenizer.pixels import check_codes, check_values
 from nar.tokenizer.quantize import VectorQuantizer, draw_codes
 
 NORMS = ("none", "layer", "layer_all", "batch", "batch_all")

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nar.clips import Frames, as_array, several
 from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondition
-from nar.config import suggestion
-from nar.folder import CONFIG, find_model, from_dict, read_config
+from nar.media.clips import Frames, as_array, several
+from nar.media.pixels import as_images
 from nar.model import Transformer
+from nar.pipeline.continuation import Window
 from nar.sampling import Sampling, Session, generate_fronts
+from nar.storage.config import suggestion
+from nar.storage.folder import CONFIG, find_model, from_dict, read_config
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer
-from nar.tokenizer.pixels import as_images
-from nar.window import Window
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
@@ -87,7 +87,8 @@ class Pipeline:
 
     Args:
         text: the encoder for prompts: loaded at the first prompt when given as its config.
-        given_frames: numbers of frames that frame prediction was trained to continue; see `nar.window.Window`.
+        given_frames: numbers of frames that frame prediction was trained to continue; see
+            `nar.pipeline.continuation.Window`.
         frame_rate: of clips, frames per second. Where it is known, files with given frames are read at it; None stands
             for 8, and for frames as they are.
     """

@@ -18,8 +18,8 @@ from nar.data.builtin import FASHION_MNIST, TOY, draw_toy, find_fashion_mnist, i
 from nar.data.clips import ClipSource, open_list
 from nar.data.source import BROKEN, SUFFIXES, Pictures, Source, check_broken
 from nar.data.tables import as_clips, check_columns, open_array, open_hub, open_listed, open_parquet, open_tars
-from nar.data.video import SUFFIXES as CLIP_SUFFIXES
-from nar.data.video import Windows
+from nar.media.video import SUFFIXES as CLIP_SUFFIXES
+from nar.media.video import Windows
 
 SAMPLES = "samples.json"  # of `nar sample`: which file shows what
 _FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}

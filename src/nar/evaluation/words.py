@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nar.cli.app import usable_device
-from nar.cli.real import load_part
+from nar.evaluation.real import load_part
+from nar.precision import usable_device
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def text_report(options: TextOptions) -> tuple[dict[str, Any], str]:
 
 
 def _write_prompts(options: TextOptions) -> str:
-    from nar.data.composed import scene_prompts
-    from nar.prompts import add_s, composition_prompts, write_prompts
+    from nar.metrics.geneval.prompts import add_s, composition_prompts, write_prompts
+    from nar.metrics.geneval.scenes import scene_prompts
 
     lines = []
     if options.geneval_prompts is not None:
@@ -65,8 +65,8 @@ def _write_prompts(options: TextOptions) -> str:
 
 
 def _compositions(options: TextOptions) -> tuple[dict[str, Any], str]:
-    from nar.metrics.composed import ComposedJudge
-    from nar.metrics.geneval import Judge, Mask2FormerJudge, as_table, judge_folder
+    from nar.metrics.geneval.composed import ComposedJudge
+    from nar.metrics.geneval.judge import Judge, Mask2FormerJudge, as_table, judge_folder
 
     if options.geneval is not None and options.composed is not None:
         raise ValueError("give one of --geneval and --composed: they judge with different detectors")
@@ -133,7 +133,7 @@ def _merge(report: dict[str, Any], found: dict[str, Any], **settings: Any) -> No
 
 def _captioned(source: str, file: Path | None) -> tuple[Any, Sequence[str]]:
     """A source of pictures and a caption for each, its own or the lines of a file."""
-    from nar.data.sources import open_source
+    from nar.data.open import open_source
 
     pictures = open_source(source, size=64)
     captions = pictures.captions

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nar.config import suggestion
+from nar.storage.config import suggestion
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 Config = TypeVar("Config")
 
 

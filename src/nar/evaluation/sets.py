@@ -24,11 +24,11 @@ from tqdm import tqdm, trange
 
 from nar import __version__
 from nar.condition import NULL_CLASS
-from nar.files import atomically
-from nar.folder import digest, read_config
+from nar.media.pixels import as_images
 from nar.pipeline import Pipeline, Request
 from nar.sampling import Sampling
-from nar.tokenizer.pixels import as_images
+from nar.storage.files import atomically
+from nar.storage.folder import digest, read_config
 
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
 LABELS = ("balanced", "random")

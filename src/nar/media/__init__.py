@@ -1,0 +1,1 @@
+"""Arrays and files of pictures and clips; no models."""

@@ -1,0 +1,1 @@
+"""Compositional prompts, scenes and the judges of both: GenEval and composed drawings."""

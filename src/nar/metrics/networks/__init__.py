@@ -1,0 +1,1 @@
+"""Networks that judge or compare pictures."""

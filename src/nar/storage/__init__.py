@@ -1,0 +1,1 @@
+"""Model folders, atomic writes, strict recipes, published sizes."""
