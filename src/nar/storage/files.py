@@ -1,27 +1,259 @@
-"""Files that are written whole or not at all, whichever process writes them, and whenever it ends."""
+"""Files that are written whole or not at all, whichever process writes them, and whenever it ends.
+
+Also what a file holds in a word (its digest) and what a folder of parts was made with (its claim). Knows paths and
+JSON; does not know what is in the files.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import os
+import platform
 import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+_REPLACED = "replaced"
+_SYSTEM = (("/", "dev"), ("/", "proc"))
+_FULL = 2**20  # bytes free, below which a failed write is the disk's fault
 
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` on a path in a temporary folder beside `path`, then move it there: `path` is whole or untouched.
+
+def atomically(path: Path, write: Callable[[Path], Any], *, replace_folder: bool = False) -> None:
+    """Call `write` on a path in a private folder beside `path`, then move it there: `path` is whole or untouched.
 
     The name stays the same. Several processes may write one file at once; the last one's stays. `write` may make a
-    folder instead, for which an empty one at `path` gives way. Folders above `path` are made.
+    folder instead, for which an empty one at `path` gives way, and with `replace_folder` any. Folders above `path` are
+    made. A device, a pipe, and what leads to one (/dev/stdout) is written into, and never replaced.
+
+    Raises:
+        OSError: names `path`, also when the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".nar-", dir=path.parent))
-    try:
-        staged = staging / path.name
+    if _is_stream(path):
+        _stream(path, write)
+        return
+    with _staged(path) as staged:
         write(staged)
         if path.is_dir():
-            path.rmdir()
+            if not staged.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder is there; give the name of a file", str(path))
+            _make_way(path, staged.parent / _REPLACED if replace_folder else None)
         staged.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read a JSON file that holds an object (or a `list`).
+
+    Raises:
+        ValueError: names the file, when it is no JSON, nested too deeply, or of another kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, copy it again") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON (nested too deeply); the file is damaged, copy it again") from None
+    if not isinstance(value, kind):
+        expected = "a list" if kind is list else "an object"
+        raise ValueError(f"{path} must hold {expected} of JSON, not {type(value).__name__}")
+    return value
+
+
+def check_output(path: Path) -> None:
+    """Raise OSError where no file can be written, before the work that makes it."""
+    if _is_stream(path):
+        return
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there; give the name of a file", str(path))
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed", str(above))
+    if not os.access(above, os.W_OK):
+        raise PermissionError(errno.EACCES, "its folder can't be written to", str(path))
+
+
+def digest(path: str | Path, files: Iterable[Path] | None = None) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's `files`, in their order.
+
+    Raises:
+        OSError: the file is missing, or is a device or a pipe, which has no end.
+    """
+    path = Path(path).expanduser()
+    if files is not None:
+        listing = "".join(f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def claim(folder: Path, settings: Mapping[str, Any], *, record: str = "settings.json", empty: bool = False) -> None:
+    """Record in a folder what its parts are made with, or check that they were made with the same.
+
+    Every process that makes parts calls this first; one of them writes the record. What an older record does not have
+    counts as None, and what only it has is ignored. With `empty` a folder that holds something else is refused.
+
+    Raises:
+        ValueError: names what changed, from what to what.
+    """
+    if folder.name.startswith(".") and folder.is_symlink():  # our name, not the user's: somebody else put it there
+        raise ValueError(f"{folder} is a link, which parts are not written through; delete it")
+    path, wanted = folder / record, json.loads(json.dumps(dict(settings)))
+    if not path.is_file():
+        if empty and folder.is_dir() and any(not other.name.startswith(".") for other in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no {record}; give a new folder")
+        with _staged(path) as staged:
+            staged.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            try:
+                os.link(staged, path)  # fails where another process was first
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                staged.replace(path)
+    before = read_json(path)
+    changed = [
+        f"{key} {before.get(key)} instead of {value}" for key, value in wanted.items() if before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds parts made with other settings: {', '.join(changed)}; delete it to begin anew, or give "
+            "another name"
+        )
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A path of the same name in a private folder beside `path`, which is gone afterwards; errors name `path`."""
+    machine = f".nar-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean(path.parent, machine)
+        staging = Path(tempfile.mkdtemp(prefix=f"{machine}{os.getpid()}-", dir=path.parent))
+    except OSError as error:
+        if (named := _named(error, path)) is error:
+            raise
+        raise named from error
+    try:
+        yield staging / path.name
+    except OSError as error:
+        if (named := _named(error, path, staging)) is error:
+            raise
+        raise named from error
+    except Exception as error:
+        if _is_full(path.parent):  # what other libraries raise then
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
+        _restore(staging, path.parent)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_way(path: Path, keep: Path | None) -> None:
+    """Remove the folder at `path` if it is empty, or move it into `keep`, from where it can be restored."""
+    if keep is None:
+        path.rmdir()
+    else:
+        keep.mkdir()
+        path.replace(keep / path.name)
+
+
+def _restore(staging: Path, folder: Path) -> None:
+    """Move back what had made way for a folder that never came."""
+    with suppress(OSError):
+        for kept in (staging / _REPLACED).iterdir():
+            if not (folder / kept.name).exists():
+                kept.replace(folder / kept.name)
+
+
+@cache
+def _clean(folder: Path, machine: str) -> None:
+    """Remove what killed processes of this machine left in a folder; once, since the folder may be large."""
+    for left in [other for other in folder.iterdir() if other.name.startswith(machine)]:
+        number = left.name.removeprefix(machine).partition("-")[0]
+        if number.isdecimal() and left.is_dir() and not left.is_symlink() and not _runs(int(number)):
+            _restore(left, folder)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process may still be there; on Windows, where asking would end it, every one may."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _named(error: OSError, path: Path, staging: Path | None = None) -> OSError:
+    """The same error, about the file that was asked for; one that already names another file stays as it is."""
+    about = error.filename
+    if about is not None and not (staging and str(about).startswith(str(staging))):
+        return error
+    if error.errno is None and not _is_full(path.parent):
+        return error if str(path) in str(error) else OSError(f"{path}: {error}")
+    number = error.errno or errno.ENOSPC
+    return OSError(number, error.strerror or os.strerror(number), str(path))
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _FULL
+    except OSError:
+        return False
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a device or a pipe, or leads to one of the process's own files, as /dev/stdout does."""
+    seen: set[Path] = set()
+    at = path.absolute()
+    while at not in seen:
+        seen.add(at)
+        if at.parts[:2] in _SYSTEM and at.parts[2:3] != ("shm",) and at.exists() and not at.is_dir():
+            return True
+        if not at.is_symlink():
+            break
+        at = Path(os.path.normpath(at.parent / at.readlink()))
+    try:
+        kind = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
+
+
+def _stream(path: Path, write: Callable[[Path], Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="nar-") as folder:
+        staged = Path(folder) / path.name
+        write(staged)
+        if not staged.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "a device or pipe is there; give a new folder", str(path))
+        for stream in (sys.stdout, sys.stderr):  # where these point to a file, opening it anew would begin it anew
+            with suppress(OSError, ValueError, AttributeError):
+                if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                    stream.flush()
+                    stream.buffer.write(staged.read_bytes())
+                    stream.flush()
+                    return
+        with staged.open("rb") as made, path.open("wb") as into:
+            shutil.copyfileobj(made, into)

@@ -6,10 +6,7 @@ Knows files and names of tensors; does not know what kind of model they belong t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nar.storage import files
 from nar.storage.config import suggestion
+from nar.storage.files import atomically, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -44,24 +43,16 @@ def write_folder(
     check_replaceable(target)
     if (target / "tokenizer").is_dir() and "tokenizer" not in (parts or {}):
         raise ValueError(f"{target} holds a tokenizer, which would be lost; give it too, or choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, staging / WEIGHTS)
+
+    def write(staged: Path) -> None:
+        staged.mkdir()
+        write_json(staged / CONFIG, config, indent=2)
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, staged / WEIGHTS)
+        (staged / WEIGHTS).chmod(0o644)
         for name, source in (parts or {}).items():
-            shutil.copytree(source, staging / name)
-        staging.chmod(0o755)
-        (staging / WEIGHTS).chmod(0o644)
-        if target.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.replace(previous / target.name)
-            staging.replace(target)
-            shutil.rmtree(previous)
-        else:
-            staging.replace(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(source, staged / name)
+
+    atomically(target, write, replace_folder=True)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -122,12 +113,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{Path(folder)} is not a model folder: it has no {CONFIG}; "
             "published checkpoints become one with `nar convert`"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
+    config: dict[str, Any] = read_json(path)
     return config
 
 
@@ -196,8 +182,7 @@ def digest(folder: str | Path) -> str:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the model folder is incomplete, copy it again")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.digest(path)
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
