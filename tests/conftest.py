@@ -52,7 +52,7 @@ def make_model(layout: str, **changes: object) -> Transformer:
 def make_condition(model: Transformer, batch: int) -> Condition:
     """A condition of every kind that the model takes, with padded captions of different lengths."""
     config, generator = model.config, torch.Generator().manual_seed(3)
-    found: list[ClassCondition | TextCondition | PrefixCondition] = []
+    found: list[Condition] = []
     if config.num_classes:
         found.append(ClassCondition(torch.arange(batch) % config.num_classes))
     if config.text_dim:
@@ -64,7 +64,7 @@ def make_condition(model: Transformer, batch: int) -> Condition:
         found.append(
             PrefixCondition(torch.randint(config.vocab_size, (batch, *config.prefix_grid), generator=generator))
         )
-    return tuple(found)
+    return Condition.of(found)
 
 
 @pytest.fixture(params=LAYOUTS)

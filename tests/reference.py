@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nar import Sampling, Transformer
-from nar.condition import Condition, drop, parts
+from nar.condition import Condition
 from nar.sampling import probabilities, uniforms
 
 
@@ -15,7 +15,7 @@ def reference_generate(
     model: Transformer, condition: Condition, sampling: Sampling, seed: int, known: Tensor | None = None
 ) -> Tensor:
     """What `nar.generate` must return: every front from logits of the whole grid, guidance on logits."""
-    schedule, batch = model.layout.schedule, len(parts(condition)[0])
+    schedule, batch = model.layout.schedule, len(condition)
     codes = torch.zeros(batch, *model.config.grid, dtype=torch.long)
     streams = uniforms(seed, range(batch), schedule.num_positions)
     guided = True
@@ -25,7 +25,7 @@ def reference_generate(
         if front and sampling.guidance_interval is not None and positions.start > sampling.guidance_interval:
             guided = False
         if guided and sampling.guidance_scale != 1.0:
-            null = model(codes, drop(condition, torch.ones(batch, dtype=torch.bool)))
+            null = model(codes, condition.drop(torch.ones(batch, dtype=torch.bool)))
             null = null.flatten(1, -2)[:, schedule.order[positions]]
             logits = null + sampling.guidance_at(front, schedule.num_steps) * (logits - null)
         for row in range(batch):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LAYOUTS, make_condition, make_model
 from nar import Pipeline, Sampling, Transformer, generate, generate_fronts
-from nar.condition import Condition, map_condition
+from nar.condition import Condition
 from nar.precision import PRECISIONS, PackedLinear, convert
 from nar.sampling import Session, step
 
@@ -27,10 +27,6 @@ def packed(layout: str, precision: str) -> Transformer:
     if precision in ("float16", "int8") and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("no FBGEMM here")
     return convert(make_model(layout), precision, "cpu")
-
-
-def rows(condition: Condition, count: int) -> Condition:
-    return map_condition(condition, lambda tensor: tensor[:count])
 
 
 @torch.inference_mode()
@@ -99,7 +95,7 @@ def test_same_tokens_at_any_batch_size(layout: str, precision: str) -> None:
     condition = make_condition(model, 8)
     together = generate(model, condition, SAMPLING, seed=5)
     for count in (1, 3):
-        assert torch.equal(generate(model, rows(condition, count), SAMPLING, seed=5), together[:count])
+        assert torch.equal(generate(model, condition.rows(slice(count)), SAMPLING, seed=5), together[:count])
 
 
 def test_packed_float32_draws_what_plain_weights_draw() -> None:

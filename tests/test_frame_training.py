@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from nar import Pipeline, cli
-from nar.condition import NULL_CLASS, ClassCondition, PrefixCondition, TextCondition, parts
+from nar.condition import NULL_CLASS, ClassCondition, PrefixCondition, TextCondition
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract
@@ -106,12 +106,12 @@ def bits(model: Transformer, window: Window, codes: torch.Tensor, given: torch.T
     """Bits of a held-out token that is not given, told nothing but `count` frames of `given`."""
     size, config = len(codes), model.config
     last = torch.arange(config.text_length) == config.text_length - 1
+    null = torch.ones(size, dtype=torch.bool)
     condition = (
-        ClassCondition(torch.full((size,), NULL_CLASS)),
-        TextCondition(torch.zeros(size, config.text_length, config.text_dim), last.expand(size, -1),
-                      torch.ones(size, dtype=torch.bool)),
-        window.given(given[:, : config.prefix_grid[0]], [count] * size),
-    )  # fmt: skip
+        ClassCondition(torch.full((size,), NULL_CLASS))
+        | TextCondition(torch.zeros(size, config.text_length, config.text_dim), last.expand(size, -1), null)
+        | window.given(given[:, : config.prefix_grid[0]], [count] * size)
+    )
     with torch.no_grad():
         found = token_losses(model, codes, condition)
     places = torch.arange(config.grid[0])[:, None, None].expand(config.grid).flatten()[model.layout.order]
@@ -183,16 +183,16 @@ def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Pat
     made = task(path, f"run={tmp_path / 'run'}", "frame_dropout=0.4")
     batch = _pieces(made.recipe, made.num_samples, ALONE, 0)[0]
     codes, condition = made.fetch(batch)
-    labels, prefix = condition
-    assert isinstance(labels, ClassCondition)
-    assert isinstance(prefix, PrefixCondition)
+    assert condition.kinds == ("labels", "prefix")
+    prefix = condition.prefix
+    assert prefix is not None
     assert prefix.mask is not None
     assert torch.equal(prefix.codes, codes[:, :2])
     steps = prefix.mask[:, :, 0, 0].sum(1)
     shares = [float((steps == number).float().mean()) for number in range(3)]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.08)  # 0.4, and a third of the rest
-    again = made.fetch(batch)[1][-1]
-    assert isinstance(again, PrefixCondition)
+    again = made.fetch(batch)[1].prefix
+    assert again is not None
     assert torch.equal(again.mask, prefix.mask)
     per_token = torch.rand(256, 12, generator=torch.Generator().manual_seed(0))
     per_sample = made._of_samples(per_token, condition)
@@ -213,15 +213,18 @@ def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: P
     assert made.class_names == ()
     assert made.module.config.prefix_grid == made.module.config.grid == (3, 2, 2)
     batch = _pieces(made.recipe, made.num_samples, ALONE, 0)[0]
-    (prefix,) = made.fetch(batch)[1]
-    assert isinstance(prefix, PrefixCondition)
+    condition = made.fetch(batch)[1]
+    prefix = condition.prefix
+    assert condition.kinds == ("prefix",)
+    assert prefix is not None
     assert prefix.mask is None
     assert made.window is not None
     source = made.recipe.data.open()[0]
     for row, index in enumerate(batch.indices[:6]):
         mirrored = int(batch.uniforms[row, 1] * 2)
         clip = torch.from_numpy(source.views(int(index), 8, "flip")[mirrored].copy()).permute(3, 0, 1, 2)
-        expected = made.window.condition([clip[:, :2].float() / 127.5 - 1])
+        expected = made.window.condition([clip[:, :2].float() / 127.5 - 1]).prefix
+        assert expected is not None
         assert torch.equal(prefix.codes[row], expected.codes[0])
 
 
@@ -273,18 +276,20 @@ def test_class_and_words_are_dropped_together_and_alone() -> None:
     count = 3000
     draws = (torch.arange(count) + 0.5) / count
     words = TextCondition(torch.ones(count, 2, 3), torch.ones(count, 2, dtype=torch.bool))
-    label, text = dropped((ClassCondition(torch.ones(count).long()), words), draws, 0.1)
-    assert isinstance(label, ClassCondition)
-    assert isinstance(text, TextCondition)
-    assert text.null is not None
-    no_class, no_words = label.labels < 0, text.null
+    labels = ClassCondition(torch.ones(count).long())
+    both = dropped(labels | words, draws, 0.1)
+    assert both.labels is not None
+    assert both.text is not None
+    assert both.text.null is not None
+    no_class, no_words = both.labels < 0, both.text.null
     assert [float((a & b).float().mean()) for a, b in (
         (no_class, no_words), (no_class, ~no_words), (~no_class, no_words), (~no_class, ~no_words)
     )] == pytest.approx([0.1, 0.45, 0.1125, 0.3375], abs=2e-3)  # fmt: skip
-    (alone,) = dropped((ClassCondition(torch.ones(count).long()),), draws, 0.1)
-    assert isinstance(alone, ClassCondition)
-    assert torch.equal(alone.labels < 0, draws < 0.1)
-    assert dropped((), draws, 0.1) == ()
+    alone = dropped(labels, draws, 0.1).labels
+    assert alone is not None
+    assert torch.equal(alone < 0, draws < 0.1)
+    frames = PrefixCondition(torch.ones(count, 1).long())
+    assert dropped(frames, draws, 0.1).prefix is frames.prefix, "context frames are never dropped"
 
 
 def test_loops_begin_anywhere(tmp_path: Path) -> None:
@@ -342,4 +347,4 @@ def test_a_start_from_a_model_with_other_frames_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"reads given codes of \(1, 2, 2\)"):
         task(path, f"run={tmp_path / 'run'}", f"init={tmp_path / 'one'}")
     made = task(path, f"run={tmp_path / 'run'}", f"init={tmp_path / 'one'}", "given_frames=[1]")
-    assert len(parts(made.fetch(_pieces(made.recipe, made.num_samples, ALONE, 0)[0])[1])) == 1
+    assert len(made.fetch(_pieces(made.recipe, made.num_samples, ALONE, 0)[0])[1].kinds) == 1

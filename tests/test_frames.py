@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, Pipeline
-from nar.condition import PrefixCondition
+from nar.condition import PrefixCodes, PrefixCondition
 from nar.media.clips import as_array, save_clip
 from nar.pipeline import pipeline
 from nar.sampling import Sampling, generate
@@ -165,12 +166,11 @@ def test_what_is_not_given_is_not_seen(partly: Pipeline) -> None:
 def test_masked_codes_with_words_decode_as_the_reference_says(attention: str) -> None:
     model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), prefix_attention=attention)
     condition = make_condition(model, 3)
-    assert isinstance(condition, tuple)
-    given = condition[-1]
-    assert isinstance(given, PrefixCondition)
+    given = condition.prefix
+    assert given is not None
     mask = torch.zeros_like(given.codes, dtype=torch.bool)
     mask[1, :1] = mask[2] = True  # nothing, half, everything
-    condition = (*condition[:-1], PrefixCondition(given.codes, mask))
+    condition = replace(condition, prefix=PrefixCodes(given.codes, mask))
     for sampling in (Sampling(temperature=0), Sampling(guidance_scale=2.5, guidance_interval=4, top_p=0.9)):
         made = generate(model, condition, sampling, seed=5)
         assert torch.equal(made, reference_generate(model, condition, sampling, 5))

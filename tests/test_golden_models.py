@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
-from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, drop
+from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
 from nar.convert import Checkpoint, model_state
 from nar.model import Transformer
 from nar.sampling import Sampling, generate
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
     @property
     def null(self) -> Condition:
-        return drop(self.condition, torch.ones(len(self.codes), dtype=torch.bool))
+        return self.condition.drop(torch.ones(len(self.codes), dtype=torch.bool))
 
     def model(self, change: float = 1.0) -> Transformer:
         weights = {name: tensor * change for name, tensor in (self.fixture.weights or {}).items()}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar import Pipeline, TextCondition
+from nar import Pipeline
+from nar.condition import TextFeatures
 from test_golden_models import Case, cases
 from toy_models import PaintTokenizer, paint
 
@@ -19,12 +20,12 @@ pytestmark = pytest.mark.golden
 class Recorded:
     """A text encoder that looks up recorded features by number."""
 
-    def __init__(self, condition: TextCondition) -> None:
-        self.condition = condition
+    def __init__(self, text: TextFeatures) -> None:
+        self.text = text
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         rows = [int(caption) for caption in captions]
-        return self.condition.features[rows], self.condition.mask[rows]
+        return self.text.features[rows], self.text.mask[rows]
 
     def blank(self, captions: Sequence[str]) -> Tensor:
         return torch.zeros(len(captions), dtype=torch.bool)
@@ -49,8 +50,8 @@ def call(case: Case, pipe: Pipeline, **options: object) -> Tensor:
 
 def pipeline(case: Case) -> Pipeline:
     model, kind = case.model(), case.fixture.meta["kind"]
-    condition = case.condition
-    text = Recorded(condition) if isinstance(condition, TextCondition) else None
+    recorded = case.condition.text
+    text = Recorded(recorded) if recorded is not None else None
     given = case.grid[:1] if kind == "nar-fp" else ()  # frames of the recorded condition: all places are given
     return Pipeline(model, PaintTokenizer(model.config.vocab_size), text=text, given_frames=given)  # type: ignore[arg-type]
 

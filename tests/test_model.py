@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, ModelConfig, Transformer
-from nar.condition import drop
+from nar.condition import Condition, TextCondition
 from nar.model import Dropout
 from nar.storage.folder import BUNDLED
 
@@ -44,7 +44,7 @@ def test_decoding_equals_forward(model: Transformer, step: int) -> None:
 @torch.no_grad()
 def test_decoding_equals_forward_for_null_conditions(model: Transformer) -> None:
     codes = torch.randint(model.config.vocab_size, (3, *model.config.grid))
-    condition = drop(make_condition(model, 3), torch.tensor([True, False, True]))
+    condition = make_condition(model, 3).drop(torch.tensor([True, False, True]))
     whole = model(codes, condition).flatten(1, -2)[:, model.layout.order]
     torch.testing.assert_close(decode_all(model, codes, condition, 1), whole, atol=2e-5, rtol=0)
 
@@ -71,7 +71,7 @@ def test_causality_by_gradient(model: Transformer) -> None:
 def test_every_parameter_learns(model: Transformer) -> None:
     codes = torch.randint(model.config.vocab_size, (12, *model.config.grid))
     condition = make_condition(model, 12)
-    model(codes, drop(condition, torch.arange(12) % 3 == 0)).square().mean().backward()
+    model(codes, condition.drop(torch.arange(12) % 3 == 0)).square().mean().backward()
     still = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert still == []
 
@@ -81,12 +81,14 @@ def test_padding_changes_nothing() -> None:
     """What stands in the padding of a caption, and which captions share the batch, has no effect."""
     for layout in ("text", "text-published"):
         model = make_model(layout)
-        (text,) = make_condition(model, 4)
+        condition = make_condition(model, 4)
+        text = condition.text
+        assert text is not None
         codes = torch.randint(model.config.vocab_size, (4, *model.config.grid))
-        together = model(codes, text)
-        noisy = type(text)(torch.where(text.mask[..., None], text.features, 9.0), text.mask)
+        together = model(codes, condition)
+        noisy = TextCondition(torch.where(text.mask[..., None], text.features, 9.0), text.mask)
         torch.testing.assert_close(model(codes, noisy), together, atol=1e-5, rtol=0)
-        alone = model(codes[2:3], text.map(lambda tensor: tensor[2:3]))
+        alone = model(codes[2:3], condition.rows(slice(2, 3)))
         torch.testing.assert_close(alone, together[2:3], atol=1e-5, rtol=0)
 
 
@@ -207,9 +209,29 @@ def test_wrong_inputs_are_named() -> None:
         model(codes, ClassCondition(torch.tensor([10])))
     with pytest.raises(ValueError, match=r"grid \(4, 4\) has 16 tokens but the codes are \(4, 5\)"):
         model(torch.zeros(1, 4, 5, dtype=torch.long), ClassCondition(torch.tensor([1])))
-    with pytest.raises(ValueError, match="this model takes ClassCondition, not TextCondition"):
+    with pytest.raises(ValueError, match="this model's condition is labels, not text"):
         model(codes, make_condition(make_model("text"), 1))
     with pytest.raises(ValueError, match="no null class"):
         make_model("nar", null_class=False)(codes, ClassCondition(torch.tensor([-1])))
     with pytest.raises(ValueError, match="must be fed after"):
         model.decode(codes.flatten(1)[:, :2], range(1, 2), model.new_cache(1))
+
+
+def test_conditions_combine() -> None:
+    labels, words = ClassCondition(torch.tensor([1, 2])), TextCondition(torch.ones(2, 3, 4), torch.ones(2, 3).bool())
+    both = labels | words
+    assert both.kinds == ("labels", "text")
+    assert Condition.of((words, labels)).kinds == both.kinds, "parts come in any order"
+    assert len(both.rows(slice(1))) == 1
+    with pytest.raises(ValueError, match=r"must have one batch size, not \[1, 2\]"):
+        labels | words.rows(slice(1))
+    with pytest.raises(ValueError, match="both have labels"):
+        both | labels
+    with pytest.raises(ValueError, match="needs labels, text or a prefix"):
+        Condition()
+    model = make_model("nar")
+    codes = torch.zeros(2, 4, 4, dtype=torch.long)
+    assert torch.equal(model(codes, (labels,)), model(codes, labels)), "a tuple of parts still does"
+    for wrong in (torch.tensor([1, 2]), ()):
+        with pytest.raises(ValueError, match="a condition is nar"):
+            model(codes, wrong)

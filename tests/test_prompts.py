@@ -10,7 +10,7 @@ import torch
 
 from conftest import make_model
 from nar import Pipeline
-from nar.condition import NULL_CLASS, TextCondition, drop
+from nar.condition import NULL_CLASS, TextCondition
 from nar.sampling import Sampling, generate
 from nar.text import TextEncoder
 from text_encoders import tiny_encoder
@@ -51,7 +51,7 @@ def test_the_words_are_those_of_the_encoder(pipe: Pipeline, encoder_folder: Path
 
 
 def test_an_empty_prompt_is_unconditional(pipe: Pipeline) -> None:
-    null = drop(TextCondition(torch.zeros(1, 10, 16), torch.zeros(1, 10, dtype=torch.bool)), torch.tensor([True]))
+    null = TextCondition(torch.zeros(1, 10, 16), torch.zeros(1, 10, dtype=torch.bool)).drop(torch.tensor([True]))
     unconditional = generate(pipe.model, null, Sampling(), seed=4)
     for nothing in ("", "  \n", "\x00\x07\u200b"):
         assert torch.equal(codes_of(pipe, nothing), unconditional), repr(nothing)
@@ -91,8 +91,8 @@ def test_published_models_see_the_end_of_an_empty_caption(pipe: Pipeline) -> Non
     """Where a dropped caption keeps its own padding, an empty one has a single token: all dropped rows are the same."""
     model = make_model("text-published", grid=(4, 4), text_dim=16, text_length=10, vocab_size=32)
     published = Pipeline(model, pipe.tokenizer, text=pipe.text)
-    (words,), _ = published.condition(published.requests(prompt=["", "octopus"]))
-    assert isinstance(words, TextCondition)
+    words = published.condition(published.requests(prompt=["", "octopus"]))[0].text
+    assert words is not None
     assert words.mask.sum(-1).tolist() == [1, 2]
     assert words.null is not None
     assert words.null.tolist() == [True, False]
@@ -121,7 +121,7 @@ def test_negative_prompts_take_the_place_of_null(pipe: Pipeline, encoder_folder:
 
 @pytest.mark.parametrize("curve", ["constant", "linear", "cosine", "power"])
 def test_guidance_curves(pipe: Pipeline, curve: str) -> None:
-    (condition,), _ = pipe.condition(pipe.requests(prompt=["octopus"]))
+    condition, _ = pipe.condition(pipe.requests(prompt=["octopus"]))
     by_hand = generate(pipe.model, condition, Sampling(guidance_scale=5.0, guidance_curve=curve), seed=4)
     assert torch.equal(codes_of(pipe, "octopus", guidance_scale=5.0, guidance_curve=curve), by_hand)
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, Sampling, Transformer, generate, generate_fronts
-from nar.condition import PrefixCondition, map_condition
+from nar.condition import PrefixCondition
 from nar.sampling import draw, probabilities, uniforms
 from reference import reference_generate
 
@@ -46,7 +46,7 @@ def test_a_picture_depends_on_its_own_stream_only() -> None:
     for size in (1, 3):
         for start in range(0, 8, size):
             rows = range(start, min(start + size, 8))
-            part = map_condition(condition, lambda tensor, rows=rows: tensor[rows.start : rows.stop])
+            part = condition.rows(slice(rows.start, rows.stop))
             assert torch.equal(generate(model, part, sampling, seed=5, indices=rows), together[rows.start : rows.stop])
     assert not torch.equal(generate(model, condition, sampling, seed=6), together)
 

@@ -188,8 +188,9 @@ def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None
     path = composed_recipe(tmp_path, batch_size=500, seed=3)
     task = ModelTask(load(Recipe, str(path), [f"run={tmp_path / 'run'}"]), ALONE)
     batch = _pieces(task.recipe, task.num_samples, ALONE, 0)[0]
-    codes, (words,) = task.fetch(batch)
-    assert isinstance(words, TextCondition)
+    codes, condition = task.fetch(batch)
+    words = condition.text
+    assert words is not None
     scenes = Codes.open(tmp_path / "run" / "codes" / "composed")
     assert len(scenes) == 30
     assert scenes.captions is not None
@@ -197,7 +198,8 @@ def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None
     assert picked.mean() == pytest.approx(0.4, abs=0.07)
     all_scenes = torch.from_numpy(scenes.read(np.arange(30)))
     assert task.text is not None
-    prompts = task.text.condition(task.text.places(scenes.captions))
+    prompts = task.text.condition(task.text.places(scenes.captions)).text
+    assert prompts is not None
     seen = set()
     for row in np.flatnonzero(picked)[:60]:
         number = int(batch.uniforms[row, 5] / 0.4 * 30)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
+from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
 from nar.precision import PackedLinear, convert, fill
 from nar.sampling import Sampling, Session, generate, last_guided
@@ -472,15 +472,14 @@ def _random(config: ModelConfig, precision: str | torch.dtype | None, device: to
 
 
 def _condition(config: ModelConfig, batch: int) -> Condition:
-    parts: list[ClassCondition | TextCondition | PrefixCondition] = []
-    if config.num_classes:
-        parts.append(ClassCondition(torch.arange(batch) % config.num_classes))
-    if config.text_dim:
-        shape = (batch, config.text_length)
-        parts.append(TextCondition(torch.randn(*shape, config.text_dim), torch.ones(shape, dtype=torch.bool)))
-    if config.prefix_grid:
-        parts.append(PrefixCondition(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)))
-    return tuple(parts)
+    shape = (batch, config.text_length)
+    return Condition(
+        torch.arange(batch) % config.num_classes if config.num_classes else None,
+        TextFeatures(torch.randn(*shape, config.text_dim), torch.ones(shape, dtype=torch.bool))
+        if config.text_dim
+        else None,
+        PrefixCodes(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)) if config.prefix_grid else None,
+    )
 
 
 def _work(model: Transformer, sampling: Sampling) -> tuple[int, int]:

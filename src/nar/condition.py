@@ -1,13 +1,15 @@
-"""What a picture or clip is made from: classes, words, given frames. Plain data; the model owns embedders and null
-rows.
+"""What a picture or clip is conditioned on: a class, text, codes that come before it. Plain data.
 
-Several compose as a tuple, in the order class, text, prefix. Legend: `B` batch, `T` text tokens, `F` feature width.
+Does not know how conditions are embedded, nor what stands for a dropped one: the model owns embedders and null rows.
+Legend: `B` batch, `T` text tokens, `F` feature width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -16,28 +18,10 @@ NULL_CLASS = -1
 
 
 @dataclass(frozen=True, eq=False)
-class ClassCondition:
-    """Class labels (B,) int64; a negative label is the null class."""
+class TextFeatures:
+    """Features of captions (B, T, F) with their mask (B, T) bool, True at words; padding features are zero.
 
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def where_null(self, null: Tensor) -> ClassCondition:
-        """The same condition with the samples marked in `null` (B,) bool dropped."""
-        return ClassCondition(torch.where(null, NULL_CLASS, self.labels))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ClassCondition:
-        """Apply `function` to every tensor (moving, slicing, repeating along the batch)."""
-        return ClassCondition(function(self.labels))
-
-
-@dataclass(frozen=True, eq=False)
-class TextCondition:
-    """Features of words (B, T, F) with their mask (B, T) bool, True at words; padding features are zero.
-
-    `null` (B,) bool marks samples whose words are replaced by the model's null rows.
+    `null` (B,) bool marks samples whose words are replaced by the model's null rows; None marks none.
     """
 
     features: Tensor
@@ -51,25 +35,12 @@ class TextCondition:
                 f"not {tuple(self.features.shape)} and {tuple(self.mask.shape)}"
             )
 
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def where_null(self, null: Tensor) -> TextCondition:
-        """The same condition with the samples marked in `null` (B,) bool dropped."""
-        return replace(self, null=null if self.null is None else self.null | null)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
-        """Apply `function` to every tensor (moving, slicing, repeating along the batch)."""
-        return TextCondition(
-            function(self.features), function(self.mask), None if self.null is None else function(self.null)
-        )
-
 
 @dataclass(frozen=True, eq=False)
-class PrefixCondition:
-    """Codes (B, *prefix grid) int64 that precede what is generated: the tokens of given frames.
+class PrefixCodes:
+    """Codes (B, *prefix grid) int64 that precede what is generated: those of context frames.
 
-    `mask` of the same shape is True where a code is given; no token sees the others. None: all are given.
+    `mask` of the same shape is True where a code is there; no token sees the others. None: all are.
     """
 
     codes: Tensor
@@ -78,39 +49,108 @@ class PrefixCondition:
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.codes.shape:
             raise ValueError(
-                f"given codes {tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)} must have one shape"
+                f"prefix codes {tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)} must have one shape"
             )
 
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """The condition of a batch, of one kind or of several: `labels` (B,) int64, negative for the null class, text,
+    and a prefix.
+
+    Raises:
+        ValueError: no kind is there, or the kinds have several batch sizes.
+    """
+
+    labels: Tensor | None = None
+    text: TextFeatures | None = None
+    prefix: PrefixCodes | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(tensor) for tensor in self._tensors()}
+        if not sizes:
+            raise ValueError("a condition needs labels, text or a prefix")
+        if len(sizes) > 1:
+            raise ValueError(f"the parts of a condition must have one batch size, not {sorted(sizes)}")
+
+    @classmethod
+    def of(cls, condition: Condition | Iterable[Condition]) -> Condition:
+        """Combine conditions of several kinds; one alone is returned as it is."""
+        parts = [condition] if isinstance(condition, Condition) else list(condition)
+        if not parts or not isinstance(parts[0], Condition):
+            raise ValueError(f"a condition is nar.ClassCondition(labels) or one of its kind, not {condition!r}")
+        return reduce(or_, parts)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which of labels, text and prefix are there, in this order, which is that of their embeddings."""
+        return tuple(name for name in ("labels", "text", "prefix") if getattr(self, name) is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first of its tensors is."""
+        return self._tensors()[0].device
+
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self._tensors()[0])
 
-    def where_null(self, null: Tensor) -> PrefixCondition:  # noqa: ARG002 the same call for every kind
-        """Given frames are never dropped: guidance leads away from other words, not from other frames."""
-        return self
+    def __or__(self, other: Condition) -> Condition:
+        if both := [kind for kind in self.kinds if kind in other.kinds]:
+            raise ValueError(f"these conditions both have {' and '.join(both)}; combine those of different kinds")
+        return replace(self, **{kind: getattr(other, kind) for kind in other.kinds})
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> PrefixCondition:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `function` to every tensor (moving, slicing, repeating along the batch)."""
-        return PrefixCondition(function(self.codes), None if self.mask is None else function(self.mask))
+
+        def each(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        text, prefix = self.text, self.prefix
+        return Condition(
+            each(self.labels),
+            text and TextFeatures(function(text.features), function(text.mask), each(text.null)),
+            prefix and PrefixCodes(function(prefix.codes), each(prefix.mask)),
+        )
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same condition on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def rows(self, rows: slice | Tensor) -> Condition:
+        """Take some samples."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def drop(self, null: Tensor, text: Tensor | None = None) -> Condition:
+        """Replace the class of the samples marked in `null` (B,) bool by the null class, and their text, or that of
+        the samples marked in `text`, by null text.
+
+        A prefix stays: guidance compares with other words, not with other context frames.
+        """
+        labels, words = self.labels, self.text
+        if labels is not None:
+            labels = torch.where(null, NULL_CLASS, labels)
+        if words is not None:
+            without = null if text is None else text
+            words = replace(words, null=without if words.null is None else words.null | without)
+        return Condition(labels, words, self.prefix)
+
+    def _tensors(self) -> list[Tensor]:
+        """One tensor of each kind, with the batch as its first axis."""
+        text = None if self.text is None else self.text.features
+        prefix = None if self.prefix is None else self.prefix.codes
+        return [tensor for tensor in (self.labels, text, prefix) if tensor is not None]
 
 
-Part = ClassCondition | TextCondition | PrefixCondition
-Condition = Part | tuple[Part, ...]
+def ClassCondition(labels: Tensor) -> Condition:  # noqa: N802 one of the constructors of a condition
+    """A condition on class labels (B,) int64; a negative one is the null class."""
+    return Condition(labels=labels)
 
 
-def parts(condition: Condition) -> tuple[Part, ...]:
-    """The parts of a condition, all of one batch size; raises ValueError when the sizes differ."""
-    found = condition if isinstance(condition, tuple) else (condition,)
-    sizes = {len(part) for part in found}
-    if len(sizes) != 1:
-        raise ValueError(f"the parts of a condition must have one batch size, not {sorted(sizes)}")
-    return found
+def TextCondition(features: Tensor, mask: Tensor, null: Tensor | None = None) -> Condition:  # noqa: N802
+    """A condition on text; see `TextFeatures`."""
+    return Condition(text=TextFeatures(features, mask, null))
 
 
-def map_condition(condition: Condition, function: Callable[[Tensor], Tensor]) -> tuple[Part, ...]:
-    """Apply `function` to every tensor of every part."""
-    return tuple(part.map(function) for part in parts(condition))
-
-
-def drop(condition: Condition, null: Tensor) -> tuple[Part, ...]:
-    """Replace the samples marked in `null` (B,) bool by the null condition."""
-    return tuple(part.where_null(null) for part in parts(condition))
+def PrefixCondition(codes: Tensor, mask: Tensor | None = None) -> Condition:  # noqa: N802
+    """A condition on codes that come before; see `PrefixCodes`."""
+    return Condition(prefix=PrefixCodes(codes, mask))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, rotations
-from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition, parts
+from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.order import Schedule, build
 from nar.precision import PackedLinear, fill
 from nar.storage.folder import Weights, check_shapes, find_model, from_dict, read_config, without_weights, write_folder
@@ -237,7 +238,9 @@ class Transformer(nn.Module):
         smaller = isinstance(layer, PackedLinear) and layer.precision in ("float16", "int8")
         return torch.float16 if smaller else self.dtype
 
-    def forward(self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Condition | Iterable[Condition], *, dropout: Dropout | None = None
+    ) -> Tensor:
         """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
         logits = self.logits(self.hidden(codes, condition, dropout=dropout))
         raster = torch.empty_like(logits)
@@ -245,7 +248,12 @@ class Transformer(nn.Module):
         return raster.view(len(raster), *self.config.grid, -1)
 
     def hidden(
-        self, codes: Tensor, condition: Condition, *, dropout: Dropout | None = None, flex: bool | None = None
+        self,
+        codes: Tensor,
+        condition: Condition | Iterable[Condition],
+        *,
+        dropout: Dropout | None = None,
+        flex: bool | None = None,
     ) -> Tensor:
         """What the vocabulary projection reads, (B, N, H * d) in generation order; see `logits`.
 
@@ -338,45 +346,28 @@ class Transformer(nn.Module):
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
         return self._readout(states, positions, slots.start + 1)
 
-    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+    def embed(self, condition: Condition | Iterable[Condition]) -> tuple[Tensor, Tensor | None]:
         """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
-        config = self.config
-        given = parts(condition)
-        expected = [
-            kind
-            for kind, present in (
-                (ClassCondition, config.num_classes), (TextCondition, config.text_dim), (PrefixCondition,
-                config.prefix_grid)
-            )
-            if present
-        ]  # fmt: skip
-        if [type(part) for part in given] != expected:
-            raise ValueError(
-                f"this model takes {' and '.join(kind.__name__ for kind in expected)}, "
-                f"not {' and '.join(type(part).__name__ for part in given)}"
-            )
-        pieces: list[Tensor] = []
-        masks: list[Tensor | None] = []
-        for part in given:
-            if isinstance(part, ClassCondition):
-                piece, mask = self._embed_classes(part), None
-            elif isinstance(part, TextCondition):
-                piece, mask = self._embed_text(part)
-            else:
-                piece, mask = self._embed_prefix(part)
-            pieces.append(piece)
-            masks.append(mask)
-        embedded = torch.cat(pieces, 1)
-        if all(mask is None for mask in masks):
+        config, condition = self.config, Condition.of(condition)
+        sizes = {"labels": config.num_classes, "text": config.text_dim, "prefix": config.prefix_grid}
+        expected = tuple(kind for kind, size in sizes.items() if size)
+        if condition.kinds != expected:
+            raise ValueError(f"this model's condition is {' and '.join(expected)}, not {' and '.join(condition.kinds)}")
+        pieces: list[tuple[Tensor, Tensor | None]] = []
+        if condition.labels is not None:
+            pieces.append((self._embed_labels(condition.labels), None))
+        if condition.text is not None:
+            pieces.append(self._embed_text(condition.text))
+        if condition.prefix is not None:
+            pieces.append(self._embed_prefix(condition.prefix))
+        embedded = torch.cat([piece for piece, _ in pieces], 1)
+        if all(mask is None for _, mask in pieces):
             return embedded, None
-        filled = [
-            torch.ones(piece.shape[:2], dtype=torch.bool, device=piece.device) if mask is None else mask
-            for piece, mask in zip(pieces, masks, strict=True)
-        ]
-        return embedded, torch.cat(filled, 1)
+        masks = [piece.new_ones(piece.shape[:2], dtype=torch.bool) if mask is None else mask for piece, mask in pieces]
+        return embedded, torch.cat(masks, 1)
 
-    def _embed_classes(self, part: ClassCondition) -> Tensor:
-        config, labels = self.config, part.labels
+    def _embed_labels(self, labels: Tensor) -> Tensor:
+        config = self.config
         if labels.device.type == "cpu" and len(labels):
             low, high = int(labels.min()), int(labels.max())
             if high >= config.num_classes:
@@ -386,30 +377,30 @@ class Transformer(nn.Module):
         labels = labels.to(self.device)
         return cast(Tensor, self.classes(torch.where(labels < 0, config.num_classes, labels)))[:, None]
 
-    def _embed_text(self, part: TextCondition) -> tuple[Tensor, Tensor]:
+    def _embed_text(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
         config = self.config
-        if part.features.shape[1:] != (config.text_length, config.text_dim):
+        if text.features.shape[1:] != (config.text_length, config.text_dim):
             raise ValueError(
-                f"text features are {tuple(part.features.shape[1:])}, "
+                f"text features are {tuple(text.features.shape[1:])}, "
                 f"the model takes ({config.text_length}, {config.text_dim}); "
                 "pad the captions, or use the text encoder that the model was trained with"
             )
-        features, mask = part.features.to(self.device, self.dtype), part.mask.to(self.device)
-        if part.null is not None:
-            null = part.null.to(self.device)
+        features, mask = text.features.to(self.device, self.dtype), text.mask.to(self.device)
+        if text.null is not None:
+            null = text.null.to(self.device)
             features = torch.where(null[:, None, None], cast(Tensor, self.null_text).to(features.dtype), features)
             if config.null_mask == "own":
                 mask = mask | null[:, None]
         return self.text(features), mask
 
-    def _embed_prefix(self, part: PrefixCondition) -> tuple[Tensor, Tensor | None]:
-        if part.codes.shape[1:] != self.config.prefix_grid:
+    def _embed_prefix(self, prefix: PrefixCodes) -> tuple[Tensor, Tensor | None]:
+        if prefix.codes.shape[1:] != self.config.prefix_grid:
             raise ValueError(
-                f"prefix codes are {tuple(part.codes.shape[1:])}, the model takes {self.config.prefix_grid}"
+                f"prefix codes are {tuple(prefix.codes.shape[1:])}, the model takes {self.config.prefix_grid}"
             )
-        given = self.tokens(part.codes.to(self.device).flatten(1))
-        mask = None if part.mask is None else F.pad(part.mask.to(self.device).flatten(1), (0, 1), value=True)
-        return torch.cat([given, self.separator.expand(len(given), 1, -1)], 1), mask
+        embedded = self.tokens(prefix.codes.to(self.device).flatten(1))
+        mask = None if prefix.mask is None else F.pad(prefix.mask.to(self.device).flatten(1), (0, 1), value=True)
+        return torch.cat([embedded, self.separator.expand(len(embedded), 1, -1)], 1), mask
 
     def _embed_slots(self, tokens: Tensor, fronts: range) -> Tensor:
         """Embed the slots of consecutive fronts, given their tokens (B, n): (B, S, d)."""

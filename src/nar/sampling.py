@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nar.attention import Block
-from nar.condition import Condition, drop, map_condition, parts
+from nar.condition import Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
@@ -94,10 +94,10 @@ class Front(NamedTuple):
 
 def generate(
     model: Transformer,
-    condition: Condition,
+    condition: Condition | Iterable[Condition],
     sampling: Sampling | None = None,
     *,
-    negative: Condition | None = None,
+    negative: Condition | Iterable[Condition] | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
@@ -112,10 +112,10 @@ def generate(
 
 def generate_fronts(
     model: Transformer,
-    condition: Condition,
+    condition: Condition | Iterable[Condition],
     sampling: Sampling | None = None,
     *,
-    negative: Condition | None = None,
+    negative: Condition | Iterable[Condition] | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
@@ -248,9 +248,9 @@ def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[t
 @torch.inference_mode()
 def _steps(
     model: Transformer,
-    condition: Condition,
+    condition: Condition | Iterable[Condition],
     sampling: Sampling,
-    negative: Condition | None,
+    negative: Condition | Iterable[Condition] | None,
     seed: int,
     indices: Sequence[int] | None,
     known: Tensor | None,
@@ -261,9 +261,9 @@ def _steps(
     if session.model is not model:
         raise ValueError("this session belongs to another model")
     schedule = model.layout.schedule
-    batch = len(parts(condition)[0])
-    led = None if negative is None else parts(negative)[0]
-    for name, rows in (("indices", indices), ("negative", led), ("known", known)):
+    condition = Condition.of(condition)
+    batch, negative = len(condition), None if negative is None else Condition.of(negative)
+    for name, rows in (("indices", indices), ("negative", negative), ("known", known)):
         if rows is not None and len(rows) != batch:
             raise ValueError(f"{name} has {len(rows)} rows for a batch of {batch}")
     if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
@@ -357,10 +357,4 @@ def _null(model: Transformer, condition: Condition) -> Condition:
         raise ValueError(
             "guidance_scale must be 1.0: this model's only condition is given frames, which can't be left out"
         )
-    return drop(condition, torch.ones(len(parts(condition)[0]), dtype=torch.bool, device=_device_of(condition)))
-
-
-def _device_of(condition: Condition) -> torch.device:
-    devices: list[torch.device] = []
-    map_condition(condition, lambda tensor: devices.append(tensor.device) or tensor)  # type: ignore[func-returns-value]
-    return devices[0]
+    return condition.drop(torch.ones(len(condition), dtype=torch.bool, device=condition.device))

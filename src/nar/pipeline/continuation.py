@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from nar.condition import Condition, PrefixCondition, parts
+from nar.condition import Condition, PrefixCondition
 from nar.model import Transformer
 from nar.tokenizer import Tokenizer
 from nar.tokenizer.causal import CausalTokenizer
@@ -79,7 +79,7 @@ class Window:
             )
 
     @torch.inference_mode()
-    def condition(self, clips: Sequence[Tensor | None]) -> PrefixCondition:
+    def condition(self, clips: Sequence[Tensor | None]) -> Condition:
         """The codes of each clip's last frames, with a mask where the model was trained with several numbers of them.
 
         Raises:
@@ -101,7 +101,7 @@ class Window:
             codes[row] = found[id(clip)]
         return self.given(codes, counts)
 
-    def given(self, codes: Tensor, counts: Sequence[int]) -> PrefixCondition:
+    def given(self, codes: Tensor, counts: Sequence[int]) -> Condition:
         """Codes (B, *prefix) of which those of the first `counts` frames are given; the others are masked."""
         if len(self.counts) == 1:
             return PrefixCondition(codes)
@@ -111,11 +111,11 @@ class Window:
 
     def known(self, condition: Condition) -> Tensor | None:
         """The codes of the result (B, *grid) that the given ones decide, -1 elsewhere; None when they decide none."""
-        part = parts(condition)[-1]
-        if not self.causal or not isinstance(part, PrefixCondition):
+        prefix = condition.prefix
+        if not self.causal or prefix is None:
             return None
-        known = torch.full((len(part), *self.grid), -1, device=part.codes.device)
-        known[:, : self.prefix[0]] = part.codes if part.mask is None else part.codes.masked_fill(~part.mask, -1)
+        known = torch.full((len(condition), *self.grid), -1, device=prefix.codes.device)
+        known[:, : self.prefix[0]] = prefix.codes if prefix.mask is None else prefix.codes.masked_fill(~prefix.mask, -1)
         return known
 
     def _steps(self, count: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, TextCondition
+from nar.condition import NULL_CLASS, Condition, TextFeatures
 from nar.media.clips import Frames, as_array, several
 from nar.media.pixels import as_images
 from nar.model import Transformer
@@ -403,15 +403,15 @@ class Pipeline:
         """What the model is told, and what guidance leads it away from where that is not simply the null condition."""
         config = self.model.config
         labels = torch.tensor([request.label for request in requests])
-        prefix = self.window.condition([request.frames for request in requests]) if config.prefix_grid else None
+        clips = [request.frames for request in requests]
+        prefix = self.window.condition(clips).prefix if config.prefix_grid else None
 
-        def together(labels: Tensor, prompts: Sequence[str], null: Sequence[bool]) -> tuple[Part, ...]:
-            parts: list[Part | None] = [
-                ClassCondition(labels) if config.num_classes else None,
+        def together(labels: Tensor, prompts: Sequence[str], null: Sequence[bool]) -> Condition:
+            return Condition(
+                labels if config.num_classes else None,
                 self._words(prompts, null) if config.text_dim else None,
                 prefix,
-            ]
-            return tuple(part for part in parts if part is not None)
+            )
 
         told = together(labels, [request.prompt for request in requests], [False] * len(requests))
         led = [_says(request.negative) for request in requests]
@@ -420,7 +420,7 @@ class Pipeline:
         apart = [request.negative if says else request.prompt for request, says in zip(requests, led, strict=True)]
         return told, together(torch.full_like(labels, NULL_CLASS), apart, [not says for says in led])
 
-    def _words(self, prompts: Sequence[str], null: Sequence[bool]) -> TextCondition:
+    def _words(self, prompts: Sequence[str], null: Sequence[bool]) -> TextFeatures:
         """The features of each caption, encoded alone so that they do not depend on the others.
 
         Those marked in `null`, and those that say nothing, are the null condition.
@@ -428,7 +428,7 @@ class Pipeline:
         features, masks, blank = (
             torch.cat(parts).to(self.model.device) for parts in zip(*map(self._features, prompts), strict=True)
         )
-        return TextCondition(features, masks, blank | torch.tensor(null).to(blank.device))
+        return TextFeatures(features, masks, blank | torch.tensor(null).to(blank.device))
 
     def _features(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
         """Features (1, T, F) and mask (1, T) of one caption, and whether it says nothing (1,); some are kept."""

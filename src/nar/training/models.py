@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nar.condition import NULL_CLASS, ClassCondition, Condition, Part, PrefixCondition, drop, map_condition
+from nar.condition import NULL_CLASS, ClassCondition, Condition
 from nar.data.codes import Codes
 from nar.likelihood import token_losses
 from nar.media.pixels import as_images, as_pictures
@@ -114,7 +114,7 @@ class ModelTask:
         assert isinstance(module, Transformer)
         return list(module.blocks)
 
-    def fetch(self, batch: Batch) -> tuple[Tensor, tuple[Part, ...]]:
+    def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
         # Of a sample's numbers the first is for `loss`: whether class and words are dropped.
         _, views, wordings, counts, without, composed = batch.uniforms.T
         given = None
@@ -124,13 +124,10 @@ class ModelTask:
             given = np.where(without < self.recipe.frame_dropout, 0, given)
         return self.train.read(batch.indices, views=views, wordings=wordings, counts=given, composed=composed)
 
-    def loss(self, batch: Batch, data: tuple[Tensor, tuple[Part, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.workers.device
         draws = torch.from_numpy(batch.uniforms[:, 0]).to(device)
-        parts = [part.map(lambda tensor: tensor.to(device)) for part in data[1]]
-        frames = [part for part in parts if isinstance(part, PrefixCondition)]
-        told = dropped([part for part in parts if part not in frames], draws, self.recipe.condition_dropout)
-        condition = (*told, *frames)
+        condition = dropped(data[1].to(device), draws, self.recipe.condition_dropout)
         codes = data[0].to(device)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
         losses = token_losses(self.module, codes, condition, seen=seen, dropout=self.recipe.dropout)
@@ -183,10 +180,10 @@ class ModelTask:
         total = torch.zeros(1, device=device)
         for rows in share(len(samples), 500 if self.window is None else 100, self.workers):
             indices = np.arange(rows.start, rows.stop)
-            codes, told = samples.read(indices, counts=np.full(len(indices), count))
-            condition = map_condition(told, lambda part: part.to(device))
+            codes, condition = samples.read(indices, counts=np.full(len(indices), count))
+            condition = condition.to(device)
             if without_words:
-                condition = drop(condition, torch.ones(len(indices), dtype=torch.bool, device=device))
+                condition = condition.drop(torch.ones(len(indices), dtype=torch.bool, device=device))
             total += self._of_samples(token_losses(module, codes.to(device), condition), condition).sum()
         return float(self.workers.sum(total)) / len(samples)
 
@@ -197,8 +194,8 @@ class ModelTask:
         clips = len(self.train.codes.grid) == 3
         shown = [*self._asked(1 if clips else 4), *self._continued()]
         made = []
-        for _, told in shown:
-            condition = map_condition(told, lambda part: part.to(self.workers.device))
+        for _, condition in shown:
+            condition = condition.to(self.workers.device)
             known = None if self.window is None else self.window.known(condition)
             made.append(generate(module, condition, self.recipe.sampling, seed=0, known=known))
         names = [name for labels, _ in shown for name in labels]
@@ -207,7 +204,7 @@ class ModelTask:
             return contact_sheet(as_pictures(pixels), names, columns=8)
         return film_strips([[Image.fromarray(frame) for frame in clip] for clip in as_images(pixels)], names)
 
-    def _asked(self, each: int) -> Iterator[tuple[list[str], tuple[Part, ...]]]:
+    def _asked(self, each: int) -> Iterator[tuple[list[str], Condition]]:
         """What previews draw from words or classes: names of the pictures, and their condition."""
         if self.window is not None and self.window.counts[0]:
             return
@@ -217,16 +214,16 @@ class ModelTask:
         else:
             labels = torch.arange(min(10, len(self.class_names))).repeat_interleave(each)
             names = [self.class_names[label] for label in labels]
-        parts: list[Part] = [ClassCondition(labels)] if self.class_names else []
+        parts = [ClassCondition(labels)] if self.class_names else []
         if self.text is not None:
             parts.append(self.text.condition(self.text.places(names)))
         if self.window is not None:
             nothing = torch.zeros(len(names), *self.window.prefix, dtype=torch.long)
             parts.append(self.window.given(nothing, [0] * len(names)))
         if names:
-            yield names, tuple(parts)
+            yield names, Condition.of(parts)
 
-    def _continued(self) -> Iterator[tuple[list[str], tuple[Part, ...]]]:
+    def _continued(self) -> Iterator[tuple[list[str], Condition]]:
         """Held-out clips to go on with, four of each number of given frames."""
         for count in filter(None, () if self.window is None else self.window.counts):
             rows = np.arange(min(4, len(self.heldout)))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar.condition import Part, PrefixCondition
+from nar.condition import Condition
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract, given_folder
@@ -73,7 +73,7 @@ class Samples:
         wordings: np.ndarray | None = None,
         counts: np.ndarray | None = None,
         composed: np.ndarray | None = None,
-    ) -> tuple[Tensor, tuple[Part, ...]]:
+    ) -> tuple[Tensor, Condition]:
         """Codes (b, *grid) of samples, and their condition on the CPU or a text encoder's device.
 
         `views`, `wordings` and `composed` (b,) are numbers in [0, 1) that pick a view, a wording and perhaps a composed
@@ -88,14 +88,14 @@ class Samples:
             codes[taken] = self._composed.read(scenes)
             told = rows.copy()
             told[taken] = len(self.codes) + scenes
-        parts: list[Part] = [conditions.read(told, wordings) for conditions in self._conditions]
+        parts = [conditions.read(told, wordings) for conditions in self._conditions]
         if self._window is not None and counts is not None:
             parts.append(self._prefix(self._window, codes, rows, views, counts))
-        return torch.from_numpy(codes), tuple(parts)
+        return torch.from_numpy(codes), Condition.of(parts)
 
     def _prefix(
         self, window: Window, codes: np.ndarray, rows: np.ndarray, views: np.ndarray | None, counts: np.ndarray
-    ) -> PrefixCondition:
+    ) -> Condition:
         given = codes[:, : window.prefix[0]] if window.causal else np.zeros_like(codes)
         for count, frozen in self._given.items():
             taken = counts == count

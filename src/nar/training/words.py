@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar.condition import ClassCondition, Part, TextCondition
+from nar.condition import ClassCondition, Condition, TextCondition
 from nar.text import Features, TextEncoder, TextEncoderConfig, cached, found
 from nar.training.distributed import Workers
 
@@ -23,7 +23,7 @@ from nar.training.distributed import Workers
 class Conditions(Protocol):
     """What the samples of a set are made from."""
 
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Part:
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
         """The condition of some samples, on the CPU or the encoder's device; `draws` (b,) in [0, 1) pick a wording of
         each, None the first."""
         ...
@@ -35,7 +35,7 @@ class Labels:
     def __init__(self, labels: np.ndarray) -> None:
         self._labels = labels
 
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> ClassCondition:  # noqa: ARG002
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:  # noqa: ARG002
         """See `Conditions`."""
         return ClassCondition(torch.from_numpy(self._labels[rows]))
 
@@ -49,24 +49,23 @@ class Words:
         self._starts, self._counts = counts.cumsum() - counts, counts
         self._places = text.places([form for forms in wordings for form in forms])
 
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> TextCondition:
+    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
         """See `Conditions`."""
         picked = 0 if draws is None else (np.asarray(draws) * self._counts[rows]).astype(np.int64)
         return self._text.condition(self._places[self._starts[rows] + picked])
 
 
-def dropped(told: Sequence[Part], uniforms: Tensor, rate: float) -> tuple[Part, ...]:
-    """Drop all of what the samples with `uniforms` (b,) in [0, 1) below `rate` are told by class and words.
+def dropped(condition: Condition, uniforms: Tensor, rate: float) -> Condition:
+    """Drop class and words of the samples with `uniforms` (b,) in [0, 1) below `rate`.
 
     Of the others, where there are both, half keep the words alone, an eighth the class alone, and the rest both: a
     model is asked in all of these ways, mostly by words, which are harder to learn.
     """
     null = uniforms < rate
-    if len(told) < 2:
-        return tuple(part.where_null(null) for part in told)
+    if condition.labels is None or condition.text is None:
+        return condition.drop(null)
     rest = (uniforms - rate) / max(1 - rate, 1e-6)
-    lacking = (rest >= 1 / 2).int() + (rest >= 5 / 8).int()  # the first part, the second, neither
-    return tuple(part.where_null(null | (lacking == number)) for number, part in enumerate(told))
+    return condition.drop(null | (rest < 1 / 2), text=null | ((rest >= 1 / 2) & (rest < 5 / 8)))
 
 
 class Text:
@@ -125,7 +124,7 @@ class Text:
         """The numbers of captions."""
         return np.array([self._numbers[caption] for caption in captions], np.int64)
 
-    def condition(self, places: np.ndarray) -> TextCondition:
+    def condition(self, places: np.ndarray) -> Condition:
         """The captions of these numbers as a condition."""
         if self._encoder is not None:
             features, mask = self._encoder.encode([self._captions[place] for place in places])
