@@ -66,12 +66,12 @@ def test_folders_of_classes(clips: Path) -> None:
 
 def test_random_windows_and_crops_follow_the_numbers_that_are_drawn(clips: Path) -> None:
     source = open_source(clips, size=8, windows=Windows(4, kind="random"))
-    uniforms = [0.3, 0.5, 0.5, 0.9, 0.0, 0.0]
-    assert numbers(source.array(0, 8, uniforms)) == [0, 1, 2, 3]
-    uniforms[4] = 0.999
-    assert numbers(source.array(0, 8, uniforms)) == [5, 6, 7, 8]
-    assert numbers(source.array(0, 8, uniforms, crop=True)) == [5, 6, 7, 8]
-    assert source.array(0, 8, uniforms, crop=True).shape == (4, 8, 8, 3)
+    draws = {"crop_side": 0.3, "crop_left": 0.5, "crop_top": 0.5, "mirror": 0.9, "window_start": 0.0}
+    assert numbers(source.array(0, 8, draws)) == [0, 1, 2, 3]
+    draws["window_start"] = 0.999
+    assert numbers(source.array(0, 8, draws)) == [5, 6, 7, 8]
+    assert numbers(source.array(0, 8, draws, crop=True)) == [5, 6, 7, 8]
+    assert source.array(0, 8, draws, crop=True).shape == (4, 8, 8, 3)
 
 
 def test_all_windows_are_samples_that_stay_together(clips: Path) -> None:

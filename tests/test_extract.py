@@ -114,8 +114,9 @@ def test_views_are_where_the_published_trainers_cut_them() -> None:
     assert len({view.tobytes() for view in moved}) == 9
     centre, mirrored = (np.asarray(view) for view in views(picture, 22, "flip"))
     np.testing.assert_array_equal(mirrored, centre[:, ::-1])
-    for draw in np.random.default_rng(0).random((50, 4)):
-        assert random_crop(picture, 16, draw.tolist()).size == (16, 16)
+    for numbers in np.random.default_rng(0).random((50, 4)):
+        draws = dict(zip(("crop_side", "crop_left", "crop_top", "mirror"), numbers.tolist(), strict=True))
+        assert random_crop(picture, 16, draws).size == (16, 16)
 
 
 @pytest.mark.usefixtures("_small_shards")

@@ -29,8 +29,8 @@ from nar.pipeline.continuation import Window, prefix_grid
 from nar.storage.config import load
 from nar.storage.folder import read_config
 from nar.tokenizer import load_tokenizer
+from nar.training.batches import Batch, batch_of
 from nar.training.distributed import Workers
-from nar.training.loop import _pieces
 from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
@@ -178,10 +178,14 @@ def task(path: Path, *overrides: str) -> ModelTask:
     return ModelTask(load(Recipe, str(path), overrides), ALONE)
 
 
+def first_batch(made: ModelTask) -> Batch:
+    return batch_of(made.recipe.seed, 0, num_samples=made.num_samples, batch_size=made.recipe.batch_size)
+
+
 def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Path) -> None:
     path = recipe(tmp_path, words=False, batch_size=256, classes=True)
     made = task(path, f"run={tmp_path / 'run'}", "frame_dropout=0.4")
-    batch = _pieces(made.recipe, made.num_samples, ALONE, 0)[0]
+    batch = first_batch(made)
     codes, condition = made.fetch(batch)
     assert condition.kinds == ("labels", "prefix")
     prefix = condition.prefix
@@ -212,7 +216,7 @@ def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: P
     made = task(path, f"run={tmp_path / 'run'}")
     assert made.class_names == ()
     assert made.module.config.prefix_grid == made.module.config.grid == (3, 2, 2)
-    batch = _pieces(made.recipe, made.num_samples, ALONE, 0)[0]
+    batch = first_batch(made)
     condition = made.fetch(batch)[1]
     prefix = condition.prefix
     assert condition.kinds == ("prefix",)
@@ -221,7 +225,7 @@ def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: P
     assert made.window is not None
     source = made.recipe.data.open()[0]
     for row, index in enumerate(batch.indices[:6]):
-        mirrored = int(batch.uniforms[row, 1] * 2)
+        mirrored = int(batch.draws["view"][row] * 2)
         clip = torch.from_numpy(source.views(int(index), 8, "flip")[mirrored].copy()).permute(3, 0, 1, 2)
         expected = made.window.condition([clip[:, :2].float() / 127.5 - 1]).prefix
         assert expected is not None
@@ -347,4 +351,4 @@ def test_a_start_from_a_model_with_other_frames_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"reads given codes of \(1, 2, 2\)"):
         task(path, f"run={tmp_path / 'run'}", f"init={tmp_path / 'one'}")
     made = task(path, f"run={tmp_path / 'run'}", f"init={tmp_path / 'one'}", "given_frames=[1]")
-    assert len(made.fetch(_pieces(made.recipe, made.num_samples, ALONE, 0)[0])[1].kinds) == 1
+    assert len(made.fetch(first_batch(made))[1].kinds) == 1

@@ -26,8 +26,8 @@ from nar.storage.config import load
 from nar.storage.folder import read_config
 from nar.text import TextEncoder, TextEncoderConfig, found
 from nar.tokenizer import load_tokenizer
+from nar.training.batches import batch_of
 from nar.training.distributed import Workers
-from nar.training.loop import _pieces
 from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
 from nar.training.samples import composed_codes, without_styles
@@ -187,14 +187,14 @@ def composed_recipe(folder: Path, **values: object) -> Path:
 def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None:
     path = composed_recipe(tmp_path, batch_size=500, seed=3)
     task = ModelTask(load(Recipe, str(path), [f"run={tmp_path / 'run'}"]), ALONE)
-    batch = _pieces(task.recipe, task.num_samples, ALONE, 0)[0]
+    batch = batch_of(3, 0, num_samples=task.num_samples, batch_size=500)
     codes, condition = task.fetch(batch)
     words = condition.text
     assert words is not None
     scenes = Codes.open(tmp_path / "run" / "codes" / "composed")
     assert len(scenes) == 30
     assert scenes.captions is not None
-    picked = batch.uniforms[:, 5] < 0.4
+    picked = batch.draws["scene"] < 0.4
     assert picked.mean() == pytest.approx(0.4, abs=0.07)
     all_scenes = torch.from_numpy(scenes.read(np.arange(30)))
     assert task.text is not None
@@ -202,7 +202,7 @@ def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None
     assert prompts is not None
     seen = set()
     for row in np.flatnonzero(picked)[:60]:
-        number = int(batch.uniforms[row, 5] / 0.4 * 30)
+        number = int(batch.draws["scene"][row] / 0.4 * 30)
         seen.add(number)
         assert torch.equal(codes[row], all_scenes[number])
         assert torch.equal(words.features[row], prompts.features[number])

@@ -17,7 +17,7 @@ from nar.likelihood import token_losses
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from nar.training.distributed import Workers
-from nar.training.loop import Plan, Task, _pieces
+from nar.training.loop import Plan, Task
 from nar.training.models import ModelTask, mixed
 from nar.training.tasks import run_recipe
 from test_golden_models import Case, fixtures
@@ -133,31 +133,6 @@ def test_settings_of_the_engine_do_not_change_what_is_learned(tmp_path: Path) ->
 def test_compiled_blocks_learn_the_same(tmp_path: Path) -> None:
     plain, compiled = trained(tmp_path), trained(tmp_path, "engine.compile=true")
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-4)
-
-
-@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 4), (3, 2)])
-def test_pieces_of_all_processes_make_the_batch_of_one(processes: int, accumulate: int) -> None:
-    plan = Plan(batch_size=24, num_images=1)
-    whole = _pieces(plan, 100, ALONE, 5)[0]
-    spread = Plan(batch_size=24, num_images=1, engine=type(plan.engine)(accumulate=accumulate))
-    pieces = [
-        piece for rank in range(processes) for piece in _pieces(spread, 100, Workers(rank, processes, ALONE.device), 5)
-    ]
-    assert len(pieces) == processes * accumulate
-    rows = np.concatenate([piece.indices for piece in pieces])
-    uniforms = np.concatenate([piece.uniforms for piece in pieces])
-    assert sorted(rows) == sorted(whole.indices)
-    by_row = dict(zip(whole.indices, whole.uniforms, strict=True))
-    assert all((by_row[row] == draws).all() for row, draws in zip(rows, uniforms, strict=True))
-
-
-def test_an_epoch_sees_every_sample_once_and_a_small_set_is_repeated() -> None:
-    plan = Plan(batch_size=8, num_images=1)
-    seen = np.concatenate([_pieces(plan, 35, ALONE, step)[0].indices for step in range(4)])
-    assert len(set(seen)) == 32
-    few = _pieces(plan, 3, ALONE, 0)[0].indices
-    assert len(few) == 8
-    assert set(few) == {0, 1, 2}
 
 
 def test_plans_end_after_images_or_epochs() -> None:

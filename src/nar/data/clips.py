@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -34,27 +34,27 @@ class ClipSource(Source):
     given: int = 0
 
     def array(
-        self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool = False
+        self, index: int, size: int, draws: Mapping[str, float] | None = None, *, crop: bool = False
     ) -> np.ndarray:
         """Decode a window of clip `index` to (T, size, size, 3) uint8.
 
-        With `uniforms`, six numbers in [0, 1), the fifth picks the place of a "random" window; with `crop` the others
-        pick one square for all frames, mirrored half of the time.
+        Of `draws`, numbers in [0, 1) by name, `window_start` picks the place of a "random" window; with `crop` others
+        pick one square for all frames (see `random_crop`).
         """
-        return self._still(self._window(index, size, uniforms, crop=crop))
+        return self._still(self._window(index, size, draws, crop=crop))
 
     def _still(self, clips: np.ndarray) -> np.ndarray:
         """Clips ([v,] T, size, size, 3) that stop after the `given` frames."""
         return clips.take(np.arange(clips.shape[-4]).clip(max=self.given - 1), -4) if self.given else clips
 
-    def _window(self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool) -> np.ndarray:
+    def _window(self, index: int, size: int, draws: Mapping[str, float] | None = None, *, crop: bool) -> np.ndarray:
         opened, windows = self.open(index), self.windows
         strip = _strip(opened)
         shown = np.arange(len(strip)) if strip is not None else timeline(opened).rows(windows.frame_rate)
         if self.starts is not None:
             start = self.starts[index]
         else:
-            start = windows.drawn(len(shown), 0.5 if uniforms is None else uniforms[4])
+            start = windows.drawn(len(shown), 0.5 if draws is None else draws["window_start"])
         if strip is not None:
             clip = strip[windows.rows(len(strip), start)]
         else:
@@ -62,8 +62,8 @@ class ClipSource(Source):
                 opened, num_frames=windows.num_frames, start=start, stride=windows.stride,
                 frame_rate=windows.frame_rate, size=0 if crop else size,
             )  # fmt: skip
-        if crop and uniforms is not None:
-            return np.stack([np.asarray(random_crop(Image.fromarray(frame), size, uniforms)) for frame in clip])
+        if crop and draws is not None:
+            return np.stack([np.asarray(random_crop(Image.fromarray(frame), size, draws)) for frame in clip])
         return np.stack([squared(frame, size) for frame in clip])
 
     def views(self, index: int, size: int, kind: str) -> np.ndarray:

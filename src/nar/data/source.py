@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -67,14 +67,14 @@ class Source:
             return to_rgb(picture)
 
     def array(
-        self, index: int, size: int, uniforms: Sequence[float] | None = None, *, crop: bool = False
+        self, index: int, size: int, draws: Mapping[str, float] | None = None, *, crop: bool = False
     ) -> np.ndarray:
         """Decode picture `index` to its centre (size, size, 3) uint8; raises one of `BROKEN` when it can't be.
 
-        With `crop`, to the square that `uniforms`, numbers in [0, 1), pick instead (see `random_crop`).
+        With `crop`, to the square that `draws`, numbers in [0, 1) by name, pick instead (see `random_crop`).
         """
         picture = self.picture(index)
-        return np.asarray(random_crop(picture, size, uniforms) if crop and uniforms else centre_crop(picture, size))
+        return np.asarray(random_crop(picture, size, draws) if crop and draws else centre_crop(picture, size))
 
     def views(self, index: int, size: int, kind: str) -> np.ndarray:
         """The views (v, size, size, 3) uint8 of picture `index`, see `nar.media.crops.views`."""

@@ -6,7 +6,7 @@ Knows Pillow pictures; does not know files, models or what the squares are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,19 +47,21 @@ def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
     return [centre, ImageOps.mirror(centre)] if kind == "flip" else [centre]
 
 
-def random_crop(picture: Image.Image, size: int, uniforms: Sequence[float], *, smallest: float = 0.8) -> Image.Image:
+def random_crop(picture: Image.Image, size: int, draws: Mapping[str, float], *, smallest: float = 0.8) -> Image.Image:
     """A random square of a picture, whose shorter side is first brought to a random length in [size, size / smallest].
 
-    Draws that length, the place and whether the square is mirrored from four numbers in [0, 1).
+    The numbers `crop_side`, `crop_left`, `crop_top` and `mirror` of `draws`, in [0, 1), pick that length, the place and
+    whether the square is mirrored.
     """
-    side = size + int(uniforms[0] * (math.ceil(size / smallest) - size + 1))
+    side = size + int(draws["crop_side"] * (math.ceil(size / smallest) - size + 1))
     while min(picture.size) >= 2 * side:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = side / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (int(u * (length - size + 1)) for u, length in zip(uniforms[1:3], picture.size, strict=True))
+    left = int(draws["crop_left"] * (picture.width - size + 1))
+    top = int(draws["crop_top"] * (picture.height - size + 1))
     square = picture.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(square) if uniforms[3] < 0.5 else square
+    return ImageOps.mirror(square) if draws["mirror"] < 0.5 else square
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,12 +37,12 @@ from tqdm import tqdm
 from nar import __version__
 from nar.storage.config import difference
 from nar.storage.files import atomically
+from nar.training.batches import Batch, batch_of, pieces
 from nar.training.checkpoint import Checkpoints, read_record
 from nar.training.distributed import Engine, Workers, spread, unsynchronised, whole
 from nar.training.ema import update_average
 from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
 
-NUM_DRAWS = 6  # uniform numbers that each sample gets
 _FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every"}  # settings that touch no weights
 _FREE_ENGINE = {"device", "workers"}
 
@@ -90,19 +89,6 @@ class Plan:
         """Steps of the whole training, on a set of `num_samples`."""
         low, high = self.images_between
         return math.ceil((self.num_images or min(max(self.epochs * num_samples, low), high)) / self.batch_size)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one piece of `step`: rows of the training set (b,), and uniform numbers (b, NUM_DRAWS) in [0, 1).
-
-    Row i of `uniforms` belongs to sample i wherever it is computed: whatever a task draws for a sample, it draws from
-    there.
-    """
-
-    indices: np.ndarray
-    uniforms: np.ndarray
-    step: int
 
 
 def of_weights(config: dict[str, Any]) -> dict[str, Any]:
@@ -197,10 +183,10 @@ def train(
             f"{num_images:,}: it ends before it gets there; set a shorter warm-up",
             stacklevel=2,
         )
-    pieces = workers.count * plan.engine.accumulate
-    if plan.batch_size % pieces:
+    num_pieces = workers.count * plan.engine.accumulate
+    if plan.batch_size % num_pieces:
         raise ValueError(
-            f"batch_size {plan.batch_size} is not a multiple of {pieces}, "
+            f"batch_size {plan.batch_size} is not a multiple of {num_pieces}, "
             f"{workers.count} processes times engine.accumulate={plan.engine.accumulate}"
         )
     state = _State.of(task, plan, workers)
@@ -245,7 +231,7 @@ def train(
             sums = workers.sum(torch.stack([loss / workers.count, loss.new_tensor(float(stopping.asked))]))
             mean, stop = float(sums[0]), bool(sums[1] > 0)
             if not math.isfinite(mean) or not torch.isfinite(norm):
-                rows = ", ".join(str(row) for row in _rows(plan, task.num_samples, step)[:8])
+                rows = ", ".join(map(str, _batch(task, plan, step).indices[:8]))
                 raise FloatingPointError(
                     f"step {step}: the loss is {mean} and the gradient norm {float(norm)} on rows {rows}, ... of the "
                     "data; stopped before the weights were touched. Lower optim.learning_rate or look at these rows; "
@@ -421,7 +407,8 @@ def _ahead(
     stack.callback(pool.shutdown, cancel_futures=True)
 
     def prepare(step: int) -> tuple[list[Batch], list[Any]]:
-        batches = _pieces(plan, task.num_samples, workers, step)
+        whole = _batch(task, plan, step)
+        batches = pieces(whole, rank=workers.rank, count=workers.count, accumulate=plan.engine.accumulate)
         return batches, [task.fetch(batch) for batch in batches]
 
     future: Future[tuple[list[Batch], list[Any]]] | None = None
@@ -432,29 +419,8 @@ def _ahead(
         yield step, batches, fetched
 
 
-def _pieces(plan: Plan, num_samples: int, workers: Workers, step: int) -> list[Batch]:
-    """This process's pieces of the batch of `step`. The batch itself is the same for any number of them."""
-    rows = _rows(plan, num_samples, step)
-    uniforms = np.random.default_rng((plan.seed, step, 2)).random((len(rows), NUM_DRAWS), dtype=np.float32)
-    size = len(rows) // (workers.count * plan.engine.accumulate)
-    starts = range(workers.rank * size, len(rows), workers.count * size)
-    return [Batch(rows[start : start + size], uniforms[start : start + size], step) for start in starts]
-
-
-def _rows(plan: Plan, num_samples: int, step: int) -> np.ndarray:
-    """The rows of the data that make the batch of `step`: a new order each epoch, the incomplete last batch dropped.
-
-    A set smaller than a batch is repeated in it.
-    """
-    per_epoch = max(1, num_samples // plan.batch_size)
-    order = _permutation(num_samples, plan.seed, step // per_epoch)
-    start = step % per_epoch * plan.batch_size
-    return np.resize(order, max(plan.batch_size, num_samples))[start : start + plan.batch_size]
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+def _batch(task: Task, plan: Plan, step: int) -> Batch:
+    return batch_of(plan.seed, step, num_samples=task.num_samples, batch_size=plan.batch_size)
 
 
 def _mix(*numbers: int) -> int:

@@ -24,8 +24,9 @@ from nar.pipeline.continuation import Window, prefix_grid
 from nar.sampling import generate
 from nar.storage.folder import find_model
 from nar.tokenizer import load_tokenizer
+from nar.training.batches import Batch
 from nar.training.distributed import Workers
-from nar.training.loop import Batch, share
+from nar.training.loop import share
 from nar.training.recipe import Recipe
 from nar.training.samples import (
     Samples,
@@ -115,18 +116,18 @@ class ModelTask:
         return list(module.blocks)
 
     def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
-        # Of a sample's numbers the first is for `loss`: whether class and words are dropped.
-        _, views, wordings, counts, without, composed = batch.uniforms.T
-        given = None
+        draws, given = batch.draws, None
         if self.window is not None:
             choice = np.array(self.window.counts)
-            given = choice[(counts * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
-            given = np.where(without < self.recipe.frame_dropout, 0, given)
-        return self.train.read(batch.indices, views=views, wordings=wordings, counts=given, composed=composed)
+            given = choice[(draws["given_frames"] * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
+            given = np.where(draws["frame_dropout"] < self.recipe.frame_dropout, 0, given)
+        return self.train.read(
+            batch.indices, views=draws["view"], wordings=draws["wording"], counts=given, composed=draws["scene"]
+        )
 
     def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.workers.device
-        draws = torch.from_numpy(batch.uniforms[:, 0]).to(device)
+        draws = torch.from_numpy(batch.draws["condition_dropout"]).to(device)
         condition = dropped(data[1].to(device), draws, self.recipe.condition_dropout)
         codes = data[0].to(device)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes

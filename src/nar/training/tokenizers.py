@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from nar.storage.folder import find_model, load_state, read_config, read_weights
 from nar.tokenizer import Tokenizer, new_tokenizer
 from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
+from nar.training.batches import Batch
 from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
-from nar.training.loop import Batch, share
+from nar.training.loop import share
 from nar.training.prior import Prior
 from nar.training.recipe import Recipe, TokenizerLossConfig
 
@@ -99,7 +100,7 @@ class TokenizerTask:
     def _draws(self, batch: Batch) -> Tensor:
         """Three uniform numbers in [0, 1) for every code of every sample, (b, 3, *grid), the sample's own."""
         made = torch.empty(len(batch.indices), 3, *self._grid)
-        for row, uniform in enumerate(batch.uniforms[:, 5].tolist()):
+        for row, uniform in enumerate(batch.draws["codes"].tolist()):
             seed = (batch.step << 24) + int(uniform * 2**24)
             torch.rand(made[row].shape, generator=torch.Generator().manual_seed(seed), out=made[row])
         return made
@@ -109,27 +110,27 @@ class TokenizerTask:
 
     def fetch(self, batch: Batch) -> Tensor:
         if self.pictures is None:
-            images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.uniforms)))
+            images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.draws.samples())))
         else:
             images = self.pictures.images[batch.indices]
-        if self.recipe.data.augment in ("flip", "loop"):
-            images = np.stack([_mirrored(image, u[3]) for image, u in zip(images, batch.uniforms, strict=True)])
-        if self.recipe.data.augment == "loop":
-            images = np.stack([_restarted(clip, *u[:2]) for clip, u in zip(images, batch.uniforms, strict=True)])
-        if most := self.recipe.data.shift:
-            images = np.stack(
-                [_moved(image, most, *u[[2, 4]]) for image, u in zip(images, batch.uniforms, strict=True)]
-            )
+        draws, data = batch.draws, self.recipe.data
+        if data.augment in ("flip", "loop"):
+            images = np.stack([*map(_mirrored, images, draws["mirror"])])
+        if data.augment == "loop":
+            images = np.stack([*map(_restarted, images, draws["loop_start"], draws["loop_direction"])])
+        if data.shift:
+            moves = zip(images, draws["shift_down"], draws["shift_right"], strict=True)
+            images = np.stack([_moved(image, data.shift, down, right) for image, down, right in moves])
         return as_pixels(images)
 
-    def _decode(self, row: int, uniforms: np.ndarray) -> np.ndarray:
+    def _decode(self, row: int, draws: Mapping[str, float]) -> np.ndarray:
         """A picture or clip (..., size, size, 3) of the source; for a broken one, listed in the run, the next."""
         assert self.source is not None
         for step in range(len(self.source)):
             index = (int(row) + step) % len(self.source)
             try:
                 data = self.recipe.data
-                return self.source.array(index, data.size, uniforms.tolist(), crop=data.augment == "crop")
+                return self.source.array(index, data.size, draws, crop=data.augment == "crop")
             except BROKEN as error:
                 self._report(index, error)
         raise ValueError(f"no picture of {self.recipe.data.source} can be read")
