@@ -10,7 +10,7 @@ import torch
 from conftest import make_condition, make_model
 from nar import ClassCondition, Sampling, Transformer, generate, generate_fronts
 from nar.condition import PrefixCondition
-from nar.sampling import draw, probabilities, uniforms
+from nar.sampling import probabilities, sample, uniforms
 from reference import reference_generate
 
 SETTINGS = {
@@ -21,6 +21,7 @@ SETTINGS = {
     "interval": Sampling(guidance_scale=3.0, guidance_interval=4),
     "interval-0": Sampling(guidance_scale=3.0, guidance_interval=0, top_p=0.8),
     "curve": Sampling(guidance_scale=3.0, guidance_curve="cosine", temperature=0.8),
+    "filters": Sampling(guidance_scale=2.0, guidance_curve="linear", temperature=1.5, top_k=15, top_p=0.9),
 }
 
 
@@ -131,7 +132,7 @@ def test_draw_never_takes_an_impossible_token() -> None:
     logits = torch.full((1, 3, 5), -math.inf)
     logits[..., 1], logits[..., 3] = 0.0, 1.0
     for value in (0.0, 0.2, 0.999999, 1 - 2**-24, 1.0):
-        tokens = draw(logits, torch.full((1, 3), value))
+        tokens = sample(logits, torch.full((1, 3), value))
         assert set(tokens.flatten().tolist()) <= {1, 3}
 
 
@@ -144,12 +145,78 @@ def test_filters() -> None:
     torch.testing.assert_close(probabilities(logits, temperature=2.0), (logits / 2).softmax(-1))
 
 
+def test_a_filter_takes_its_share_of_the_tempered_distribution() -> None:
+    """Four tokens of 0.4, 0.3, 0.2, 0.1: tempered by 0.5 they have 16, 9, 4 and 1 thirtieths."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    expected = torch.tensor([16, 9, 0, 0]) / 25
+    torch.testing.assert_close(probabilities(logits, temperature=0.5, top_p=0.8), expected)
+    torch.testing.assert_close(probabilities(logits, temperature=0.5, top_k=2), expected)
+
+
+@pytest.mark.parametrize("curve", ["constant", "linear", "cosine", "power"])
+def test_curves_end_at_the_scale_and_all_but_one_begin_without_guidance(curve: str) -> None:
+    sampling = Sampling(guidance_scale=5.0, guidance_curve=curve)
+    scales = [sampling.guidance_at(front, 7) for front in range(7)]
+    assert scales[-1] == 5.0
+    assert scales[0] == (5.0 if curve == "constant" else 1.0)
+    assert scales == sorted(scales)
+
+
+def test_a_sum_in_parts_does_not_bring_back_what_a_filter_took_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs a cumsum is computed in parts, and its rounding rises and falls over tokens of no probability."""
+    logits = torch.linspace(4.0, 3.0, 8)[torch.arange(64) // 8]
+    uniform = torch.arange(4096) / 4096
+    plain = torch.Tensor.cumsum
+
+    def in_parts(self: torch.Tensor, dim: int) -> torch.Tensor:
+        noise = torch.rand(self.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        return plain(self, dim) + noise * (torch.arange(64) < 63)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_parts)
+    monkeypatch.setattr("nar.sampling.SEQUENTIAL_SUMS", ())
+    tokens = sample(logits.expand(4096, -1).roll(3, -1), uniform, top_k=16)
+    assert set(tokens.tolist()) == set(range(3, 19))
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    """Also when the likeliest token is taken, and with no token that an embedding does not have."""
+    for value in (math.nan, math.inf):
+        logits = torch.zeros(2, 5)
+        logits[1, 3] = value
+        for settings in ({"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}):
+            tokens = sample(logits, torch.tensor([0.5, 0.5]), **settings).tolist()
+            assert 0 <= tokens[0] < 5
+            assert tokens[1] == -1, (value, settings)
+    model = make_model("nar")
+    model.output.weight.data[3, 3] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(
+            ValueError, match="logits are NaN or infinite: its weights are damaged, or overflow in float32"
+        ):
+            generate(model, make_condition(model, 2), Sampling(temperature=temperature))
+        known = torch.zeros(2, *model.config.grid, dtype=torch.long)
+        assert not generate(model, make_condition(model, 2), Sampling(temperature=temperature), known=known).any()
+
+
 def test_uniforms_are_streams() -> None:
     whole = uniforms(3, range(5), 10)
     assert torch.equal(uniforms(3, [4, 1], 10), whole[[4, 1]])
     assert torch.equal(uniforms(3, range(5), 4), whole[:, :4])
     assert whole.unique().numel() == 50
     assert 0 <= whole.min() <= whole.max() < 1
+    recorded = torch.tensor([0.0089, 0.8984, 0.5843])  # of numpy's default_rng((3, 4)); pictures depend on them
+    torch.testing.assert_close(uniforms(3, [4], 3)[0], recorded, atol=1e-4, rtol=0)
+
+
+def test_no_two_seeds_share_a_stream() -> None:
+    """Small and large ones, also those that agree in some of their bits, or in their sum with the index."""
+    seeds = [0, 1, 2, 5, 2**32 - 1, 2**32, 2**32 + 5, 2 * 2**32, 5 * 2**32, 2**33 + 5, 2**63, 2**64 - 1]
+    indices = [0, 1, 2, 3, 5, 2**32, 2**32 + 1, 5 * 2**32, 2**33]  # passes of a clip are 2**32 apart
+    rows = torch.cat([uniforms(seed, indices, 4) for seed in seeds])
+    assert len(rows.unique(dim=0)) == len(seeds) * len(indices)
+    for seed in (-1, 2**64, 1.0, "1", torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\*\*64 - 1"):
+            uniforms(seed, [0], 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +229,15 @@ def test_uniforms_are_streams() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": math.nan}, "top_p"),
         ({"guidance_interval": -2}, "guidance_interval"),
+        ({"guidance_scale": 1e308}, "guidance_scale must be a finite number from 0 to 1000"),
+        ({"guidance_scale": torch.tensor([1.0, 2.0])}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a finite number"),
+        ({"guidance_interval": math.nan}, "guidance_interval must be a number of tokens"),
+        ({"temperature": None}, "temperature must be a finite number"),
+        ({"top_k": math.nan}, "top_k must be at least 0"),
+        ({"top_k": 2.5}, "top_k must be at least 0"),
+        ({"top_k": True}, "top_k must be at least 0"),
+        ({"top_p": torch.ones(2)}, "top_p"),
         ({"guidance_curve": "square"}, "guidance_curve must be one of constant, linear, cosine, power"),
     ],
 )

@@ -12,7 +12,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,7 +29,10 @@ Curve = Callable[[float], float]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 SMALLEST_TEMPERATURE = 1e-5
-MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # drawn from at once, which takes a few copies
+LARGEST_GUIDANCE = 1000  # far above what helps (20), far below what overflows
+NUM_SEEDS = 2**64
+MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # sampled from at once, which takes a few copies
+SEQUENTIAL_SUMS = ("cpu",)  # devices whose cumsum adds number after number, and is flat where nothing is kept
 
 
 @dataclass(frozen=True)
@@ -54,22 +58,22 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ValueError(
-                f"guidance_scale must be a finite number of at least 0 (1.0 is off), not {self.guidance_scale}"
-            )
-        if self.guidance_interval is not None and self.guidance_interval < 0:
-            raise ValueError(
-                f"guidance_interval must be a number of tokens of at least 0, not {self.guidance_interval}"
-            )
+        fields: tuple[tuple[str, Any, float, str], ...] = (
+            ("guidance_scale", Real, LARGEST_GUIDANCE, "a finite number from 0 to 1000 (1.0 is off)"),
+            ("guidance_interval", Integral, math.inf, "a number of tokens of at least 0, or None"),
+            ("temperature", Real, math.inf, "a finite number of at least 0 (0 is greedy)"),
+            ("top_k", Integral, math.inf, "at least 0 (0 keeps all), a whole number"),
+            ("top_p", Real, 1.0, "in (0, 1]"),
+        )
+        for name, kind, high, allowed in fields:
+            value = getattr(self, name)
+            if name == "guidance_interval" and value is None:
+                continue
+            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 <= value <= high
+            if not fits or math.isinf(value) or (name == "top_p" and value == 0):
+                raise ValueError(f"{name} must be {allowed}, not {value!r}")
         if self.guidance_curve not in CURVES:
             raise ValueError(f"guidance_curve must be one of {', '.join(CURVES)}, not {self.guidance_curve!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0 (0 is greedy), not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 keeps all), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
 
     def guidance_at(self, front: int, num_fronts: int) -> float:
         """The guidance scale of one front."""
@@ -132,7 +136,7 @@ def generate_fronts(
 
     Raises:
         ValueError: guidance without a null condition, `known` of another grid or with codes that the model does not
-            have, or a condition that it does not take.
+            have, a condition that it does not take, a seed beyond 2**64 - 1, or weights that give no numbers.
     """
     for front, tokens in _steps(model, condition, sampling or Sampling(), negative, seed, indices, known, session):
         yield Front(front, model.in_raster(tokens))
@@ -173,7 +177,7 @@ class Session:
         return _recent(self._buffers, key, lambda: _Buffers(self.model, *key), self.num_kept)
 
     def stepper(self, buffers: _Buffers, sampling: Sampling) -> Callable[[int], None]:
-        """What draws front number x into the buffers: a recorded graph, or the step itself."""
+        """What samples front number x into the filled buffers: a recorded graph, or the step itself."""
         if self.graphs:
             try:
                 graphs = _recent(
@@ -181,7 +185,10 @@ class Session:
                 )
                 return lambda front: graphs[front].replay()
             except RuntimeError as error:
-                warnings.warn(f"no CUDA graphs, going on without: {error}", stacklevel=2)
+                advice = (
+                    "a smaller batch leaves room" if isinstance(error, torch.OutOfMemoryError) else "please report it"
+                )
+                warnings.warn(f"no CUDA graphs, going on without, which is slower ({advice}): {error}", stacklevel=2)
                 self.graphs = False
         return lambda front: step(self.model, buffers, sampling, front)
 
@@ -211,7 +218,7 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
     else:
         if cache.batch_size > batch and front > last_guided(sampling, schedule):
             cache.keep(batch)
-        last = tokens[:, schedule.front(front - 1)]
+        last = tokens[:, schedule.front(front - 1)].clamp_min(0)  # -1 stands for logits that are no numbers
         fed = torch.cat([last, last]) if cache.batch_size > batch else last
         hidden = model.decode(fed, range(front - 1, front), cache)
     if cache.batch_size > batch:
@@ -220,28 +227,41 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
     numbers, given = buffers.streams[:, positions], buffers.known[:, positions]
     logits = model.logits(hidden).flatten(0, 1)
     rows = max(1, (MOST_LOGITS_CPU if logits.device.type == "cpu" else MOST_LOGITS) // logits.shape[1])
-    drawn = [
-        draw(part, number, sampling.temperature, sampling.top_k, sampling.top_p)
+    sampled = [
+        sample(part, number, sampling.temperature, sampling.top_k, sampling.top_p)
         for part, number in zip(logits.split(rows), numbers.flatten().split(rows), strict=True)
     ]
-    tokens[:, positions] = torch.where(given >= 0, given, torch.cat(drawn).view_as(given))
+    tokens[:, positions] = torch.where(given >= 0, given, torch.cat(sampled).view_as(given))
 
 
 def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[torch.cuda.CUDAGraph]:
-    """One graph a front, which share their memory; replaying all in order is one generation."""
+    """One graph a front, which share their memory; replaying all in order is one generation.
+
+    Raises:
+        RuntimeError: out of memory, or the graphs do not sample what the steps do.
+    """
     fronts = range(model.layout.schedule.num_steps)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries choose their kernels and workspaces now, outside of the graphs
-        for front in fronts:
-            step(model, buffers, sampling, front)
-    torch.cuda.current_stream().wait_stream(side)
     graphs: list[torch.cuda.CUDAGraph] = []
-    for front in fronts:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
-            step(model, buffers, sampling, front)
-        graphs.append(graph)
+    with torch.cuda.device(model.device):  # another one may be current
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose their kernels and workspaces now, outside of the graphs
+            for front in fronts:
+                step(model, buffers, sampling, front)
+        side.synchronize()
+        expected = buffers.tokens.clone()
+        for front in fronts:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, of a server say, may use the GPU meanwhile.
+            pool = graphs[0].pool() if graphs else None
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                step(model, buffers, sampling, front)
+            graphs.append(graph)
+        buffers.tokens.fill_(-1)
+        for graph in graphs:
+            graph.replay()
+        if not torch.equal(buffers.tokens, expected):
+            raise RuntimeError("the recorded graphs sample other tokens than the steps that they were recorded from")
     return graphs
 
 
@@ -278,18 +298,25 @@ def _steps(
             key_mask = torch.cat([seen if mask is None else mask for mask in (key_mask, other_mask)])
         embedded = torch.cat([embedded, other])
     buffers = session.buffers(batch, len(embedded), key_mask is not None)
-    advance = session.stepper(buffers, sampling)
     buffers.embedded.copy_(embedded)
     if buffers.key_mask is not None and key_mask is not None:
         buffers.key_mask.copy_(key_mask)
     buffers.streams.copy_(uniforms(seed, range(batch) if indices is None else indices, schedule.num_positions))
     buffers.known.fill_(-1) if known is None else buffers.known.copy_(model.in_order(known.to(model.device)))
+    advance = session.stepper(buffers, sampling)
     buffers.tokens.fill_(-1)
     session.serial = serial = session.serial + 1
     for front in range(schedule.num_steps):
         if session.serial != serial:
             raise RuntimeError("this session has begun another generation; use one session for each at a time")
         advance(front)
+        # On CUDA a look at values waits for all that was begun: one, at the end.
+        looks = model.device.type == "cpu" or front == schedule.num_steps - 1
+        if looks and bool((buffers.tokens[:, : schedule.front(front).stop] < 0).any()):
+            raise ValueError(
+                "the model's logits are NaN or infinite: its weights are damaged, or overflow in "
+                f"{str(model.dtype).removeprefix('torch.')}; copy the model again, or use dtype float32 or bfloat16"
+            )
         yield front, buffers.tokens
 
 
@@ -303,14 +330,25 @@ def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], 
     return kept[key]
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token (...) from each distribution of `logits` (..., V), by inverse CDF at `uniform` (...) in [0, 1)."""
+def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token (...) of each distribution of `logits` (..., V), by inverse CDF at `uniform` (...) in [0, 1).
+
+    It has a probability above zero. Logits that are no distribution, NaN or infinite, give -1.
+    """
     if temperature == 0 or top_k == 1:
-        return logits.argmax(-1)
-    cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(-1)
-    # Below the total even after rounding, so that the token found has a probability above zero.
-    threshold = uniform.clamp(max=1 - 2**-23)[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        token = logits.argmax(-1)
+        return token.masked_fill(~logits.gather(-1, token[..., None]).squeeze(-1).isfinite(), -1)
+    shares = probabilities(logits, temperature, top_k, top_p)
+    cumulative = shares.cumsum(-1)
+    total = cumulative[..., -1]
+    # Below the total even after rounding, so that the token found is one of the V.
+    threshold = uniform.clamp(max=1 - 2**-23) * total
+    token = torch.searchsorted(cumulative, threshold[..., None], right=True)
+    if logits.device.type not in SEQUENTIAL_SUMS:
+        # A sum in parts rounds otherwise at every place, and may rise at a token that a filter took out.
+        token = token.clamp_max(logits.shape[-1] - 1)
+        token = torch.where(shares.gather(-1, token) > 0, token, shares.argmax(-1, keepdim=True))
+    return token.squeeze(-1).masked_fill(~total.isfinite(), -1)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -330,11 +368,21 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 def uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
-    """(len(indices), count) float32 numbers in [0, 1): row i comes from the stream (seed, indices[i]) alone."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
-    rows = [np.random.default_rng((seed, index)).random(count, dtype=np.float32) for index in indices]
+    """(len(indices), count) float32 numbers in [0, 1): row i comes from the stream (seed, indices[i]) alone.
+
+    Raises:
+        ValueError: a seed that is not a whole number from 0 to 2**64 - 1.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed < NUM_SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
+    rows = [np.random.default_rng(_stream(seed, index)).random(count, dtype=np.float32) for index in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count)
+
+
+def _stream(seed: int, index: int) -> np.random.SeedSequence:
+    """What numpy makes a generator of. It cuts numbers into words of 32 bits and fills up with zeros, so that (2**32 +
+    5, 0) would be (5, 1): larger seeds fill all four words, and the index comes behind them."""
+    return np.random.SeedSequence((seed, index)) if seed < 2**32 else np.random.SeedSequence(seed, spawn_key=(index,))
 
 
 def last_guided(sampling: Sampling, schedule: Schedule) -> int:

@@ -96,7 +96,7 @@ def sample(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens, 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens up to this mass.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i depends on (seed, i) only.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Picture i depends on (seed, i) only.")] = 0,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
