@@ -103,7 +103,7 @@ def main() -> None:
 
     followed: dict[str, dict[str, float]] = {}
     print("\n| frames given | clips | drawn | last frame repeated |\n|---|---|---|---|")
-    for count in (number for number in pipe.window.counts if number):
+    for count in (number for number in pipe.continuation.counts if number):
         for name, clips in real.items():
             made = draw(pipe, given.seed, frames=clips[:, :count])
             repeated = np.repeat(clips[:, count - 1 : count], clips.shape[1] - count, 1)

@@ -25,7 +25,7 @@ from nar.likelihood import token_losses
 from nar.media.crops import views
 from nar.media.video import Windows
 from nar.model import ModelConfig, Transformer
-from nar.pipeline.continuation import Window, prefix_grid
+from nar.pipeline.continuation import Continuation, prefix_grid
 from nar.storage.config import load
 from nar.storage.folder import read_config
 from nar.tokenizer import load_tokenizer
@@ -102,7 +102,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def bits(model: Transformer, window: Window, codes: torch.Tensor, given: torch.Tensor, count: int) -> float:
+def bits(model: Transformer, continuation: Continuation, codes: torch.Tensor, given: torch.Tensor, count: int) -> float:
     """Bits of a held-out token that is not given, told nothing but `count` frames of `given`."""
     size, config = len(codes), model.config
     last = torch.arange(config.text_length) == config.text_length - 1
@@ -110,7 +110,7 @@ def bits(model: Transformer, window: Window, codes: torch.Tensor, given: torch.T
     condition = (
         ClassCondition(torch.full((size,), NULL_CLASS))
         | TextCondition(torch.zeros(size, config.text_length, config.text_dim), last.expand(size, -1), null)
-        | window.given(given[:, : config.prefix_grid[0]], [count] * size)
+        | continuation.masked(given[:, : config.prefix_grid[0]], [count] * size)
     )
     with torch.no_grad():
         found = token_losses(model, codes, condition)
@@ -122,11 +122,11 @@ def test_given_frames_tell_what_follows(trained: Path) -> None:
     """The loss falls, and what follows is more likely after the right frames than after those of another clip."""
     assert losses(trained)[-1] < 0.6 * losses(trained)[0]
     model = Transformer.from_pretrained(trained / "model")
-    window = Window(model, load_tokenizer(trained / "model" / "tokenizer"), GIVEN["causal"])
+    continuation = Continuation(model, load_tokenizer(trained / "model" / "tokenizer"), GIVEN["causal"])
     heldout = Codes.open(trained / "codes" / "heldout")
     codes = torch.from_numpy(heldout.read(np.arange(len(heldout))))
     for count in (1, 3):
-        right, wrong = (bits(model, window, codes, given, count) for given in (codes, codes.roll(1, 0)))
+        right, wrong = (bits(model, continuation, codes, given, count) for given in (codes, codes.roll(1, 0)))
         assert right < wrong - 0.05, f"{count} frames"
     logged = {name: losses(trained, f"heldout_{name}")[-1] for name in (
         "loss", "bits_per_token", "bits_per_token_given_1", "bits_per_token_given_3", "bits_per_token_without_words"
@@ -222,12 +222,12 @@ def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: P
     assert condition.kinds == ("prefix",)
     assert prefix is not None
     assert prefix.mask is None
-    assert made.window is not None
+    assert made.continuation is not None
     source = made.recipe.data.open()[0]
     for row, index in enumerate(batch.indices[:6]):
         mirrored = int(batch.draws["view"][row] * 2)
         clip = torch.from_numpy(source.views(int(index), 8, "flip")[mirrored].copy()).permute(3, 0, 1, 2)
-        expected = made.window.condition([clip[:, :2].float() / 127.5 - 1]).prefix
+        expected = made.continuation.condition([clip[:, :2].float() / 127.5 - 1]).prefix
         assert expected is not None
         assert torch.equal(prefix.codes[row], expected.codes[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,11 +196,26 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         ({"axis_heads": (0, 2)}, "axis_heads"),
         ({"schedule": "spiral"}, "'spiral'"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"grid": (3, 1000000)}, r"grid \(3, 1000000\) has 3,000,000 positions; at most 65,536"),
     ],
 )
 def test_bad_configs_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**({"num_classes": 10} | values))
+
+
+def test_sizes_left_open_follow_the_rest() -> None:
+    config = ModelConfig(dim=96, num_heads=3, num_classes=10)
+    assert (config.hidden_dim, config.head_depths, config.axis_heads) == (0, (), ()), "what was written is kept"
+    clips = replace(config, grid=(4, 8, 8))
+    made = Transformer(clips).config
+    assert (made.hidden_dim, made.head_depths, made.axis_heads) == (256, (0, 1, 1), (0, 1, 2))
+    assert clips.num_blocks == made.num_blocks == made.num_layers + 2
+    assert made.complete() == made
+    shared = ModelConfig(dim=96, num_heads=3, num_classes=10, axis_heads=(0, 0))
+    assert shared.complete().head_depths == (0,)
+    with pytest.raises(ValueError, match="for each of the 3 rows of manhattan"):
+        replace(shared, grid=(4, 8, 8))
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -37,6 +37,8 @@ SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 class ModelConfig:
     """Architecture of a transformer. Conditions are those whose size is not zero, in the order class, text, prefix.
 
+    Holds what was written; `complete` gives sizes that were left open their values, which may depend on the grid.
+
     Attributes:
         grid: codes per axis, (height, width) or (frames, height, width).
         schedule: "manhattan" (NAR), "raster", or "par" with its `regions`.
@@ -47,9 +49,9 @@ class ModelConfig:
         positions: "rope", "learned" (one embedding a position), or "sincos" (the same, fixed).
         null_class: whether there is a class embedding for "no class", which guidance needs.
         text_dim, text_length: width and number of text features.
-        prefix_grid: grid of the given codes; they are followed by a separator.
+        prefix_grid: grid of the codes that come before, those of context frames; a separator follows them.
         condition_rotation: "zero" makes all tokens see plain averages of the condition (published image weights);
-            "identity" lets attention choose, and gives the codes of given frames the rotations of their places.
+            "identity" lets attention choose, and gives the codes of a prefix the rotations of their places.
         prefix_attention: whether condition tokens see earlier ones ("causal") or all ("full").
         null_mask: padding of a dropped caption: that of the "caption" (published), or its "own", none.
     """
@@ -94,19 +96,27 @@ class ModelConfig:
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
         if not (self.num_classes or self.text_dim or self.prefix_grid):
             raise ValueError("a model needs a condition: set num_classes, text_dim or prefix_grid")
-        rows = build(self.schedule, self.grid, self.regions).num_rows
-        if not self.hidden_dim:
-            object.__setattr__(self, "hidden_dim", 256 * math.ceil(int(8 * self.dim / 3) / 256))
-        if not self.axis_heads:
-            object.__setattr__(self, "axis_heads", tuple(range(rows)))
-        heads = max(self.axis_heads) + 1
-        if not self.head_depths:
-            object.__setattr__(self, "head_depths", (0,) + (1,) * (heads - 1))
-        if len(self.axis_heads) != rows or set(self.axis_heads) != set(range(len(self.head_depths))):
+        heads, rows = self._axis_heads, build(self.schedule, self.grid, self.regions).num_rows
+        if len(heads) != rows or set(heads) != set(range(len(self._head_depths))):
             raise ValueError(
-                f"axis_heads {self.axis_heads} must name one of the {len(self.head_depths)} heads of head_depths "
+                f"axis_heads {heads} must name one of the {len(self._head_depths)} heads of head_depths "
                 f"for each of the {rows} rows of {self.schedule}, and leave none out"
             )
+
+    def complete(self) -> ModelConfig:
+        """The same with every size written out, as a model and its `config.json` have it."""
+        hidden_dim = self.hidden_dim or 256 * math.ceil(int(8 * self.dim / 3) / 256)
+        return dataclasses.replace(
+            self, hidden_dim=hidden_dim, head_depths=self._head_depths, axis_heads=self._axis_heads
+        )
+
+    @property
+    def _axis_heads(self) -> tuple[int, ...]:
+        return self.axis_heads or tuple(range(build(self.schedule, self.grid, self.regions).num_rows))
+
+    @property
+    def _head_depths(self) -> tuple[int, ...]:
+        return self.head_depths or (0,) + (1,) * max(self._axis_heads)
 
     @property
     def num_condition(self) -> int:
@@ -117,7 +127,7 @@ class ModelConfig:
     @property
     def num_blocks(self) -> int:
         """Blocks of the whole chain, the heads' extra ones included."""
-        return self.num_layers + sum(self.head_depths)
+        return self.num_layers + sum(self._head_depths)
 
 
 @dataclass(frozen=True)
@@ -154,18 +164,16 @@ class Layout:
             tokens = rotations(schedule.coordinates(schedule.places), head_dim, config.rope_base)
             condition = torch.zeros(count, head_dim // 2, 2)
             condition[..., 0] = 1.0 if config.condition_rotation == "identity" else 0.0
-            if config.prefix_grid and config.condition_rotation == "identity":  # given codes lie where their places are
-                given = build("raster", config.prefix_grid)
-                places = rotations(given.coordinates(given.places), head_dim, config.rope_base)
+            if config.prefix_grid and config.condition_rotation == "identity":  # their codes have places, too
+                prefix = build("raster", config.prefix_grid)
+                places = rotations(prefix.coordinates(prefix.places), head_dim, config.rope_base)
                 condition[count - 1 - len(places) : count - 1] = places
             phases = torch.cat([condition, tokens])
         elif config.positions == "sincos":
             table = _sincos(count + schedule.num_positions, config.dim)
         rows = torch.cat([torch.arange(count), count + schedule.places])
-        return cls(
-            schedule, schedule.order, schedule.source, schedule.weight, schedule.slots, schedule.slot_levels(), rows,
-            phases, table
-        )  # fmt: skip
+        names = {name: getattr(schedule, name) for name in ("order", "source", "weight", "slots")}
+        return cls(schedule, **names, levels=schedule.slot_levels(), rows=rows, phases=phases, table=table)
 
     def to(self, device: torch.device) -> Layout:
         moved: dict[str, Any] = {
@@ -179,7 +187,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = config.complete()
         with torch.device("cpu"):  # also when the parameters are made on the meta device
             self.layout = Layout.of(config)
         dim, num_heads = config.dim, len(config.head_depths)
@@ -305,20 +313,16 @@ class Transformer(nn.Module):
         config = self.config
         schedule = self.layout.schedule
         length = config.num_condition + schedule.fed(schedule.num_steps - 1).start  # the last front is not fed
-        return Cache(
-            config.num_blocks, batch_size, config.num_heads, length, config.dim // config.num_heads,
-            device=self.device, dtype=self.cache_dtype,
-        )  # fmt: skip
+        sizes = (config.num_blocks, batch_size, config.num_heads, length, config.dim // config.num_heads)
+        return Cache(*sizes, device=self.device, dtype=self.cache_dtype)
 
     def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:
         """Feed an embedded condition to an emptied `cache`; returns the hidden states (B, n, H * d) of front 0."""
         cache.reset()
         cache.key_mask = key_mask
         x = self._add_positions(embedded, 0)
-        states = self._chain(
-            x, 0, self._mask(x.shape[1], key_mask), cache,
-            average=self.layout.phases is not None and self.config.condition_rotation == "zero",
-        )  # fmt: skip
+        average = self.layout.phases is not None and self.config.condition_rotation == "zero"
+        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache, average=average)
         cache.commit(x.shape[1])
         return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0)
 
@@ -502,15 +506,15 @@ class Transformer(nn.Module):
         """The same weights, shared and not copied, for another grid.
 
         Raises:
-            ValueError: another number of axes, position embeddings that exist for one grid only, or given frames, whose
-                codes have the size that the model was trained for.
+            ValueError: another number of axes, position embeddings that exist for one grid only, or a prefix, which has
+                the size that the model was trained for.
         """
         if tuple(grid) == self.config.grid:
             return self
         if self.config.prefix_grid:
             raise ValueError(
-                f"grid {tuple(grid)} does not fit this model: it reads given frames of {self.config.prefix_grid} codes "
-                f"beside a grid of {self.config.grid}, and no other"
+                f"grid {tuple(grid)} does not fit this model: it reads context frames of "
+                f"{self.config.prefix_grid} codes beside a grid of {self.config.grid}, and no other"
             )
         if self.config.positions != "rope" or len(grid) != len(self.config.grid):
             raise ValueError(

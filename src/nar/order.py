@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_POSITIONS = 2**16  # every token attends to all before it: 2 billion pairs in each head of each block
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -199,6 +201,8 @@ def _checked(grid: Sequence[int]) -> tuple[int, ...]:
     checked = tuple(int(size) for size in grid)
     if not checked or min(checked) < 1:
         raise ValueError(f"grid must have at least one axis and positive sizes, such as (16, 16), not {tuple(grid)}")
+    if (n := math.prod(checked)) > MOST_POSITIONS:
+        raise ValueError(f"grid {checked} has {n:,} positions; at most {MOST_POSITIONS:,}, that of 256x256, are taken")
     return checked
 
 

@@ -1,6 +1,6 @@
-"""Which frames of a clip a pass of the model is told: the last ones, as codes.
+"""How a model continues clips: the lengths of context and result, and the codes of context frames as a condition.
 
-Knows the lengths of clips and grids and asks the tokenizer for codes; does not know prompts or files. Legend: `B`
+Knows the lengths of clips and grids, and asks the tokenizer for codes; does not know prompts or files. Legend: `B`
 batch, `T H W` frames and pixels.
 """
 
@@ -16,11 +16,11 @@ from nar.model import Transformer
 from nar.tokenizer import Tokenizer
 from nar.tokenizer.causal import CausalTokenizer
 
-KINETICS_GIVEN = 5  # frames, of 16: the published protocol of frame prediction
+KINETICS_CONTEXT = 5  # frames, of 16: the published protocol of frame prediction
 
 
 def prefix_grid(tokenizer: Tokenizer, grid: tuple[int, ...], counts: Sequence[int]) -> tuple[int, ...]:
-    """The grid of codes that tells a model of clips of `grid` of up to so many given frames; see `Window`.
+    """The grid of codes that conditions a model of clips of `grid` on up to so many frames; see `Continuation`.
 
     Raises:
         ValueError: the model is one of pictures, or clips can't be cut after so many frames.
@@ -36,32 +36,37 @@ def prefix_grid(tokenizer: Tokenizer, grid: tuple[int, ...], counts: Sequence[in
     return (1 + allowed.index(max(counts)), *grid[1:]) if isinstance(tokenizer, CausalTokenizer) else grid
 
 
-class Window:
+class Continuation:
     """How a model continues clips (3, T, H, W), float in -1..1.
 
-    `counts` are the numbers of given frames that it was trained with, in order; 0 among them lets it begin without
-    any. By default as many as its prefix holds, or 5 where that is a whole clip; for models without a prefix 0.
+    `counts` are the numbers of context frames that it was trained with (`given_frames` in recipes and config.json), in
+    order; 0 among them lets it begin without any. By default as many as its prefix holds, or 5 where that is a whole
+    clip; for models without a prefix 0.
 
-    Where the prefix is a whole grid, a code may depend on all frames (LARP): the last given frame is repeated to the
-    end, and all codes are drawn. Where it is shorter, the tokenizer is causal: its first codes are those of the first
+    Where the prefix is a whole grid, a code may depend on all frames (LARP): the last context frame is repeated to the
+    end, and all codes are sampled. Where it is shorter, the tokenizer is causal: its first codes are those of the first
     frames whatever follows, and are kept in the result.
+
+    Attributes:
+        num_frames: those that one pass gives, the context included; 1 for models of pictures.
+        causal: whether codes of the context are codes of the result.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, counts: Sequence[int] = ()) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.grid, self.prefix = model.config.grid, model.config.prefix_grid
         shape = tokenizer.pixel_shape(self.grid)
-        self.length = shape[0] if len(shape) == 3 else 1  # frames that a pass gives, those told included
+        self.num_frames = shape[0] if len(shape) == 3 else 1
         self.causal = bool(self.prefix) and self.prefix[0] < self.grid[0]
-        self.counts = tuple(sorted(counts)) or (self._usual(),)
+        self.counts = tuple(sorted(counts)) or (self._default_count(),)
 
-    def _usual(self) -> int:
+    def _default_count(self) -> int:
         if self.causal:
-            return 1 + (self.prefix[0] - 1) * ((self.length - 1) // (self.grid[0] - 1))
-        return min(KINETICS_GIVEN, max(1, self.length - 1)) if self.prefix else 0
+            return 1 + (self.prefix[0] - 1) * ((self.num_frames - 1) // (self.grid[0] - 1))
+        return min(KINETICS_CONTEXT, max(1, self.num_frames - 1)) if self.prefix else 0
 
-    def count(self, clip: Tensor | None) -> int:
-        """How many of a clip's last frames the model is told."""
+    def num_context(self, clip: Tensor | None) -> int:
+        """How many of a clip's last frames the model is conditioned on."""
         length = 0 if clip is None else clip.shape[1]
         return max((count for count in self.counts if count <= length), default=0)
 
@@ -72,9 +77,9 @@ class Window:
             raise ValueError(f"the clip to continue has {min(short)} frames, this model needs at least {least}")
         if num_frames is not None and num_frames <= max(lengths):
             raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
-        if not self.prefix and num_frames is not None and num_frames > self.length:
+        if not self.prefix and num_frames is not None and num_frames > self.num_frames:
             raise ValueError(
-                f"num_frames {num_frames} is more than this model's {self.length}, and it can't continue a clip; "
+                f"num_frames {num_frames} is more than this model's {self.num_frames}, and it can't continue a clip; "
                 "models with frame prediction can"
             )
 
@@ -85,32 +90,31 @@ class Window:
         Raises:
             ValueError: a clip without frames for a model that can't begin without.
         """
-        counts = [self.count(clip) for clip in clips]
+        counts = [self.num_context(clip) for clip in clips]
         if min(counts) < self.counts[0]:
             raise ValueError("this model continues clips: give it frames")
-        device = self.model.device
-        codes = torch.zeros(len(clips), *self.prefix, dtype=torch.long, device=device)
-        found: dict[int, Tensor] = {}  # each clip alone, so that its codes do not depend on the others
+        codes = torch.zeros(len(clips), *self.prefix, dtype=torch.long, device=self.model.device)
+        encoded: dict[int, Tensor] = {}  # each clip alone, so that its codes do not depend on the others
         for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
             if clip is None or not count:
                 continue
-            if id(clip) not in found:
+            if id(clip) not in encoded:
                 last = clip[:, clip.shape[1] - count :]
-                repeated = last[:, -1:].expand(-1, self.length - count, -1, -1)
-                found[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : self.prefix[0]]
-            codes[row] = found[id(clip)]
-        return self.given(codes, counts)
+                repeated = last[:, -1:].expand(-1, self.num_frames - count, -1, -1)
+                encoded[id(clip)] = self.tokenizer.encode(torch.cat([last, repeated], 1)[None])[0, : self.prefix[0]]
+            codes[row] = encoded[id(clip)]
+        return self.masked(codes, counts)
 
-    def given(self, codes: Tensor, counts: Sequence[int]) -> Condition:
-        """Codes (B, *prefix) of which those of the first `counts` frames are given; the others are masked."""
+    def masked(self, codes: Tensor, counts: Sequence[int]) -> Condition:
+        """Condition on codes (B, *prefix), of which only those of the first `counts` frames are seen."""
         if len(self.counts) == 1:
             return PrefixCondition(codes)
-        steps = torch.tensor([self._steps(count) for count in counts], device=codes.device)
+        steps = torch.tensor([self._num_steps(count) for count in counts], device=codes.device)
         mask = torch.arange(self.prefix[0], device=codes.device) < steps[:, None]
         return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
 
     def known(self, condition: Condition) -> Tensor | None:
-        """The codes of the result (B, *grid) that the given ones decide, -1 elsewhere; None when they decide none."""
+        """The codes of the result (B, *grid) that the context decides, -1 elsewhere; None when it decides none."""
         prefix = condition.prefix
         if not self.causal or prefix is None:
             return None
@@ -118,8 +122,8 @@ class Window:
         known[:, : self.prefix[0]] = prefix.codes if prefix.mask is None else prefix.codes.masked_fill(~prefix.mask, -1)
         return known
 
-    def _steps(self, count: int) -> int:
-        """How many steps in time the codes of `count` given frames fill."""
+    def _num_steps(self, count: int) -> int:
+        """How many steps in time the codes of `count` context frames fill."""
         if self.causal and count:
-            return 1 + (count - 1) * (self.grid[0] - 1) // (self.length - 1)
+            return 1 + (count - 1) * (self.grid[0] - 1) // (self.num_frames - 1)
         return self.prefix[0] if count else 0

@@ -25,7 +25,7 @@ from nar.condition import NULL_CLASS, Condition, TextFeatures
 from nar.media.clips import Frames, as_array, several
 from nar.media.pixels import as_images
 from nar.model import Transformer
-from nar.pipeline.continuation import Window
+from nar.pipeline.continuation import Continuation
 from nar.sampling import Sampling, Session, generate_fronts
 from nar.storage.config import suggestion
 from nar.storage.folder import CONFIG, find_model, from_dict, read_config
@@ -88,7 +88,7 @@ class Pipeline:
     Args:
         text: the encoder for prompts: loaded at the first prompt when given as its config.
         given_frames: numbers of frames that frame prediction was trained to continue; see
-            `nar.pipeline.continuation.Window`.
+            `nar.pipeline.continuation.Continuation`.
         frame_rate: of clips, frames per second. Where it is known, files with given frames are read at it; None stands
             for 8, and for frames as they are.
     """
@@ -119,7 +119,7 @@ class Pipeline:
         self._encoded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._encoded_by: Encoder | None = None
         self.pixel_shape = tokenizer.pixel_shape(model.config.grid)
-        self.window = Window(model, tokenizer, given_frames)
+        self.continuation = Continuation(model, tokenizer, given_frames)
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
 
     @classmethod
@@ -177,7 +177,7 @@ class Pipeline:
             self.class_names,
             self.sampling,
             text=self.text,
-            given_frames=self.window.counts,
+            given_frames=self.continuation.counts,
             frame_rate=self._trained_rate,
         )
 
@@ -339,10 +339,10 @@ class Pipeline:
             if value is not None and not taken:
                 raise ValueError(f"this model takes no {name}; it takes {self._inputs()}")
         if class_labels is None and prompt is None and frames is None:
-            if 0 in self.window.counts and not (config.num_classes or config.text_dim):
+            if 0 in self.continuation.counts and not (config.num_classes or config.text_dim):
                 return [Request()]  # a clip from nothing
             raise ValueError(f"say what to make: this model takes {self._inputs()}")
-        if config.prefix_grid and frames is None and 0 not in self.window.counts:
+        if config.prefix_grid and frames is None and 0 not in self.continuation.counts:
             raise ValueError("this model continues clips: give it frames")
         if config.num_classes and class_labels is None and not config.null_class:
             raise ValueError("this model has no null class: give it class labels too")
@@ -392,7 +392,7 @@ class Pipeline:
             known = None
             longer = []
             for clip, made in zip(clips, self.decode(codes, exact=exact), strict=True):
-                added = made[:, self.window.count(clip) :]
+                added = made[:, self.continuation.num_context(clip) :]
                 longer.append(added if clip is None else torch.cat([clip, added], 1))
             if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
                 break
@@ -404,7 +404,7 @@ class Pipeline:
         config = self.model.config
         labels = torch.tensor([request.label for request in requests])
         clips = [request.frames for request in requests]
-        prefix = self.window.condition(clips).prefix if config.prefix_grid else None
+        prefix = self.continuation.condition(clips).prefix if config.prefix_grid else None
 
         def together(labels: Tensor, prompts: Sequence[str], null: Sequence[bool]) -> Condition:
             return Condition(
@@ -462,7 +462,7 @@ class Pipeline:
         told = any(request.label >= 0 or _says(request.prompt) for request in batch)
         if negative is None and not told and (self.model.config.num_classes or self.model.config.text_dim):
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the null condition, led away from itself
-        given = self.window.known(condition)
+        given = self.continuation.known(condition)
         if known is None or given is None:
             known = given if known is None else known
         else:
@@ -485,7 +485,7 @@ class Pipeline:
         if output_type == "codes" and num_frames is not None:
             raise ValueError("codes are those of one pass: leave num_frames out")
         lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
-        self.window.check(lengths, num_frames)
+        self.continuation.check(lengths, num_frames)
         if num_frames is None and len(lengths) > 1 and output_type in ("np", "pt"):
             raise ValueError(f"clips of {sorted(lengths)} given frames grow to several lengths: set num_frames")
 

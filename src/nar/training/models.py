@@ -20,7 +20,7 @@ from nar.likelihood import token_losses
 from nar.media.pixels import as_images, as_pictures
 from nar.media.sheet import contact_sheet, film_strips
 from nar.model import ModelConfig, Transformer
-from nar.pipeline.continuation import Window, prefix_grid
+from nar.pipeline.continuation import Continuation, prefix_grid
 from nar.sampling import generate
 from nar.storage.folder import find_model
 from nar.tokenizer import load_tokenizer
@@ -86,9 +86,11 @@ class ModelTask:
             extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
         torch.manual_seed(recipe.seed)
         self.module = _initial(recipe, sizes, self.text).to(workers.device)
-        self.window = Window(self.module, self.tokenizer, recipe.given_frames) if recipe.given_frames else None
+        self.continuation: Continuation | None = None
+        if recipe.given_frames:
+            self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
         told: dict[str, Any] = {
-            "classes": classes, "text": self.text, "wording": recipe.data.wording, "window": self.window
+            "classes": classes, "text": self.text, "wording": recipe.data.wording, "continuation": self.continuation
         }  # fmt: skip
         self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **told)
         self.heldout = Samples(heldout, **told)
@@ -117,8 +119,8 @@ class ModelTask:
 
     def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
         draws, given = batch.draws, None
-        if self.window is not None:
-            choice = np.array(self.window.counts)
+        if self.continuation is not None:
+            choice = np.array(self.continuation.counts)
             given = choice[(draws["given_frames"] * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
             given = np.where(draws["frame_dropout"] < self.recipe.frame_dropout, 0, given)
         return self.train.read(
@@ -141,7 +143,7 @@ class ModelTask:
         Drawing never asks for these, and with the frames given they would teach to copy. Each sample counts the same,
         however many are given, so that pieces of a batch add up.
         """
-        known = None if self.window is None else self.window.known(condition)
+        known = None if self.continuation is None else self.continuation.known(condition)
         if known is None:
             return losses.mean(-1)
         free = (self.module.in_order(known) < 0).to(losses.dtype)
@@ -164,7 +166,7 @@ class ModelTask:
         of what follows N frames, and "loss" the mean of all.
         """
         assert isinstance(module, Transformer)
-        counts = (0,) if self.window is None else self.window.counts
+        counts = (0,) if self.continuation is None else self.continuation.counts
         found = {count: self._heldout(module, self.heldout, count) / math.log(2) for count in counts}
         measured = {"loss": sum(found.values()) / len(found) * math.log(2)}
         measured |= {f"bits_per_token_given_{count}" if count else "bits_per_token": found[count] for count in counts}
@@ -179,7 +181,7 @@ class ModelTask:
         """Mean loss of a token in nats, each sample with its first wording and `count` given frames."""
         device = self.workers.device
         total = torch.zeros(1, device=device)
-        for rows in share(len(samples), 500 if self.window is None else 100, self.workers):
+        for rows in share(len(samples), 500 if self.continuation is None else 100, self.workers):
             indices = np.arange(rows.start, rows.stop)
             codes, condition = samples.read(indices, counts=np.full(len(indices), count))
             condition = condition.to(device)
@@ -197,7 +199,7 @@ class ModelTask:
         made = []
         for _, condition in shown:
             condition = condition.to(self.workers.device)
-            known = None if self.window is None else self.window.known(condition)
+            known = None if self.continuation is None else self.continuation.known(condition)
             made.append(generate(module, condition, self.recipe.sampling, seed=0, known=known))
         names = [name for labels, _ in shown for name in labels]
         pixels = torch.cat([self.tokenizer.decode(part) for codes in made for part in codes.split(16)])
@@ -207,7 +209,7 @@ class ModelTask:
 
     def _asked(self, each: int) -> Iterator[tuple[list[str], Condition]]:
         """What previews draw from words or classes: names of the pictures, and their condition."""
-        if self.window is not None and self.window.counts[0]:
+        if self.continuation is not None and self.continuation.counts[0]:
             return
         if self.text is not None:
             names = [prompt for prompt in _prompts(self.recipe, self.heldout.codes) for _ in range(each)]
@@ -218,15 +220,15 @@ class ModelTask:
         parts = [ClassCondition(labels)] if self.class_names else []
         if self.text is not None:
             parts.append(self.text.condition(self.text.places(names)))
-        if self.window is not None:
-            nothing = torch.zeros(len(names), *self.window.prefix, dtype=torch.long)
-            parts.append(self.window.given(nothing, [0] * len(names)))
+        if self.continuation is not None:
+            nothing = torch.zeros(len(names), *self.continuation.prefix, dtype=torch.long)
+            parts.append(self.continuation.masked(nothing, [0] * len(names)))
         if names:
             yield names, Condition.of(parts)
 
     def _continued(self) -> Iterator[tuple[list[str], Condition]]:
         """Held-out clips to go on with, four of each number of given frames."""
-        for count in filter(None, () if self.window is None else self.window.counts):
+        for count in filter(None, () if self.continuation is None else self.continuation.counts):
             rows = np.arange(min(4, len(self.heldout)))
             captions = self.heldout.codes.captions
             names = [f"{count} given" + (f": {captions[row]}" if captions else "") for row in rows]
@@ -237,8 +239,8 @@ class ModelTask:
         data, further = self.recipe.data, dict[str, Any]()
         if self.text is not None:
             further["text_encoder"] = self.text.record()
-        if self.window is not None:
-            further["given_frames"] = list(self.window.counts)
+        if self.continuation is not None:
+            further["given_frames"] = list(self.continuation.counts)
         if data.frame_rate:
             further["frame_rate"] = data.frame_rate / data.stride
         (_merged(module) if self.recipe.lora_rank else module).save_pretrained(
@@ -254,8 +256,6 @@ class ModelTask:
 def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transformer:
     """The model before training: new, or that of `recipe.init` at this grid and with these classes."""
     if not recipe.init:
-        if len(sizes["grid"]) != len(recipe.model.grid):  # then its heads, one an axis, do not fit either
-            sizes = {**sizes, "axis_heads": (), "head_depths": ()}
         return Transformer(dataclasses.replace(recipe.model, **sizes))
     model = Transformer.from_pretrained(find_model(recipe.init))
     if model.config.vocab_size != sizes["vocab_size"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from nar.data.config import DataConfig
 from nar.model import Dropout, ModelConfig
@@ -52,14 +53,6 @@ class TokenizerLossConfig(CodebookConfig):
                 raise ValueError(f"tokenizer_loss.{name} must be at least 0, not {getattr(self, name)}")
 
 
-def _open_model() -> ModelConfig:
-    """A model's defaults with the sizes left open that follow from what a recipe says."""
-    config = ModelConfig(num_classes=1000)
-    for name, unset in {"hidden_dim": 0, "head_depths": (), "axis_heads": ()}.items():
-        object.__setattr__(config, name, unset)
-    return config
-
-
 @dataclass(frozen=True)
 class Recipe(Plan):
     """A whole training run. `about` says what it makes, on which hardware, in which time, to which number.
@@ -94,7 +87,7 @@ class Recipe(Plan):
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
     lora_rank: int = 0
-    model: ModelConfig = field(default_factory=_open_model)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
@@ -124,6 +117,10 @@ class Recipe(Plan):
             self._check_tokenizer()
         else:
             self._check_model()
+
+    def record(self) -> dict[str, Any]:
+        """What a run and its model keep of a recipe, with every size of the model written out."""
+        return dataclasses.asdict(self) | {"model": dataclasses.asdict(self.model.complete())}
 
     @property
     def tokenizer_group(self) -> str:

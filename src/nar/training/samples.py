@@ -22,7 +22,7 @@ from nar.data.extract import extract, given_folder
 from nar.data.source import Source
 from nar.data.split import held_out, held_out_pairs
 from nar.metrics.geneval.scenes import composed_source
-from nar.pipeline.continuation import Window
+from nar.pipeline.continuation import Continuation
 from nar.storage.files import atomically
 from nar.storage.folder import digest
 from nar.training.distributed import Workers
@@ -43,7 +43,7 @@ class Samples:
         classes: bool,
         text: Text | None,
         wording: str,
-        window: Window | None = None,
+        continuation: Continuation | None = None,
         composed: Codes | None = None,
         composed_share: float = 0.0,
     ) -> None:
@@ -55,11 +55,11 @@ class Samples:
         if text is not None:
             scenes = [] if composed is None else composed.wordings("plain")
             self._conditions.append(Words(text, [*codes.wordings(wording), *scenes]))
-        self._window = window
+        self._continuation = continuation
         self._given: dict[int, Codes] = {}
-        if window is not None and not window.causal:
+        if continuation is not None and not continuation.causal:
             self._given = {
-                count: codes.beside(codes.folder / given_folder(count)) for count in window.counts if count
+                count: codes.beside(codes.folder / given_folder(count)) for count in continuation.counts if count
             }  # fmt: skip
 
     def __len__(self) -> int:
@@ -89,18 +89,23 @@ class Samples:
             told = rows.copy()
             told[taken] = len(self.codes) + scenes
         parts = [conditions.read(told, wordings) for conditions in self._conditions]
-        if self._window is not None and counts is not None:
-            parts.append(self._prefix(self._window, codes, rows, views, counts))
+        if self._continuation is not None and counts is not None:
+            parts.append(self._prefix(self._continuation, codes, rows, views, counts))
         return torch.from_numpy(codes), Condition.of(parts)
 
     def _prefix(
-        self, window: Window, codes: np.ndarray, rows: np.ndarray, views: np.ndarray | None, counts: np.ndarray
+        self,
+        continuation: Continuation,
+        codes: np.ndarray,
+        rows: np.ndarray,
+        views: np.ndarray | None,
+        counts: np.ndarray,
     ) -> Condition:
-        given = codes[:, : window.prefix[0]] if window.causal else np.zeros_like(codes)
+        given = codes[:, : continuation.prefix[0]] if continuation.causal else np.zeros_like(codes)
         for count, frozen in self._given.items():
             taken = counts == count
             given[taken] = frozen.read(rows[taken], None if views is None else views[taken])
-        return window.given(torch.from_numpy(given), counts.tolist())
+        return continuation.masked(torch.from_numpy(given), counts.tolist())
 
 
 def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, workers: Workers) -> tuple[Codes, Codes]:

@@ -36,7 +36,7 @@ def run_recipe(
 
 
 def _run(recipe: Recipe, workers: Workers, *, override: bool, metrics: Metrics | None = None) -> Path | None:
-    config = dataclasses.asdict(recipe)
+    config = recipe.record()
     if _finished(Path(recipe.run), config):
         return Path(recipe.run) / "model"
     if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
