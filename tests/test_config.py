@@ -19,7 +19,9 @@ class Group:
 @dataclass(frozen=True)
 class Schema:
     name: str = ""
+    note: str | None = "some"
     batch_size: int = 1
+    words: tuple[str, ...] = ()
     group: Group = field(default_factory=Group)
 
 
@@ -40,7 +42,14 @@ def test_overrides_win(recipe: str) -> None:
     [
         ("batchsize=8", r"unknown key 'batchsize' in recipe mine \(did you mean 'batch_size'\?\)"),
         ("group.rat=8", r"did you mean 'group.rate'"),
-        ("batch_size=many", "batch_size|many"),
+        ("batch_size=many", "recipe mine: batch_size must be a whole number, not 'many'"),
+        ("batch_size=null", "recipe mine: batch_size must be a whole number, not None"),
+        ("batch_size=", "batch_size must be a whole number, not None"),
+        ("batch_size=[1", r"override 'batch_size=\[1' is not valid YAML"),
+        ("batch_size=${oc.env:HOME}", r"batch_size must be a whole number, not '\${oc.env:HOME}'"),
+        ("group=3", "group must be keys and values, not '3'"),
+        ("group.rate=[1]", "group.rate must be a finite number"),
+        ("words=a", "words must be a list, not 'a'"),
         ("batch_size", "must be key=value"),
     ],
 )
@@ -51,7 +60,18 @@ def test_mistakes_are_named(recipe: str, override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("name: [1, 2", r"mine\.yaml is not valid YAML: .*line 1"), ("- a\n- b\n", r"mine\.yaml: .*keys and values")],
+    [
+        ("name: [1, 2", r"mine\.yaml is not valid YAML: .*line 1"),
+        ("- a\n- b\n", r"mine\.yaml: .*keys and values"),
+        ("name: a\nname: b", "mine.yaml is not valid YAML: key 'name' is given twice"),
+        ("name: " + "[" * 5000, "mine.yaml is not valid YAML: nested too deeply"),
+        ("name: !!python/name:os.system", "mine.yaml is not valid YAML: could not determine a constructor"),
+        ("name: null", "recipe mine: name must be text, not None"),
+        ("name: [a]", "recipe mine: name must be text, not"),
+        ("base: [1]", "mine.yaml: base must be the name of a recipe, or a YAML file, not list"),
+        ("base: mine.yaml", "mine.yaml: its base leads back to it"),
+        ("3: a", "unknown key '3' in recipe mine"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
@@ -65,6 +85,41 @@ def test_a_base_lies_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "other" / "more.yaml").write_text("base: ../mine.yaml\nbatch_size: 9\n")
     made = load(Schema, str(tmp_path / "other" / "more.yaml"))
     assert (made.name, made.batch_size, made.group.rate) == ("mine", 9, 0.5)
+
+
+@pytest.mark.parametrize("text", ["pics #2", "2024", "[x]", "null", "a: b", "'x'", "", "~", "${oc.env:HOME}", "a=b"])
+def test_text_is_taken_as_it_is_typed(recipe: str, text: str) -> None:
+    assert load(Schema, recipe, [f"name={text}"]).name == text
+
+
+def test_text_that_may_be_missing(recipe: str) -> None:
+    assert load(Schema, recipe, ["note=null"]).note is None
+    assert load(Schema, recipe, ["note='null'"]).note == "'null'"
+
+
+def test_files_say_what_yaml_says(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: 0777\nnote: null\nwords: [no, '2024-01-01', 'null', '${oc.env:HOME}']\ngroup: {rate: 1e-3}\n"
+    )
+    made = load(Schema, str(path))
+    assert (made.name, made.note, made.group.rate) == ("0777", None, 1e-3)
+    assert made.words == ("no", "2024-01-01", "null", "${oc.env:HOME}")
+
+
+@pytest.mark.parametrize("base", ["secret", "../secret", "/etc/passwd"])
+def test_a_base_shows_nothing_of_other_files(tmp_path: Path, base: str) -> None:
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (tmp_path / "mine.yaml").write_text(f"base: {base}")
+    with pytest.raises(FileNotFoundError, match="no recipe") as caught:
+        load(Schema, str(tmp_path / "mine.yaml"))
+    assert "root:" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../recipes/toy", "./toy", "/toy", ""])
+def test_only_plain_names_are_those_of_the_package(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no recipe"):
+        find_recipe(name)
 
 
 def test_unknown_recipe_lists_the_names() -> None:

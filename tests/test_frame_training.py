@@ -245,7 +245,7 @@ def test_frames_of_whole_clips_are_extracted_beside(tmp_path: Path, monkeypatch:
             cli.main()
 
     run()
-    data = [f"data.codes={tmp_path / 'codes'}", "data.source=''"]
+    data = [f"data.codes={tmp_path / 'codes'}", "data.source="]
     with pytest.raises(FileNotFoundError, match="given-2 holds no finished codes"):
         task(path, f"run={tmp_path / 'run'}", *data)
     run("--given-frames", 2)

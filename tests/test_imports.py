@@ -92,7 +92,7 @@ def test_rooms_form_no_circle() -> None:
 
 def test_nothing_heavy_before_it_is_used() -> None:
     for command in ("import nar", "from nar import cli", "from nar.storage import presets"):
-        code = f"import sys; {command}; print([m for m in ('torch', 'numpy', 'PIL', 'omegaconf') if m in sys.modules])"
+        code = f"import sys; {command}; print([m for m in ('torch', 'numpy', 'PIL', 'yaml') if m in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]", command
 

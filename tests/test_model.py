@@ -180,7 +180,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     save_file(tensors | {"output.weight": torch.zeros(3, 3)}, weights)
     refuses(r"output.weight is \(3, 3\), the model needs \(24, 64\)")
     (folder / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"depth": 3}}))
-    refuses("unknown ModelConfig keys depth")
+    refuses("unknown key 'depth'")
     (folder / "config.json").write_text(json.dumps(config | {"kind": "image-tokenizer"}))
     refuses("holds a image-tokenizer, not a transformer")
     (folder / "config.json").write_text("{")

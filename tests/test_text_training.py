@@ -243,7 +243,7 @@ def test_a_training_with_composed_scenes_resumes_bit_for_bit(tmp_path: Path) -> 
     run_recipe(str(path), [f"run={tmp_path / 'halves'}"], override=True)
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "halves"))
     with pytest.raises(ValueError, match=r"data\.composed needs pictures \(data\.source\) and a text_encoder"):
-        run_recipe(str(path), [f"run={tmp_path / 'none'}", "text_encoder.source=''"])
+        run_recipe(str(path), [f"run={tmp_path / 'none'}", "text_encoder.source="])
     with pytest.raises(ValueError, match=r"data\.composed must be at least 0 and below 1, not 1\.0"):
         run_recipe(str(path), [f"run={tmp_path / 'none'}", "data.composed=1.0"])
 
@@ -278,7 +278,7 @@ def test_extracted_features_stand_for_the_encoder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    data = [f"data.codes={tmp_path / 'codes'}", "data.source=''"]
+    data = [f"data.codes={tmp_path / 'codes'}", "data.source="]
     run_recipe(str(path), [f"run={tmp_path / 'more'}", *data, "prompts=[a strange new prompt]"])
     own = found(TextEncoderConfig(str(tmp_path / "encoder"), 12), tmp_path / "more" / "text")
     assert [len(features) for features in own] == [1], "only what is new is encoded"
@@ -306,7 +306,7 @@ def test_a_model_of_captions_goes_on_at_a_larger_grid(trained: Path, tmp_path: P
     assert load_tokenizer(tmp_path / "run" / "model" / "tokenizer").config.vocab_size == model.config.vocab_size
     assert torch.equal(model.null_text, Transformer.from_pretrained(trained / "model").null_text)
     with pytest.raises(ValueError, match="reads captions"):
-        run_recipe(str(path), [f"run={tmp_path / 'none'}", f"init={trained / 'model'}", "text_encoder.source=''"])
+        run_recipe(str(path), [f"run={tmp_path / 'none'}", f"init={trained / 'model'}", "text_encoder.source="])
     with pytest.raises(ValueError, match="reads 12 text features of width 16"):
         run_recipe(str(path), [f"run={tmp_path / 'long'}", f"init={trained / 'model'}", "text_encoder.max_length=9"])
 
@@ -314,9 +314,9 @@ def test_a_model_of_captions_goes_on_at_a_larger_grid(trained: Path, tmp_path: P
 def test_captions_are_needed(tmp_path: Path) -> None:
     path = words_recipe(tmp_path)
     with pytest.raises(ValueError, match="have no captions"):
-        run_recipe(str(path), [f"run={tmp_path / 'run'}", "data.source=toy", "data.group=''", "data.heldout_pairs=0"])
+        run_recipe(str(path), [f"run={tmp_path / 'run'}", "data.source=toy", "data.group=", "data.heldout_pairs=0"])
     with pytest.raises(ValueError, match=r"captions need text_encoder\.source"):
-        run_recipe(str(path), [f"run={tmp_path / 'run'}", "text_encoder.source=''", "model.text_dim=16"])
+        run_recipe(str(path), [f"run={tmp_path / 'run'}", "text_encoder.source=", "model.text_dim=16"])
 
 
 def test_wordings_vary_with_the_style_and_say_the_caption_first() -> None:

@@ -166,7 +166,7 @@ def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:
 def test_a_model_starts_from_another_one_at_a_larger_grid_and_with_other_classes(tmp_path: Path) -> None:
     first = trained(tmp_path)
     start = f"init={first / 'model'}"
-    same = trained(tmp_path, start, "optim.learning_rate=1e-12", "optim.weight_decay=0", "tokenizer_path=''")
+    same = trained(tmp_path, start, "optim.learning_rate=1e-12", "optim.weight_decay=0", "tokenizer_path=")
     for name, tensor in weights(same).items():
         torch.testing.assert_close(tensor, weights(first)[name], atol=1e-6, rtol=0)
     larger = trained(tmp_path, start, "data.size=24")

@@ -27,7 +27,7 @@ from nar.media.pixels import as_images
 from nar.model import Transformer
 from nar.pipeline.continuation import Continuation
 from nar.sampling import Sampling, Session, generate_fronts
-from nar.storage.config import suggestion
+from nar.storage.fields import suggestion
 from nar.storage.folder import CONFIG, find_model, from_dict, read_config
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import Tokenizer, load_tokenizer

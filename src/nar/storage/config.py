@@ -5,11 +5,11 @@ Knows files and keys; does not know what the keys mean, that is up to the datacl
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
+
+from nar.storage.fields import build, kind_of, names, suggestion, unwrap
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Schema = TypeVar("Schema")
@@ -25,9 +25,8 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
-    bundled = RECIPES / f"{name}.yaml"
-    if bundled.is_file():
-        return bundled
+    if name in recipe_names():
+        return RECIPES / f"{name}.yaml"
     raise FileNotFoundError(
         f"no recipe {name!r}{suggestion(name, recipe_names())}; "
         f"recipes: {', '.join(recipe_names())}; or give a YAML file"
@@ -38,67 +37,82 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
     """Merge a recipe and `key=value` overrides (dots reach into groups) into `schema`, a frozen dataclass.
 
     A recipe may name another one as its `base` (a file's path is that from the recipe), and then holds what differs.
+    The value of an override is taken as it is typed where the key holds text, and is read as YAML elsewhere.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or what the dataclass's
             own checks refuse.
         FileNotFoundError: no such recipe.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     path = find_recipe(recipe)
+    values = _read(path, ())
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise ValueError(f"override {override!r} must be key=value, such as batch_size=64")
-    try:
-        given = OmegaConf.merge(_read(path), OmegaConf.from_dotlist(list(overrides)))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path.name}: {_first_line(error)}") from error
-    values = OmegaConf.to_container(given, resolve=True)
-    known = {key for key, _ in _leaves(dataclasses_tree(schema))}
-    for key, _ in _leaves(cast(dict[str, Any], values)):
-        if key not in known and not any(key.startswith(f"{other}.") for other in known):
-            raise ValueError(f"unknown key {key!r} in recipe {path.stem}{suggestion(key, known)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
-        return cast(Schema, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {path.stem}: {_first_line(error)}") from error
+        kind = kind_of(schema, key)
+        if kind is None:
+            raise ValueError(f"unknown key {key!r} in recipe {path.stem}{suggestion(key, names(schema))}")
+        plain, _, optional = unwrap(kind)
+        literal = plain is str and not (optional and value == "null")
+        nested: Any = value if literal else _parse(value, f"override {override!r}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        values = _merged(values, nested)
+    return build(schema, values, f"recipe {path.stem}", text=True)
 
 
-def _read(path: Path) -> Any:
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.load(path)
-    if not OmegaConf.is_dict(values):
-        raise ValueError("a recipe must hold keys and values")
-    if "base" not in values:
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe with its bases below it; `readers` are the recipes that it is the base of."""
+    if path.resolve() in readers:
+        raise ValueError(f"{path.name}: its base leads back to it")
+    with path.open("rb") as file:
+        values = _parse(file, path.name)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name}: a recipe must hold keys and values")
+    base = values.pop("base", None)
+    if base is None:
         return values
-    base = cast(Any, values).pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path.name}: base must be the name of a recipe, or a YAML file, not {type(base).__name__}")
     beside = path.parent / base
-    return OmegaConf.merge(_read(beside if beside.is_file() else find_recipe(base)), values)
+    below = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else find_recipe(base)
+    return _merged(_read(below, (*readers, path.resolve())), values)
 
 
-def dataclasses_tree(schema: type) -> dict[str, Any]:
-    """The fields of a dataclass as nested dicts; groups (fields that are dataclasses) are dicts, leaves are None."""
-    import typing
+def _parse(text: Any, origin: str) -> Any:
+    """YAML with every scalar as it is written but null: what a word means is said by the field that it fills."""
+    import yaml
 
-    hints = typing.get_type_hints(schema)
-    return {
-        field.name: next(
-            (
-                dataclasses_tree(kind)
-                for kind in (hints[field.name], *typing.get_args(hints[field.name]))
-                if dataclasses.is_dataclass(kind) and isinstance(kind, type)
-            ),
-            None,
-        )
-        for field in dataclasses.fields(schema)
-    }
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)
+            return self.DEFAULT_SCALAR_TAG if kind is yaml.ScalarNode and implicit[0] and tag not in _TAGS else tag
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = [key.value for key, _ in node.value]
+            if twice := [key for key in found if isinstance(key, str) and key != "<<" and found.count(key) > 1]:
+                raise yaml.constructor.ConstructorError(problem=f"key {twice[0]!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{origin} is not valid YAML: nested too deeply") from None
+
+
+_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` before those of `below`."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -111,20 +125,9 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,6 @@ Knows files and names of tensors; does not know what kind of model they belong t
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nar.storage import files
-from nar.storage.config import suggestion
+from nar.storage.fields import build, suggestion
 from nar.storage.files import atomically, read_json, write_json
 
 CONFIG = "config.json"
@@ -79,7 +78,7 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
     if isinstance(source, Path):
         read_config(path.expanduser())
         return path.expanduser()
-    if (BUNDLED / str(source) / CONFIG).is_file():
+    if str(source).removesuffix("/tokenizer") in bundled_names() and (BUNDLED / str(source) / CONFIG).is_file():
         return BUNDLED / str(source)
     if path.exists() or str(source).startswith((".", "/", "~")):
         read_config(path.expanduser())
@@ -215,22 +214,5 @@ def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], origin
 
 
 def from_dict(cls: type[Config], values: Any, origin: str | Path) -> Config:
-    """Build a frozen config dataclass from JSON values; lists become tuples, unknown keys are refused.
-
-    Raises:
-        ValueError: a key is unknown or missing; nested ValueErrors of the dataclass's own checks pass through.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{origin}: expected an object for {cls.__name__}, got {type(values).__name__}")
-    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise ValueError(f"{origin}: unknown {cls.__name__} keys {', '.join(unknown)}; known: {', '.join(known)}")
-    try:
-        return cls(**{key: _tupled(value) for key, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"{origin}: {cls.__name__}: {error}") from error
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+    """Build a frozen config dataclass from JSON values; see `nar.storage.fields.build` for what is refused."""
+    return build(cls, values, str(origin))
