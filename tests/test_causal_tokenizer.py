@@ -58,7 +58,7 @@ def test_any_number_of_groups_and_any_size(frames: int, size: tuple[int, int]) -
     tokenizer, x = make(), clips(frames, *size)
     codes = tokenizer.encode(x)
     assert codes.shape == (2, 1 + (frames - 1) // 3, size[0] // 8, size[1] // 8)
-    assert tokenizer.config.pixels_of(codes.shape[1:]) == (frames, *size)
+    assert tokenizer.pixel_shape(codes.shape[1:]) == (frames, *size)
     made = tokenizer(x)
     assert torch.equal(made.codes, codes)
     assert torch.allclose(made.pixels, tokenizer.decode(codes), atol=1e-5)
@@ -102,7 +102,7 @@ def test_a_group_is_encoded_with_the_memory_of_the_codes_before_it() -> None:
 def test_the_bundled_size_fits_six_megabytes_and_makes_4x8x8_codes() -> None:
     tokenizer = CausalTokenizer(CausalTokenizerConfig())
     assert 2 * sum(parameter.numel() for parameter in tokenizer.parameters()) < 6e6
-    assert tokenizer.config.pixels_of((4, 8, 8)) == (16, 64, 64)
+    assert tokenizer.pixel_shape((4, 8, 8)) == (16, 64, 64)
 
 
 def test_save_and_load_also_in_half_precision(tmp_path: Path) -> None:

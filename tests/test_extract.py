@@ -86,7 +86,7 @@ def test_the_command_writes_codes_that_datasets_opens_too(tmp_path: Path, tokeni
 def test_sizes_that_the_patch_does_not_divide_need_padding(tmp_path: Path, tokenizer: Path) -> None:
     pictures, codes = noise(tmp_path / "pictures", 2), tmp_path / "codes"
     command = ("extract", tokenizer, "--data", pictures, "--size", 18, "-o")
-    assert "18x18 pixels is not a multiple of the patch size 4" in nar(*command, tmp_path / "refused", code=2)
+    assert "18x18 pixels are not a multiple of the patch size 4" in nar(*command, tmp_path / "refused", code=2)
     assert "views of 5x5 codes each" in nar(*command, codes, "--pad")
     source = open_source(pictures, size=18)
     centre = np.array(views(source.picture(0), 18, "centre")[0])

@@ -161,7 +161,7 @@ def test_a_tokenizer_is_judged_on_what_it_was_not_trained_on(tmp_path: Path) -> 
     assert "| | tokenizer | refined |" in said
     assert "| psnr |" in said
     assert Image.open(sheet).width > 8 * 32
-    assert "30x30 pixels is not a multiple of the patch size 4" in nar(*command, "--size", "30", code=2)
+    assert "30x30 pixels are not a multiple of the patch size 4" in nar(*command, "--size", "30", code=2)
 
 
 def _mean_colours(pictures: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ def test_padding_makes_any_size_work() -> None:
     made, codes = _through(tokenizer, images, pad=True, batch_size=1, device="cpu")
     assert made.shape == images.shape
     assert codes.shape == (2, 8, 8)
-    with pytest.raises(ValueError, match="30x29 pixels is not a multiple of the patch size 4"):
+    with pytest.raises(ValueError, match="30x29 pixels are not a multiple of the patch size 4"):
         _through(tokenizer, images, pad=False, batch_size=1, device="cpu")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,15 +95,16 @@ def test_folder_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.zeros(1, 3, 8, 7), "8x7 pixels is not a multiple of the patch size 2"),
+        (torch.zeros(1, 3, 8, 7), "8x7 pixels are not a multiple of the patch size 2"),
         (torch.zeros(1, 1, 8, 8), r"\(batch, 3, height, width\), not \(1, 1, 8, 8\)"),
         (torch.zeros(3, 8, 8), "not \\(3, 8, 8\\)"),
         (torch.full((1, 3, 8, 8), 200.0), "from 200 to 200, not -1..1"),
         (torch.full((1, 3, 8, 8), math.nan), "nan"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "must be float in -1..1, not torch.uint8"),
+        (Image.new("RGB", (8, 8)), r"a float tensor \(batch, 3, height, width\) in -1\.\.1, not Image; nar\.media"),
     ],
 )
-def test_nonsense_is_refused(pixels: torch.Tensor, message: str) -> None:
+def test_nonsense_is_refused(pixels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small().encode(pixels)
 

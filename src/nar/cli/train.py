@@ -90,7 +90,7 @@ def extract(
     if config.get("kind") == "transformer":
         folder = folder / "tokenizer"
     tokenizer = load_tokenizer(folder)
-    own = tokenizer.config.pixels_of(config["model"]["grid"]) if config.get("kind") == "transformer" else ()
+    own = tokenizer.pixel_shape(tuple(config["model"]["grid"])) if config.get("kind") == "transformer" else ()
     size = size or (own[-1] if own else 256)
     if frames is None:
         frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer.config, ImageTokenizerConfig) else 16

@@ -145,19 +145,17 @@ def _through(
     from tqdm import tqdm
 
     from nar.media.pixels import as_images, as_pixels, pad_to_multiple
-    from nar.tokenizer.larp import VideoTokenizer
     from nar.tokenizer.refine import refine_codes
 
     encode = functools.partial(refine_codes, tokenizer, steps=refine) if refine else tokenizer.encode
     doing = "refining" if refine else "reconstructing"
-    told = {"num_frames": images.shape[1]} if isinstance(tokenizer, VideoTokenizer) else {}
     height, width = images.shape[-3:-1]
     made, codes = [], []
     with torch.inference_mode():
         for start in tqdm(range(0, len(images), batch_size), desc=doing, unit="batch", disable=None):
             pixels = as_pixels(images[start : start + batch_size]).to(device)
             code = encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
-            made.append(as_images(tokenizer.decode(code, **told)[..., :height, :width]))
+            made.append(as_images(tokenizer.decode(code, **tokenizer.decode_options(pixels))[..., :height, :width]))
             codes.append(code.cpu().numpy())
     return np.concatenate(made), np.concatenate(codes)
 

@@ -10,19 +10,15 @@ grid, `D` code_dim, `C` channels, `g` frames_per_code, `p` pixels folded a side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block, RMSNorm, rotations
-from nar.media.pixels import check_codes, check_values
-from nar.storage.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
-from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
 from nar.tokenizer.quantize import Quantized, build_quantizer, check_quantizer
 
 NORM_EPS = 1e-6
@@ -70,17 +66,18 @@ class CausalTokenizerConfig:
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of twice num_heads {self.num_heads}")
 
-    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """Frames, height and width that codes of `grid` (t, h, w) stand for."""
-        return 1 + (grid[0] - 1) * self.frames_per_code, *(self.patch_size * size for size in grid[1:])
 
-
-class CausalTokenizer(nn.Module):
+class CausalTokenizer(Tokenizer):
     """Clips in -1..1 to codes and back: 1 + k * g frames, of any size that is a multiple of the patch."""
 
+    kind = "causal-tokenizer"
+    config_class = CausalTokenizerConfig
+    pixel_axes = ("frames", "height", "width")
+    code_axes = ("time", "height", "width")
+    config: CausalTokenizerConfig
+
     def __init__(self, config: CausalTokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         merge = (config.patch_size // config.fold) ** 2
         folded = 3 * config.fold**2
         self.first_in = nn.Linear(folded, config.channels)
@@ -143,12 +140,7 @@ class CausalTokenizer(nn.Module):
         return self._encode(clips)[0]
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W), float in -1..1, to codes (B, t, h, w) int64; T = 1 + (t - 1) * g.
-
-        Raises:
-            ValueError: wrong axes or number of frames, a size that the patch does not divide, or values that are not
-                finite or far outside -1..1.
-        """
+        """Clips (B, 3, T, H, W), float in -1..1, to codes (B, t, h, w) int64; T = 1 + (t - 1) * g."""
         return torch.stack([quantized.codes for quantized in self._encode(clips)[1]], 1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -156,10 +148,7 @@ class CausalTokenizer(nn.Module):
 
         The first grids of a clip's codes give its first frames, which all of them give in more detail.
         """
-        if codes.ndim != 4:
-            raise ValueError(f"codes must be (batch, time, height, width), not {tuple(codes.shape)}")
-        check_codes(codes, self.config.vocab_size)
-        return self.decode_latents(self.quantizer.decode(codes))
+        return super().decode(codes)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantised latents (B, D, t, h, w) to clips (B, 3, T, H, W); with a gradient."""
@@ -169,31 +158,13 @@ class CausalTokenizer(nn.Module):
         return self._decode(memories[1:])
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Frames, height and width of the clips that codes of this grid stand for."""
         time, height, width = grid
         patch = self.config.patch_size
         return 1 + (time - 1) * self.config.frames_per_code, height * patch, width * patch
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> CausalTokenizer:
-        """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
-        config = read_config(folder)
-        if config.get("kind") != "causal-tokenizer":
-            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a causal-tokenizer")
-        with without_weights():
-            tokenizer = cls(from_dict(CausalTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
-        load_state(tokenizer, {name: tensor.float() for name, tensor in read_weights(folder).items()}, folder)
-        return tokenizer.eval()
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
-        """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
-        config = {"kind": "causal-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
-        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
-        write_folder(folder, config, state)
-
     def _encode(self, clips: Tensor) -> tuple[Tensor, list[Quantized], list[Tensor]]:
         """Latents (B, D, t, h, w); and for every grid of codes what the quantiser made, and the memory after it."""
-        self._check_clips(clips)
+        self.check_pixels(clips)
         config = self.config
         first = self.first_in(_fold(clips[:, :, :1], 1, config.fold))
         groups = self.group_in(_fold(clips[:, :, 1:], config.frames_per_code, config.fold))
@@ -230,21 +201,14 @@ class CausalTokenizer(nn.Module):
         groups = _unfold(self.group_out(y[:, 1:]), config.frames_per_code, config.fold)
         return torch.cat((first, groups), dim=2).float()
 
-    def _check_clips(self, clips: Tensor) -> None:
-        patch, step = self.config.patch_size, self.config.frames_per_code
-        if clips.ndim != 5 or clips.shape[1] != 3:
-            raise ValueError(f"clips must be (batch, 3, frames, height, width), not {tuple(clips.shape)}")
-        frames, height, width = clips.shape[2:]
-        if height % patch or width % patch or not height or not width:
-            raise ValueError(
-                f"clips of {height}x{width} pixels are not a multiple of the patch size {patch}; resize or pad them"
-            )
+    def _check_size(self, *size: int) -> None:
+        frames, step = size[0], self.config.frames_per_code
+        check_patches(self.config.patch_size, size[1:], "clips")
         if frames < 1 or (frames - 1) % step:
             raise ValueError(
                 f"clips have {frames} frames, this tokenizer reads 1 + {step}k: {1 + step}, {1 + 2 * step}, ...; "
                 "cut them, or repeat the last frame"
             )
-        check_values(clips, "clips")
 
 
 class _Convolution(nn.Module):

@@ -6,18 +6,14 @@ Knows pixels and codes; does not know how codes are generated. Legend: `B` batch
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.media.pixels import check_codes, check_values
-from nar.storage.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
+from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
 NORM_GROUPS = 32
@@ -70,27 +66,17 @@ class ImageTokenizerConfig:
         """Pixels a side that one code stands for."""
         return self.pixel_shuffle * int(2 ** (len(self.channel_multipliers) - 1))
 
-    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """Height and width that codes of `grid` (h, w) stand for."""
-        return tuple(self.patch_size * size for size in grid)
 
-
-class Reconstruction(NamedTuple):
-    """One pass through the tokenizer for training."""
-
-    pixels: Tensor  # (B, 3, H, W)
-    codes: Tensor  # (B, h, w)
-    latents: Tensor  # (B, code_dim, h, w) before quantisation
-    codebook_loss: Tensor
-    commitment_loss: Tensor
-
-
-class ImageTokenizer(nn.Module):
+class ImageTokenizer(Tokenizer):
     """Pictures in -1..1 to codes and back; any size that is a multiple of the patch works."""
 
+    kind = "image-tokenizer"
+    config_class = ImageTokenizerConfig
+    pixel_axes = code_axes = ("height", "width")
+    config: ImageTokenizerConfig
+
     def __init__(self, config: ImageTokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
         self.quantizer = build_quantizer(
@@ -108,26 +94,15 @@ class ImageTokenizer(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight that makes the pixels, where losses are balanced."""
         return self.decoder.conv_out.weight
 
     def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        """What decides the codes of a picture."""
         return self.encoder, self.to_code, self.quantizer
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) to continuous latents (B, code_dim, h, w)."""
-        check_pixels(pixels, self.config.patch_size)
+        self.check_pixels(pixels)
         return cast(Tensor, self.to_code(self.encoder(pixels)))
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float in -1..1, to codes (B, h, w) int64.
-
-        Raises:
-            ValueError: wrong number of axes or channels, a size that the patch does not divide, or values that are
-                not finite or far outside -1..1.
-        """
-        return self.quantizer.encode(self.latents(pixels))
 
     def decode(self, codes: Tensor, *, tile: int | None = None, overlap: int = 8) -> Tensor:
         """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped.
@@ -136,9 +111,7 @@ class ImageTokenizer(nn.Module):
         blended there: memory is then that of a tile. The decoder's norms and attention see a tile only, so that the
         picture is not quite that of decoding the whole; docs/tokenizers.md has measured differences.
         """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (batch, height, width), not {tuple(codes.shape)}")
-        check_codes(codes, self.config.vocab_size)
+        self.check_codes(codes)
         if tile is not None and not 0 <= overlap < tile:
             raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
         if tile is not None and tile < max(codes.shape[1:]):
@@ -150,8 +123,10 @@ class ImageTokenizer(nn.Module):
         return cast(Tensor, self.decoder(self.from_code(latents.to(self.from_code.weight.dtype))))
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Height and width of the pictures that codes of this grid stand for."""
         return tuple(size * self.config.patch_size for size in grid)
+
+    def _check_size(self, *size: int) -> None:
+        check_patches(self.config.patch_size, size, "pictures")
 
     def _decode_tiles(self, codes: Tensor, tile: int, overlap: int) -> Tensor:
         height, width = codes.shape[1:]
@@ -170,37 +145,6 @@ class ImageTokenizer(nn.Module):
                 weights[area] += weight
         assert total is not None
         return total / weights
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
-        """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
-        config = read_config(folder)
-        if config.get("kind") != "image-tokenizer":
-            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not an image-tokenizer")
-        with without_weights():
-            tokenizer = cls(from_dict(ImageTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
-        state = {name: tensor.float() for name, tensor in read_weights(folder).items()}
-        load_state(tokenizer, state, folder)
-        return tokenizer.eval()
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
-        """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
-        config = {"kind": "image-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
-        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
-        write_folder(folder, config, state)
-
-
-def check_pixels(pixels: Tensor, patch_size: int) -> None:
-    """Refuse pictures (B, 3, H, W) that the encoder would turn into nonsense; raises ValueError with the reason."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pictures must be (batch, 3, height, width), not {tuple(pixels.shape)}; convert to RGB first")
-    height, width = pixels.shape[-2:]
-    if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
-            f"a picture of {height}x{width} pixels is not a multiple of the patch size {patch_size}; "
-            "resize or pad it first"
-        )
-    check_values(pixels, "pictures")
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

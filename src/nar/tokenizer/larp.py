@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.media.pixels import check_codes, check_values
-from nar.storage.folder import from_dict, load_state, read_config, read_weights, without_weights, write_folder
-from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.base import Reconstruction, Tokenizer
 from nar.tokenizer.quantize import VectorQuantizer, draw_codes
 
 NORMS = ("none", "layer", "layer_all", "batch", "batch_all")
@@ -96,10 +92,6 @@ class VideoTokenizerConfig:
                 f"temperature must be above 0, not {self.temperature}; null takes the one stored with the weights"
             )
 
-    def pixels_of(self, grid: Sequence[int]) -> tuple[int, ...]:  # noqa: ARG002
-        """Frames, height and width that codes of `grid` stand for: always those of the sizes."""
-        return self.num_frames, self.image_size, self.image_size
-
     @property
     def patch_grid(self) -> tuple[int, int, int]:
         """Patches of a clip along time, height and width."""
@@ -107,16 +99,22 @@ class VideoTokenizerConfig:
         return self.num_frames // self.temporal_patch_size, side, side
 
 
-class VideoTokenizer(nn.Module):
+class VideoTokenizer(Tokenizer):
     """Clips in -1..1 to codes and back.
 
     A clip may have fewer frames than the tokenizer was made for, a multiple of the temporal patch: it still takes
-    `num_tokens` codes, and `decode` is then told `num_frames`.
+    `num_tokens` codes, and `decode` then needs `num_frames`.
     """
 
+    kind = "video-tokenizer"
+    config_class = VideoTokenizerConfig
+    pixel_axes = ("frames", "height", "width")
+    config: VideoTokenizerConfig
+    quantizer: VectorQuantizer
+
     def __init__(self, config: VideoTokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        self.code_axes = tuple(map(str, config.grid))
         stride = (config.temporal_patch_size, config.patch_size, config.patch_size)
         wide, narrow = config.encoder_dim, config.decoder_dim
         self.patch_embed = nn.Conv3d(3, wide, stride, stride=stride)
@@ -178,11 +176,9 @@ class VideoTokenizer(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight that makes the pixels, where losses are balanced."""
         return self.to_pixels.weight
 
     def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        """What decides the codes of a clip."""
         return (
             self.patch_embed, self.patch_positions, self.queries, self.encoder, self.to_code, self.code_norm,
             self.quantizer,
@@ -190,7 +186,7 @@ class VideoTokenizer(nn.Module):
 
     def latents(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) to continuous latents (B, D, *grid), not yet of unit length."""
-        self._check_clips(clips)
+        self.check_pixels(clips)
         # The published weights expect 0..1.
         patches = self.patch_embed(clips * 0.5 + 0.5).flatten(2).transpose(1, 2)  # (B, P, C)
         patches = patches + self.patch_positions(patches.shape[1])
@@ -218,10 +214,7 @@ class VideoTokenizer(nn.Module):
         Raises:
             ValueError: codes of another grid or another tokenizer; a number of frames that it cannot give.
         """
-        config = self.config
-        if tuple(codes.shape[1:]) != config.grid:
-            raise ValueError(f"codes must be (batch, {', '.join(map(str, config.grid))}), not {tuple(codes.shape)}")
-        check_codes(codes, config.vocab_size)
+        self.check_codes(codes)
         return self.decode_latents(self.quantizer.decode(codes), num_frames=num_frames)
 
     def decode_latents(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
@@ -244,33 +237,11 @@ class VideoTokenizer(nn.Module):
         pixels = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, 3, t, dt, h, dh, w, dw)
         return cast(Tensor, pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3) * 2.0 - 1.0)
 
+    def decode_options(self, pixels: Tensor) -> dict[str, Any]:
+        return {"num_frames": pixels.shape[2]}
+
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
-        """Frames, height and width of the clips that codes stand for."""
         return self.config.num_frames, self.config.image_size, self.config.image_size
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VideoTokenizer:
-        """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
-        config = read_config(folder)
-        if config.get("kind") != "video-tokenizer":
-            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a video-tokenizer")
-        with without_weights():
-            tokenizer = cls(from_dict(VideoTokenizerConfig, config.get("tokenizer"), Path(folder) / "config.json"))
-        state = {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in read_weights(folder).items()
-        }
-        load_state(tokenizer, state, folder)
-        return tokenizer.eval()
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
-        """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
-        config = {"kind": "video-tokenizer", "tokenizer": dataclasses.asdict(self.config), **extra}
-        state = {
-            name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor  # batch norm counts steps
-            for name, tensor in self.state_dict().items()
-        }
-        write_folder(folder, config, state)
 
     def _quantize(self, latents: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (B, D, *grid) to points as they are compared, of the same shape, and codes (B, *grid)."""
@@ -287,11 +258,9 @@ class VideoTokenizer(nn.Module):
             drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
 
-    def _check_clips(self, clips: Tensor) -> None:
+    def _check_size(self, *size: int) -> None:
         config, side = self.config, self.config.image_size
-        if clips.ndim != 5 or clips.shape[1] != 3:
-            raise ValueError(f"clips must be (batch, 3, frames, height, width), not {tuple(clips.shape)}")
-        frames, height, width = clips.shape[2:]
+        frames, height, width = size
         if (height, width) != (side, side):
             raise ValueError(f"clips of {height}x{width} pixels, this tokenizer reads {side}x{side}; resize them first")
         if not 0 < frames <= config.num_frames or frames % config.temporal_patch_size:
@@ -299,7 +268,6 @@ class VideoTokenizer(nn.Module):
                 f"clips have {frames} frames, this tokenizer reads up to {config.num_frames}, in multiples of "
                 f"{config.temporal_patch_size}; cut them, or repeat the last frame"
             )
-        check_values(clips, "clips")
 
 
 class Bidirectional(nn.Sequential):

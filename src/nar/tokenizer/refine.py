@@ -14,8 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nar.tokenizer import Tokenizer
-from nar.tokenizer.larp import VideoTokenizer
+from nar.tokenizer.base import Tokenizer
 
 MOST_ENTRIES = 2**18  # distances to all entries are taken
 _CANDIDATES = 32
@@ -46,7 +45,7 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
         raise ValueError(f"steps must be at least 1, not {steps}")
     if quantizer.vocab_size > MOST_ENTRIES:
         raise ValueError(f"refining searches at most {MOST_ENTRIES} entries, this tokenizer has {quantizer.vocab_size}")
-    told = {"num_frames": pixels.shape[2]} if isinstance(tokenizer, VideoTokenizer) else {}
+    options = tokenizer.decode_options(pixels)
     pixels = pixels.clone()  # not of inference mode
     with torch.no_grad():
         latents = tokenizer.latents(pixels)
@@ -65,12 +64,12 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
         draws = torch.empty(scores.shape[1:], device=scores.device).exponential_(generator=noise)
         shares = (scores - draws.clamp_min(1e-20).log()).softmax(-1)  # Gumbel noise; a draw may be 0
         mixed = (shares[..., None, :] @ near).squeeze(-2).mT.unflatten(-1, first.shape[1:])
-        error = _error(tokenizer.decode_latents(mixed, **told), pixels)
+        error = _error(tokenizer.decode_latents(mixed, **options), pixels)
         (points.grad,) = torch.autograd.grad(error.log().sum(), points)
         optimizer.step()
     with torch.no_grad():
         found = quantizer.nearest(points).view_as(first)
-        better = _error(tokenizer.decode(found, **told), pixels) < _error(tokenizer.decode(first, **told), pixels)
+        better = _error(tokenizer.decode(found, **options), pixels) < _error(tokenizer.decode(first, **options), pixels)
     return torch.where(better.view(-1, *[1] * (first.ndim - 1)), found, first)
 
 

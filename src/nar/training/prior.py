@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nar.tokenizer.image import Reconstruction
+from nar.tokenizer.base import Reconstruction
 from nar.tokenizer.quantize import Quantizer
 from nar.training.code_prior import CodePrior
 from nar.training.distributed import Workers
