@@ -130,3 +130,33 @@ def test_mistakes_from_the_shell(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("nar: no model 'fashon'")
     assert "Traceback" in nar("sample", "fashon", "-o", tmp_path / "x.png", "--debug", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("no\nsuch   thing"), 2, "nar: no such thing"),
+        (OSError(28, "No space left on device", "a.png"), 2, "nar: a.png: No space left on device"),
+        (OSError("broken"), 2, "nar: broken"),
+        (ImportError("pip install x"), 2, "nar: pip install x"),
+        (MemoryError(), 2, "nar: not enough memory: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 EB"), 2, "nar: not enough memory: Default"),
+        (RecursionError("maximum recursion depth"), 2, "nar: an input is nested too deeply: maximum"),
+        (KeyError("x"), 1, "nar: unexpected KeyError: 'x' (this is a bug; the same command with --debug shows where)"),
+        (RuntimeError("size mismatch"), 1, "nar: unexpected RuntimeError: size mismatch (this is a bug"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_errors_are_one_line(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["nar", "bench", "--preset", "NAR-B"])
+    monkeypatch.setattr("nar.bench.bench_preset", fails)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == code
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import warnings
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import typer
 from nar import __version__
 
 SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
+_INTERRUPTED = 130
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # of torch, for CPU, Windows, GPUs
 app = typer.Typer(
     name="nar",
     help="Fast autoregressive image and video generation. Every command has --help with an example.",
@@ -26,7 +29,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (fas
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, with a traceback only under --debug."""
+    """Run the command; what is expected to go wrong is one line on stderr and exit code 2, a bug one and code 1.
+
+    The traceback is shown under --debug only.
+    """
     _keep_freed_memory()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -35,17 +41,34 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped", err=True)
-        code = 130
+        code = _INTERRUPTED
     except Exception as error:
-        # typer's own usage errors, whichever click they come from, know how to describe themselves.
-        describe = getattr(error, "format_message", None)
-        expected = describe is not None or isinstance(error, ValueError | OSError | ImportError | ArithmeticError)
-        if debug or not expected:
+        if debug:
             raise
-        typer.echo(f"nar: {' '.join((describe() if describe else str(error)).split())}", err=True)
-        code = 2
+        described = _described(error)
+        text = described or (
+            f"unexpected {type(error).__name__}: {error} (this is a bug; the same command with --debug shows where)"
+        )
+        typer.echo(f"nar: {' '.join(text.split())}", err=True)
+        code = 2 if described else 1
+    if code == _INTERRUPTED:  # typer, too, makes this of Ctrl-C
+        typer.echo("stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _described(error: Exception) -> str:
+    """What went wrong, for people, where it is nobody's bug; else nothing."""
+    # typer's own usage errors, whichever click they come from, know how to describe themselves.
+    if describe := getattr(error, "format_message", None):
+        return str(describe())
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return f"not enough memory: {text}"
+    if isinstance(error, RecursionError):
+        return f"an input is nested too deeply: {text}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return text if isinstance(error, ValueError | OSError | ImportError | ArithmeticError) else ""
 
 
 @app.callback(invoke_without_command=True)
