@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from nar import ClassCondition, ModelConfig, Sampling, Transformer, generate
-from nar.bench import SCHEDULES, Row, Setup, bench_preset, compare, preset_model, table
+from nar.bench import SCHEDULES, Setup, bench_preset, preset_model
+from nar.bench.report import Row, compare, table
 from nar.sampling import Session
 from nar.storage.presets import PRESETS, Preset, find
 

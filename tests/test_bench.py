@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,12 +12,21 @@ from typer.testing import CliRunner
 
 from conftest import make_model
 from nar import ModelConfig, Sampling, bench
+from nar.bench.report import PLOTS, Row, plot
 from nar.cli import app
 
 KEYS = {
-    "schedule", "steps", "batch_size", "latency_seconds", "images_per_second", "peak_memory_bytes",
-    "latency_with_pixels_seconds", "reading_floor_seconds", "arithmetic_floor_seconds", "floor_fraction",
-}  # fmt: skip
+    "schedule",
+    "steps",
+    "batch_size",
+    "latency_seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+    "latency_with_pixels_seconds",
+    "reading_floor_seconds",
+    "arithmetic_floor_seconds",
+    "floor_fraction",
+}
 
 
 def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) -> None:
@@ -32,14 +42,43 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     assert "ratio of steps 2.29" in result.stdout
     rows = json.loads(Path(files[0]).read_text())
     assert [(row["schedule"], row["steps"], row["batch_size"]) for row in rows] == [
-        ("raster", 16, 1), ("raster", 16, 2), ("manhattan", 7, 1), ("manhattan", 7, 2)
-    ]  # fmt: skip
+        ("raster", 16, 1),
+        ("raster", 16, 2),
+        ("manhattan", 7, 1),
+        ("manhattan", 7, 2),
+    ]
     for row in rows:
         assert set(row) >= KEYS
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["latency_seconds"])
         assert row["latency_with_pixels_seconds"] > row["latency_seconds"]
         assert 0 < row["floor_fraction"] < 2
-    assert Image.open(files[1]).size[1] > 100
+    with Image.open(files[1]) as picture:
+        assert picture.size[1] > 100
+        assert len(picture.convert("RGB").getcolors(2**20) or ()) > 10
+
+
+@pytest.mark.parametrize("suffix", PLOTS)
+def test_plots_of_every_kind(tmp_path: Path, suffix: str) -> None:
+    facts = {"dtype": "float32", "device": "cpu", "threads": 1, "warmups": 0, "repetitions": 1}
+    rows = [
+        Row("m", "sample", batch, 1.0 * batch, 1.0, schedule=schedule, steps=4, **facts)
+        for schedule in ("raster", "par")
+        for batch in (1, 8)
+    ]
+    plot(rows, tmp_path / f"plot{suffix}")
+    made = (tmp_path / f"plot{suffix}").read_bytes()
+    assert made[:4] in (b"\x89PNG", b"%PDF") or b"<svg" in made
+
+
+def test_what_can_not_be_written_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "bench_folder", lambda *_, **__: pytest.fail("it has begun"))
+    for option, path in (("--json", tmp_path), ("--plot", tmp_path / "file" / "a.png")):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="folder"):
+            CliRunner().invoke(app, ["bench", "fashion", option, str(path)], catch_exceptions=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"pip install 'nar-gen\[plot\]'"):
+        CliRunner().invoke(app, ["bench", "fashion", "--plot", "a.png"], catch_exceptions=False)
 
 
 def test_tokenizers_are_measured_in_every_dtype_and_layout(toy_folder: Path, tmp_path: Path) -> None:
@@ -64,10 +103,10 @@ def test_work_counts_the_unconditional_half_as_long_as_it_is_fed() -> None:
     model = make_model("nar")
     positions = model.layout.schedule.num_positions
     alone, half, both = (
-        bench._work(model, Sampling(guidance_scale=scale, guidance_interval=interval))[1]
+        bench.work(model, Sampling(guidance_scale=scale, guidance_interval=interval))[1]
         for scale, interval in ((1.0, None), (2.0, positions // 2), (2.0, None))
     )
-    outputs = positions * bench._num_weights(model.output)
+    outputs = positions * model.output.weight.numel()
     assert both - outputs == 2 * (alone - outputs)
     assert alone < half < both
 
@@ -92,8 +131,8 @@ def test_published_sizes_under_every_schedule() -> None:
         (["--tokenizer", "VQ-16", "--plot", "x.png"], "leave it out"),
         (["--preset", "VQ-16", "--tokens-only"], "tokenizer"),
         (["--preset", "NAR-B", "--batch-sizes", "one"], "1,8"),
-        (["--preset", "NAR-B", "--batch-sizes", "0"], "positive"),
-        (["--preset", "NAR-B", "--plot", "x.svg"], ".png"),
+        (["--preset", "NAR-B", "--batch-sizes", "0"], "batch_sizes must be at least 1, not 0"),
+        (["--preset", "NAR-B", "--plot", "x.jpg"], "must end in .png, .pdf or .svg"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], words: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from nar.cli.app import app
-from nar.storage.files import atomically
+from nar.storage.files import atomically, check_output, write_json
 
 
 @app.command(
@@ -52,29 +51,34 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw latency, memory, throughput over batch sizes (.png).")
+        Path | None,
+        typer.Option("--plot", help="Plot latency, memory, throughput (.png, .pdf, .svg)."),
     ] = None,
 ) -> None:
-    """Measure how fast models draw: schedules side by side, beside what the machine could do at best."""
+    """Measure how fast models sample: schedules side by side, beside the least time that the machine needs."""
     if [model, preset, tokenizer].count(None) != 2:
         raise ValueError(
             "give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, and only one of them"
         )
     if tokenizer is not None and plot_file is not None:
-        raise ValueError("--plot draws models, not tokenizers; leave it out, or write --json FILE")
+        raise ValueError("--plot shows models, not tokenizers; leave it out, or write --json FILE")
     try:
         sizes = tuple(int(part) for part in batch_sizes.split(","))
     except ValueError:
         raise ValueError(f"--batch-sizes must be numbers such as 1,8, not {batch_sizes!r}") from None
-    if plot_file is not None and plot_file.suffix != ".png":
-        raise ValueError(f"--plot {plot_file} must end in .png")
     import dataclasses
 
     import torch
 
     from nar import bench as measure
+    from nar.bench import report as reports
     from nar.precision import usable_device
 
+    if plot_file is not None:
+        reports.check_plot(plot_file)
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_output(path)
     setup = measure.Setup(
         batch_sizes=sizes,
         guidance_scale=guidance_scale,
@@ -87,36 +91,27 @@ def bench(
         repetitions=repetitions,
     )
 
-    def write(found: list[Any]) -> None:
-        if json_file is not None:
-            text = json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n"
-            atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
-
-    if tokenizer is not None:
-        found = measure.bench_tokenizer(tokenizer, setup)
-        typer.echo(
-            f"{tokenizer}: {'x'.join(map(str, found[0].size))} pixels on {found[0].device}, "
-            f"{found[0].threads} threads, medians of {repetitions} after {warmups + 2} warm-ups"
-        )
-        typer.echo(measure.tokenizer_table(found))
-        write(found)
-        return
-
-    def report(row: measure.Row) -> None:
+    def report(row: reports.Row) -> None:
         typer.echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
 
-    if preset is not None:
-        rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
+    if tokenizer is not None:
+        rows = measure.bench_tokenizer(tokenizer, setup)
+        what = f"{'x'.join(map(str, rows[0].size or ()))} pixels"
     else:
-        rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
-    first = rows[0]
+        if preset is not None:
+            rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
+        else:
+            rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
+        what = f"{dtype}, guidance {rows[0].guidance_scale}"
     typer.echo(
-        f"{first.model}: {first.dtype} on {first.device}, {first.threads} threads, guidance {first.guidance_scale}, "
-        f"medians of {first.repetitions} after {first.warmups + 1} warm-ups"
+        f"{rows[0].model}: {what} on {rows[0].device}, {rows[0].threads} threads, medians of {repetitions} after "
+        f"{warmups + 1} warm-ups; seconds for a batch, and the least that reading and arithmetic take"
     )
-    typer.echo(measure.table(rows))
-    for line in measure.compare(rows):
-        typer.echo(line)
-    write(rows)
+    typer.echo(reports.table(rows))
+    if tokenizer is None:
+        for line in reports.compare(rows):
+            typer.echo(line)
+    if json_file is not None:
+        write_json(json_file, [dataclasses.asdict(row) for row in rows])
     if plot_file is not None:
-        atomically(plot_file, lambda path: measure.plot(rows, path))
+        atomically(plot_file, lambda path: reports.plot(rows, path))

@@ -1,0 +1,354 @@
+"""Sampling speed of models and tokenizers, beside the least time that the machine needs.
+
+Knows models, clocks and memory; does not know what is sampled, nor the command line.
+
+Each row times whole generations after warm-ups and keeps the median. *Floors* are the least time that a machine needs,
+from its own speed measured in the same run: to read every weight once a step, and to do the multiplications.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from nar.bench.report import Row
+from nar.condition import Condition, PrefixCodes, TextFeatures
+from nar.model import ModelConfig, Transformer
+from nar.precision import PackedLinear, convert, fill
+from nar.sampling import Sampling, Session, generate, last_guided
+from nar.storage.fields import Range, check
+from nar.storage.folder import find_model, from_dict, read_config, without_weights
+from nar.storage.presets import PRESETS, find
+from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from nar.tokenizer.larp import VideoTokenizerConfig
+
+SCHEDULES = ("raster", "par", "manhattan")
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+IMAGE_GUIDANCE, VIDEO_GUIDANCE = 2.0, 1.25  # what the paper samples with
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to measure, and how often."""
+
+    batch_sizes: tuple[Annotated[int, Range(1)], ...] = (1,)
+    guidance_scale: float | None = None
+    guidance_interval: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    pixels: bool = True
+    compiled: bool = False
+    warmups: Annotated[int, Range(0)] = 1
+    repetitions: Annotated[int, Range(1)] = 3
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def row(self, name: str, operation: str, batch_size: int, seconds: float, dtype: str) -> Row:
+        """A measurement in this setup."""
+        device = torch.device(self.device)
+        return Row(
+            name,
+            operation,
+            batch_size,
+            seconds,
+            batch_size / seconds,
+            dtype=dtype,
+            device=_device_name(device),
+            threads=torch.get_num_threads(),
+            warmups=self.warmups,
+            repetitions=self.repetitions,
+        )
+
+
+def preset_model(
+    name: str,
+    schedule: str | None = None,
+    precision: str | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A model of a published size with random weights; `schedule` puts its backbone under another one.
+
+    `precision` and `device` as in `Transformer.from_pretrained`; the weights before conversion are always the same.
+    """
+    config = _preset_config(name)
+    return _random(config if schedule is None else with_schedule(config, schedule), precision, device)
+
+
+def preset_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a published size, or of the published kind for a model's, with random weights."""
+    preset = find(name)
+    vocabulary, clips = preset.config.get("vocab_size", 16384), len(preset.config.get("grid", ())) == 3
+    config: ImageTokenizerConfig | VideoTokenizerConfig
+    if preset.kind == "larp-tokenizer":
+        config = VideoTokenizerConfig(**preset.config)
+    elif "channel_multipliers" in preset.config:
+        config = ImageTokenizerConfig(**preset.config)
+    else:
+        config = (VideoTokenizerConfig if clips else ImageTokenizerConfig)(vocab_size=vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return new_tokenizer(config).eval().requires_grad_(False)
+
+
+def with_schedule(config: ModelConfig, schedule: str) -> ModelConfig:
+    """The same backbone under another schedule; "par" takes four regions, two along each of the last two axes."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+    if schedule == config.schedule:
+        return config
+    regions = (1,) * (len(config.grid) - 2) + (2, 2) if schedule == "par" else ()
+    return dataclasses.replace(config, schedule=schedule, regions=regions, head_depths=(), axis_heads=())
+
+
+def bench_preset(
+    name: str, setup: Setup, schedules: Sequence[str] = SCHEDULES, *, report: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """Measure the backbone of a published size, with random weights, under several schedules."""
+    config = _preset_config(name)
+    tokenizer = preset_tokenizer(name) if setup.pixels else None
+    models = ((schedule, partial(preset_model, name, schedule, setup.dtype, setup.device)) for schedule in schedules)
+    default = IMAGE_GUIDANCE if len(config.grid) == 2 else VIDEO_GUIDANCE
+    return _bench(name, models, tokenizer, setup, default, report)
+
+
+def bench_folder(
+    source: str | Path,
+    setup: Setup,
+    schedules: Sequence[str] = (),
+    *,
+    report: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Measure a model folder, a bundled name or a hub id; other schedules than its own run on random weights."""
+    folder = find_model(source)
+    config = read_config(folder)
+    shape = from_dict(ModelConfig, config.get("model"), folder / "config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer") if setup.pixels and (folder / "tokenizer").is_dir() else None
+
+    def load(schedule: str) -> Transformer:
+        if schedule == shape.schedule:
+            return Transformer.from_pretrained(folder, setup.dtype, setup.device)
+        return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
+
+    models = ((schedule, partial(load, schedule)) for schedule in schedules or (shape.schedule,))
+    default = float(config.get("sampling", {}).get("guidance_scale", 1.0))
+    return _bench(str(source), models, tokenizer, setup, default, report)
+
+
+def bench_tokenizer(source: str | Path, setup: Setup) -> list[Row]:
+    """Measure a tokenizer, a folder or a published size with random weights, in every dtype and memory layout.
+
+    Pictures have 16x16 codes and random pixels. `setup.dtype` is not used.
+    """
+    device = torch.device(setup.device)
+    if str(source) in PRESETS:
+        if PRESETS[str(source)].kind not in ("llamagen-vq", "larp-tokenizer"):
+            raise ValueError(f"preset {source!r} is not a tokenizer; give VQ-16, VQ-8, LARP-L-long, or a folder")
+        tokenizer = preset_tokenizer(str(source)).to(device)
+    else:
+        folder = find_model(source)
+        tokenizer = load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).to(device)
+    size = tokenizer.pixel_shape((4, 16, 16)[-len(tokenizer.code_axes) :])
+    layouts = {"contiguous": torch.contiguous_format}
+    if isinstance(tokenizer, ImageTokenizer):
+        layouts["channels_last"] = torch.channels_last
+    exact: dict[tuple[str, int], Tensor] = {}  # float32, contiguous
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for layout, memory_format in layouts.items():
+            tokenizer = tokenizer.to(getattr(torch, dtype), memory_format=memory_format)  # type: ignore[call-overload]
+            for batch in setup.batch_sizes:
+                pixels = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+                codes = exact.get(("encode", batch))
+                for operation in ("encode", "decode"):
+                    fed = pixels.to(getattr(torch, dtype)) if operation == "encode" else exact["encode", batch]
+                    run = partial(_inferred, getattr(tokenizer, operation), fed)
+                    result = run()
+                    codes = exact.setdefault((operation, batch), result)
+                    change = (result != codes).float() if operation == "encode" else (result - codes).abs() * 127.5
+                    row = setup.row(str(source), operation, batch, _median(run, setup, device), dtype)
+                    rows.append(dataclasses.replace(row, layout=layout, change=float(change.mean()), size=size))
+    best = {kind: min(row.latency_seconds for row in rows if (row.operation, row.batch_size) == kind) for kind in exact}
+    return [
+        dataclasses.replace(row, fastest=row.latency_seconds == best[row.operation, row.batch_size]) for row in rows
+    ]
+
+
+def work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
+    """Weights that one step reads, and multiplications for one picture, attention's included."""
+    config, schedule = model.config, model.layout.schedule
+    in_blocks = _num_weights(model.blocks)
+    in_output = _num_weights(model.output)
+    products, fed, guided = schedule.num_positions * in_output, 0, last_guided(sampling, schedule)
+    for front, count in enumerate((config.num_condition, *schedule.slot_fronts[: schedule.num_steps - 1])):
+        fed += count
+        alone = count * (in_blocks + 2 * config.num_blocks * config.dim * fed)
+        products += alone * (2 if front <= guided else 1)
+    return in_blocks + in_output, products
+
+
+def _bench(
+    name: str,
+    models: Iterable[tuple[str, Callable[[], Transformer]]],
+    tokenizer: Tokenizer | None,
+    setup: Setup,
+    default_guidance: float,
+    report: Callable[[Row], None] | None,
+) -> list[Row]:
+    scale = default_guidance if setup.guidance_scale is None else setup.guidance_scale
+    sampling = Sampling(guidance_scale=scale, guidance_interval=setup.guidance_interval)
+    device = torch.device(setup.device)
+    bandwidth, arithmetic = _machine(setup.dtype, device)
+    if tokenizer is not None:
+        tokenizer = tokenizer.to(device)
+    decoding: dict[int, float] = {}  # the same for every schedule
+    rows = []
+    for schedule, load in models:
+        model = load()  # the one before it is gone by now, which the peak memory relies on
+        weights, products = work(model, sampling)
+        steps = model.layout.schedule.num_steps
+        session = Session(model, compiled=setup.compiled)
+        for batch in setup.batch_sizes:
+            condition = _condition(model.config, batch)
+            _reset_peak(device)
+            run = partial(generate, model, condition, sampling, session=session)
+            codes = run()  # one more warm-up
+            seconds = _median(run, setup, device)
+            peak = _peak(device)
+            if tokenizer is not None and batch not in decoding:
+                decoding[batch] = _median(partial(_inferred, tokenizer.decode, codes), setup, device)
+            both = seconds + decoding[batch] if tokenizer is not None else None
+            reading = steps * weights * WEIGHT_BYTES[setup.dtype] / bandwidth
+            multiplying = batch * 2 * products / arithmetic
+            row = dataclasses.replace(
+                setup.row(name, "sample", batch, seconds, setup.dtype),
+                schedule=schedule,
+                steps=steps,
+                latency_with_pixels_seconds=both,
+                images_per_second_with_pixels=None if both is None else batch / both,
+                peak_memory_bytes=peak,
+                reading_floor_seconds=reading,
+                arithmetic_floor_seconds=multiplying,
+                floor_fraction=max(reading, multiplying) / seconds,
+                weights_per_step=weights,
+                compiled=setup.compiled,
+                guidance_scale=scale,
+            )
+            rows.append(row)
+            if report is not None:
+                report(row)
+        del model, session, run
+    return rows
+
+
+def _preset_config(name: str) -> ModelConfig:
+    preset = find(name)
+    if not preset.kind.startswith(("nar-", "llamagen-gpt")):
+        raise ValueError(f"preset {name!r} is a tokenizer; give one of the models, such as NAR-B")
+    return ModelConfig(**preset.config)
+
+
+def _random(config: ModelConfig, precision: str | torch.dtype | None, device: torch.device | str) -> Transformer:
+    """A model with random weights, the same every time; the output, which starts at zero, is random too."""
+    generator = torch.Generator().manual_seed(0)
+    with without_weights():
+        model = Transformer(config)
+
+    def draw(name: str, into: Tensor) -> None:
+        into.fill_(1.0) if "norm" in name else into.normal_(std=0.02, generator=generator)
+
+    return fill(model, draw, precision, device).eval()
+
+
+def _condition(config: ModelConfig, batch: int) -> Condition:
+    shape = (batch, config.text_length)
+    return Condition(
+        torch.arange(batch) % config.num_classes if config.num_classes else None,
+        TextFeatures(torch.randn(*shape, config.text_dim), torch.ones(shape, dtype=torch.bool))
+        if config.text_dim
+        else None,
+        PrefixCodes(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)) if config.prefix_grid else None,
+    )
+
+
+def _num_weights(module: nn.Module) -> int:
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | PackedLinear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
+    """Bytes read per second, and operations per second of a large product in this precision, as measured now."""
+    memory = torch.empty(2**26, device=device).fill_(1.0)  # 256 MiB, more than caches hold
+    read = min(_time(lambda: memory.sum(), device) for _ in range(5))
+    side = 2048 if device.type == "cpu" else 8192
+    layer = convert(nn.Sequential(nn.Linear(side, side, bias=False)), dtype, device)
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if device.type != "cpu":
+        kind = getattr(torch, dtype)
+    x = torch.randn(side, side, device=device, dtype=kind)
+    with torch.inference_mode():
+        multiply = min(_time(lambda: layer(x), device) for _ in range(5))
+    return memory.numel() * 4 / read, 2 * side**3 / multiply
+
+
+def _median(run: Callable[[], object], setup: Setup, device: torch.device) -> float:
+    for _ in range(setup.warmups):
+        run()
+    return statistics.median(_time(run, device) for _ in range(setup.repetitions))
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = perf_counter()
+    run()
+    _wait(device)
+    return perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@torch.inference_mode()
+def _inferred(function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    return function(given)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it uses now
+
+
+def _peak(device: torch.device) -> int | None:
+    """Peak memory in bytes since `_reset_peak`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    return str(device)
