@@ -29,7 +29,7 @@ from torch import Tensor
 from nar.metrics import evaluate
 from nar.metrics.defects import swap_patches
 from nar.metrics.detectors import Detected, EfficientNetDetector
-from nar.metrics.evaluate import metric_names
+from nar.metrics.tables import metric_names
 
 HORSE = 7
 SAVED = 1000  # features written to the cache at once

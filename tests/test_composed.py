@@ -156,9 +156,7 @@ def test_the_bundled_detector_judges_real_drawings(
             (folder / f"{index:05d}" / "samples").mkdir(parents=True)
             (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(wanted))
             Image.fromarray(picture).save(folder / f"{index:05d}" / "samples" / "0000.png")
-        monkeypatch.setattr(
-            "sys.argv", ["nar", "eval", "--composed", str(folder), "--json", str(folder / "report.json")]
-        )
+        monkeypatch.setattr("sys.argv", ["nar", "eval", "composed", str(folder), "--json", str(folder / "report.json")])
         with pytest.raises(SystemExit, match="0"):
             main()
         assert "| position |" in capsys.readouterr().out

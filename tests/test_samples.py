@@ -8,16 +8,18 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nar.cli import main
 from nar.evaluation import sets as samples
 from nar.evaluation.sets import paired_places, sample_set
-from nar.metrics.pictures import classes
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
 from training_runs import nar, random_tokenizer, start
@@ -64,7 +66,7 @@ def test_a_stopped_set_goes_on_with_the_same_settings_only(
     parts = sorted((tmp_path / ".part.npz.parts").glob("*.npy"))
     stamps = [path.stat().st_mtime_ns for path in parts]
     assert len(parts) == 2
-    with pytest.raises(ValueError, match=r"parts of another set: seed 3 instead of 4; delete it to begin anew"):
+    with pytest.raises(ValueError, match=r"made with other settings: seed 3 instead of 4; delete it to begin anew"):
         sample_set(pipe, tmp_path / "part.npz", 30, "random", seed=4)
 
     def unchanged() -> None:
@@ -128,7 +130,7 @@ def test_labels_are_those_of_real_pictures_in_pairs(model: Path, tmp_path: Path)
     chosen = paired_places(40, 25)
     assert chosen == sorted(random.Random(42).sample(range(40), 25))  # as the published protocol draws
     nar("sample", model, "-n", 25, "--labels", tmp_path / "real.npz", "-o", tmp_path / "few.npz")
-    sample_set(Pipeline.from_pretrained(model), tmp_path / "many.npz", 60, classes(tmp_path / "real.npz"))
+    sample_set(Pipeline.from_pretrained(model), tmp_path / "many.npz", 60, labels.tolist())
     for name, places in (("few", chosen), ("many", np.arange(60) % 40)):
         with np.load(tmp_path / f"{name}.npz") as file:
             np.testing.assert_array_equal(file["labels"], labels[places])
@@ -172,3 +174,76 @@ def test_a_set_of_clips(clips_folder: Path, tmp_path: Path) -> None:
         expected = pipe(prompt="red circle", num_images_per_prompt=3, seed=0, output_type="np").videos
         assert made["arr_0"].shape == (3, 5, 8, 8, 3)
         assert abs(made["arr_0"].astype(int) - expected).max() <= 1
+
+
+def test_two_calls_at_once_make_one_whole_set(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them ends, and removes the parts, while the other is in the middle of it."""
+    monkeypatch.setattr(samples, "CHUNK", 8)
+    pipe = Pipeline.from_pretrained(model)
+    sample_set(pipe, tmp_path / "one.npz", 30, "random", seed=3)
+
+    def other() -> None:
+        sample_set(pipe, tmp_path / "set.npz", 30, "random", seed=3)
+
+    def at_place(place: int) -> Callable[..., list[torch.Tensor]]:
+        def sample(batch: Any, rows: Any, *settings: Any, **options: Any) -> list[torch.Tensor]:
+            if rows[0] == place:
+                monkeypatch.undo()
+                monkeypatch.setattr(samples, "CHUNK", 8)
+                other()
+            return original(batch, rows, *settings, **options)
+
+        original = pipe.draw
+        return sample
+
+    for place in (0, 8, 24):
+        monkeypatch.setattr(pipe, "draw", at_place(place))
+        sample_set(pipe, tmp_path / "set.npz", 30, "random", seed=3, batch_size=8)
+        with np.load(tmp_path / "set.npz") as both, np.load(tmp_path / "one.npz") as one:
+            np.testing.assert_array_equal(both["arr_0"], one["arr_0"])
+            np.testing.assert_array_equal(both["labels"], one["labels"])
+        (tmp_path / "set.npz").unlink()
+    monkeypatch.setattr(samples, "CHUNK", 8)
+    sample_set(pipe, tmp_path / "set.npz", 30, "random", seed=3, wait=other)  # when it is about to join them
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "set.npz"]
+
+
+def test_links_of_others_are_not_written_through(model: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(model)
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / ".set.npz").symlink_to(tmp_path / "victim")
+    sample_set(pipe, tmp_path / "set.npz", 2, "balanced")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "set.npz").is_file()
+    assert not (tmp_path / "set.npz").is_symlink()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".more.npz.parts").symlink_to(tmp_path / "folder")
+    with pytest.raises(ValueError, match="is a link"):
+        sample_set(pipe, tmp_path / "more.npz", 2, "balanced")
+    assert not any((tmp_path / "folder").iterdir())
+
+
+def test_labels_of_a_set_are_numbers_and_names_are_names(tmp_path: Path) -> None:
+    """Classes called 0 to 11 are sorted as texts: class 2 is called 10."""
+    config = ModelConfig(grid=(4, 4), vocab_size=64, dim=32, num_layers=1, num_heads=2, hidden_dim=64, num_classes=12)
+    names = sorted(str(number) for number in range(12))
+    tokenizer = random_tokenizer(tmp_path / "tokenizer")
+    Transformer(config).save_pretrained(tmp_path / "model", class_names=names, tokenizer=tokenizer)
+    turned = tmp_path / "turned"
+    Transformer(config).save_pretrained(turned, class_names=names[::-1], tokenizer=tokenizer)
+
+    def labels(model: Path, source: object, output: str) -> list[int]:
+        nar("sample", model, "--labels", source, "-n", 12, "-o", tmp_path / output)
+        with np.load(tmp_path / output) as file:
+            assert file["class_names"].tolist() == (names if model.name == "model" else names[::-1])
+            return file["labels"].tolist()
+
+    assert labels(tmp_path / "model", "balanced", "a.npz") == list(range(12))
+    assert labels(tmp_path / "model", tmp_path / "a.npz", "b.npz") == list(range(12))
+    assert labels(turned, tmp_path / "a.npz", "c.npz") == list(range(12))[::-1]  # the same names
+    np.savez(tmp_path / "old.npz", arr_0=np.zeros((12, 16, 16, 3), np.uint8), labels=np.arange(12))
+    assert labels(turned, tmp_path / "old.npz", "d.npz") == list(range(12))
+    for name in names:
+        (tmp_path / "real" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "real" / name / "0.png")
+    assert labels(tmp_path / "model", tmp_path / "real", "e.npz") == [names.index(str(number)) for number in range(12)]

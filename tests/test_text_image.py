@@ -201,7 +201,7 @@ def test_the_command(
     drawn.mkdir()
     for index, picture in enumerate(noise(3)):
         Image.fromarray(picture).save(drawn / f"{index}.png")
-    assert run("--fake", str(drawn), "--clip", str(clip_folder)) == 2
+    assert run("captions", "--fake", str(drawn), "--clip", str(clip_folder)) == 2
     assert "3 pictures and no captions" in capsys.readouterr().err
     np.savez(tmp_path / "drawn.npz", arr_0=noise(3), names=np.array(CAPTIONS))
     records = [{"file": f"{index}.png", "prompt": caption} for index, caption in enumerate(CAPTIONS)]
@@ -210,19 +210,19 @@ def test_the_command(
     assert [source.captions for source in same] == [CAPTIONS, CAPTIONS]
     np.testing.assert_array_equal(load_pictures(same[0], size=64).images, load_pictures(same[1], size=64).images)
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((3, 8, 8), np.uint8))
-    assert run("--fake", str(tmp_path / "wrong.npz"), "--clip", str(clip_folder)) == 2
+    assert run("captions", "--fake", str(tmp_path / "wrong.npz"), "--clip", str(clip_folder)) == 2
     assert "expected as uint8 (N, H, W, 3)" in capsys.readouterr().err
     (drawn / "samples.json").unlink()
     for index, caption in enumerate(CAPTIONS):
         (drawn / f"{index}.txt").write_text(caption)
     report = tmp_path / "report.json"
-    assert run("--fake", str(drawn), "--clip", str(clip_folder), "--json", str(report)) == 0
+    assert run("captions", "--fake", str(drawn), "--clip", str(clip_folder), "--json", str(report)) == 0
     assert "| CLIP score |" in capsys.readouterr().out
     expected = clip_score(noise(3), CAPTIONS, ClipScorer(clip_folder))
     assert json.loads(report.read_text())["scores"] == pytest.approx(expected["scores"], abs=1e-3)
-    assert run("--fake", str(drawn), "--near-copies", str(drawn), "--real", str(drawn), "--size", "16") == 0
+    assert run("copies", "--fake", str(drawn), "--of", str(drawn), "--real", str(drawn), "--size", "16") == 0
     assert "near_copies" in capsys.readouterr().out
-    assert run("--geneval", str(drawn)) == 2
-    assert "--geneval needs --detector and --clip" in capsys.readouterr().err
-    assert run("--geneval-prompts", str(tmp_path / "geneval.jsonl")) == 0
+    assert run("geneval", str(drawn)) == 2
+    assert "geneval needs FOLDER, --detector and --clip" in capsys.readouterr().err
+    assert run("geneval", "--write-prompts", str(tmp_path / "geneval.jsonl")) == 0
     assert len((tmp_path / "geneval.jsonl").read_text().splitlines()) == 553

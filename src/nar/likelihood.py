@@ -1,4 +1,4 @@
-"""How well a model predicts held-out codes: bits per token, and what drawing a front's tokens independently costs.
+"""How well a model predicts held-out codes: bits per token, and what sampling a front's tokens independently costs.
 
 Raster, PAR and NAR models all define a likelihood, so these numbers compare any two models of one tokenizer, picture by
 picture. Knows models and codes; not pixels, and not how numbers are reported.
@@ -52,42 +52,65 @@ def token_losses(
     return torch.cat(pieces).view_as(targets)
 
 
+def sample_losses(model: Transformer, losses: Tensor, known: Tensor | None) -> Tensor:
+    """The mean loss (B,) of each sample's tokens, of (B, N); without those that `known` (B, *grid) decides.
+
+    Known codes are -1 where they are free. Sampling never asks for the others, and with the frames given they would
+    teach to copy. Each sample counts the same, however many are known, so that pieces of a batch add up.
+    """
+    if known is None:
+        return losses.mean(-1)
+    free = (model.in_order(known) < 0).to(losses.dtype)
+    return (losses * free).sum(-1) / free.sum(-1)
+
+
 @torch.no_grad()
 def bits_per_token(
-    model: Transformer, codes: Tensor, labels: Tensor, *, batch_size: int = 100, progress: bool = False
+    model: Transformer,
+    codes: Tensor,
+    condition: Condition | Tensor,
+    *,
+    known: Tensor | None = None,
+    batch_size: int = 100,
+    progress: bool = False,
 ) -> Tensor:
-    """Mean bits (M,) of every picture's tokens, given codes (M, *grid) and classes (M,); without guidance."""
-    starts = tqdm(range(0, len(codes), batch_size), desc="likelihood", unit="batch", disable=not progress)
-    parts = [
-        token_losses(
-            model, codes[start : start + batch_size].long(), ClassCondition(labels[start : start + batch_size])
-        ).mean(-1)
-        for start in starts
-    ]
+    """Mean bits (M,) of every sample's tokens, given codes (M, *grid) and any condition, or classes (M,).
+
+    Without guidance. Tokens that `known` decides are left out, see `sample_losses`.
+    """
+    condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
+    parts = []
+    for start in tqdm(range(0, len(codes), batch_size), desc="likelihood", unit="batch", disable=not progress):
+        rows = slice(start, start + batch_size)
+        losses = token_losses(model, codes[rows].long().to(model.device), condition.rows(rows).to(model.device))
+        parts.append(sample_losses(model, losses, None if known is None else known[rows].to(model.device)))
     return torch.cat(parts).cpu().double() / math.log(2)
 
 
 def independence_cost(
     model: Transformer,
     codes: Tensor,
-    labels: Tensor,
+    condition: Condition | Tensor,
     *,
+    known: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 32,
     steps: int = STEPS,
     progress: bool = False,
 ) -> Tensor:
-    """Bits per token (M / 2,) that drawing the tokens of a front independently costs at least; of the second half.
+    """Bits per token (M / 2,) that sampling the tokens of a front independently costs at least; of the second half.
 
-    Tokens of one front are drawn from p(x_j | earlier fronts), although x_j also depends on its neighbours in the
+    Tokens of one front are sampled from p(x_j | earlier fronts), although x_j also depends on its neighbours in the
     front. Here a coupling a(x_i) . b(x_j), with x_i the token before x_j in the same front, is added to the frozen
     model's logits and fitted on the first half of the pictures; what it gains on the second half is dependence that
     sampling ignores. It is a lower bound: pairs only, and of rank R. A second coupling, fitted in the same way with x_i
     taken from another picture, gains what the model could gain without any dependence; that is subtracted. A fifth of
     the first half decides when each fit stops, so that neither gains by memory.
 
-    Raster models have fronts of one token, and the answer is 0. Codes that the model drew itself give about 0.
+    Raster models have fronts of one token, and the answer is 0. Codes that the model sampled itself give about 0.
+    Samples come with any condition, or classes (M,); what `known` decides of the first one is left out of all.
     """
+    condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
     if len(codes) < 4:
         raise ValueError(f"{len(codes)} pictures; at least 4 are needed to fit a coupling and to measure it")
     schedule = model.layout.schedule
@@ -95,11 +118,13 @@ def independence_cost(
     starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)[:-1]])
     has_neighbour = torch.ones(schedule.num_positions, dtype=torch.bool)
     has_neighbour[starts] = False
+    free = torch.ones_like(has_neighbour) if known is None else model.in_order(known[:1].cpu())[0] < 0
+    has_neighbour &= free
     half = len(codes) // 2
     if not has_neighbour.any():
         return torch.zeros(len(codes) - half, dtype=torch.float64)
     places = has_neighbour.nonzero()[:, 0]
-    device = next(model.parameters()).device
+    device = model.device
     generator = torch.Generator().manual_seed(seed)
     # Factors are linear in the model's own token embeddings: a free row for each token would need far more pictures
     # (with 1,024 tokens and 1,600 pictures it found nothing that held on others).
@@ -114,7 +139,7 @@ def independence_cost(
         """Nats (2, B, n) with the two couplings."""
         with torch.no_grad():
             batch = codes[rows].long().to(device)
-            hidden = model.hidden(batch, ClassCondition(labels[rows]))
+            hidden = model.hidden(batch, condition.rows(rows).to(device))
             logits = model.logits(hidden[:, places.to(device)])  # (B, n, V)
             tokens = model.in_order(batch)
         targets = tokens[:, places]
@@ -145,5 +170,5 @@ def independence_cost(
                 best = torch.where(better, found, best)
                 best_coupling[better] = coupling.detach()[better]
     true, strange = measured(torch.arange(half, len(codes)), best_coupling)
-    cost: Tensor = (strange - true).sum(1).cpu().double() / schedule.num_positions / math.log(2)
+    cost: Tensor = (strange - true).sum(1).cpu().double() / int(free.sum()) / math.log(2)
     return cost

@@ -259,7 +259,7 @@ def _sample_set(
         else:
             num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
             try:
-                names = labels if labels in LABELS else real_classes(labels, "test", num_frames)
+                names = labels if labels in LABELS else real_classes(labels, "test", num_frames, pipe.class_names)
             except FileNotFoundError as error:
                 raise ValueError(f"--labels is {', '.join(LABELS)}, prompts, or real pictures; {error}") from error
             drawn = f"{number} pictures, {labels} labels"

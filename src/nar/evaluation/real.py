@@ -5,13 +5,38 @@ Knows names, splits and where a source's test part lies; does not know what the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nar.data.source import Pictures
+import numpy as np
+
+from nar.data.open import load_pictures, open_source
+from nar.data.source import Pictures, Source
+from nar.media.video import Windows
 
 BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are judged at a time
+
+
+def open_part(source: str, split: str, size: int, windows: Windows | None = None) -> Source:
+    """Pictures, or with `windows` clips, of one split; of a source without splits, all."""
+    try:
+        return open_source(source, size=size, split=split, windows=windows)
+    except FileNotFoundError:
+        path = Path(source).expanduser()
+        if split != "test" or not path.exists() or any(path.glob("train*")):
+            raise
+        return open_source(source, size=size, windows=windows)  # "test" is what is asked for by default
+
+
+def load_part(source: str, split: str, size: int) -> Pictures:
+    """The same in memory, with their labels."""
+    return load_pictures(open_part(source, split, size), size=size)
+
+
+def facts(name: str, opened: Source | Pictures) -> dict[str, Any]:
+    """What a report says of a source that was read."""
+    return {"name": Path(name).name, "num": len(opened), "classes": len(opened.class_names)}
 
 
 def real_pictures(source: str, split: str, size: int | None) -> Any:
@@ -19,29 +44,27 @@ def real_pictures(source: str, split: str, size: int | None) -> Any:
     return [load_part(source, split, size or 32).images] if _is_named(source) else part_of(source, split)
 
 
-def load_part(source: str, split: str, size: int) -> Pictures:
-    """Pictures of one split in memory, with their labels; of a source without splits, all."""
-    from nar.data.open import load_pictures
+def real_classes(
+    source: str, split: str, num_frames: int | None, class_names: Sequence[str] = ()
+) -> list[str] | list[int]:
+    """The class of every real picture, in the order in which they are read: its name, or a number in an .npz.
 
-    try:
-        return load_pictures(source, size=size, split=split)
-    except FileNotFoundError:
-        path = Path(source).expanduser()
-        if split != "test" or not path.exists() or any(path.glob("train*")):
-            raise
-        return load_pictures(source, size=size)  # it has no splits, and "test" is what is asked for by default
-
-
-def real_classes(source: str, split: str, num_frames: int | None) -> list[str]:
-    """The class of every real picture, in the order in which they are read."""
+    A set of these very `class_names` has numbers too: two classes of ImageNet may have one name.
+    """
     if _is_named(source):
-        from nar.data.open import open_source
-
-        found = open_source(source, size=28, split=split)
-        return [found.class_names[label] for label in found.labels]
+        opened = open_source(source, size=28, split=split)
+        return [opened.class_names[label] for label in opened.labels]
     from nar.metrics.pictures import classes
 
-    return classes(part_of(source, split), num_frames)
+    path = part_of(source, split)
+    found = classes(path, num_frames)
+    if path.suffix != ".npz" or not all(label.isdecimal() for label in found):
+        return found
+    with np.load(path) as file:
+        names = file["class_names"].tolist() if "class_names" in file.files else []
+    return (
+        [int(label) for label in found] if names in ([], list(class_names)) else [names[int(label)] for label in found]
+    )
 
 
 def part_of(source: str, split: str) -> Path:

@@ -1,15 +1,18 @@
 """Sets of pictures or clips for evaluation: many, over all classes, shared by processes, resumed where they stopped.
 
 Knows pipelines and `.npz` files; does not know metrics or the command line. The file has the array `arr_0`, uint8
-(N, H, W, 3) or (N, T, H, W, 3), as evaluators read it, `labels` (N,), and `settings`, how it was made as JSON.
+(N, H, W, 3) or (N, T, H, W, 3), as evaluators read it, `labels` (N,), of a model with names of classes `class_names`,
+which the labels index, and `settings`, how it was made as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +30,7 @@ from nar.condition import NULL_CLASS
 from nar.media.pixels import as_images
 from nar.pipeline import Pipeline, Request
 from nar.sampling import Sampling
-from nar.storage.files import atomically
+from nar.storage.files import atomically, claim
 from nar.storage.folder import digest, read_config
 
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
@@ -36,16 +39,16 @@ PAIRING_SEED = 42  # of the published protocol for UCF-101
 
 
 def paired_places(total: int, count: int) -> list[int]:
-    """Which of `total` real pictures are compared with `count` drawn ones: all, or as many, always the same."""
+    """Which of `total` real pictures are compared with `count` sampled ones: all, or as many, always the same."""
     return sorted(random.Random(PAIRING_SEED).sample(range(total), min(total, count)))
 
 
-def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: int) -> np.ndarray:
+def set_labels(pipe: Pipeline, labels: str | Sequence[str | int], count: int, seed: int) -> np.ndarray:
     """The class (N,) int64 of every picture of a set.
 
     `labels` is "balanced" (every class as often as any other, give or take one), "random" (uniform, from the seed), or
-    the class names or numbers of real pictures: then picture i has the class of the i-th of `paired_places`, from the
-    start again where there are more.
+    the classes of real pictures, names as texts and numbers as ints: then picture i has the class of the i-th of
+    `paired_places`, from the start again where there are more.
 
     Raises:
         ValueError: the model has no classes, or not these.
@@ -53,7 +56,7 @@ def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: in
     num_classes = pipe.model.config.num_classes
     if not num_classes:
         raise ValueError(
-            "this model has no classes to draw labels from; with words: nar sample MODEL --labels prompts "
+            "this model has no classes to take labels from; with words: nar sample MODEL --labels prompts "
             "--prompts-file FILE -o set.npz, and then nar eval --fake set.npz"
         )
     if not isinstance(labels, str):
@@ -67,8 +70,8 @@ def set_labels(pipe: Pipeline, labels: str | Sequence[str], count: int, seed: in
     return np.arange(count) % num_classes
 
 
-class Drawn:
-    """Pictures or clips that are drawn when they are read, in batches uint8 (B, [T,] H, W, 3): one of each request.
+class Sampled:
+    """Pictures or clips that are sampled when they are read, in batches uint8 (B, [T,] H, W, 3): one of each request.
 
     Picture i depends on (seed, i) only. The length is the number of pictures.
     """
@@ -107,7 +110,7 @@ def sample_set(
     pipe: Pipeline,
     output: Path,
     count: int,
-    labels: str | Sequence[str],
+    labels: str | Sequence[str | int],
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -118,12 +121,12 @@ def sample_set(
     settings: dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Path:
-    """Draw `count` pictures or clips into the `.npz` file `output`; returns it. Parts of a stopped call are kept.
+    """Sample `count` pictures or clips into the `.npz` file `output`; returns it. Parts of a stopped call are kept.
 
     `labels` are as in `set_labels`. Picture i depends on (seed, i) only, not on the number of processes. Process `rank`
     makes every `num_processes`-th part; `wait` must return once all processes have called it, and then the first one
-    joins them. `settings` are kept in the file beside the others. With `prompts`, one for each picture, these are
-    drawn, and `labels` is only what the set is called.
+    joins them. The same call twice at once shares its parts too. `settings` are kept in the file beside the others.
+    With `prompts`, one for each picture, these are sampled, and `labels` is only what the set is called.
 
     Raises:
         ValueError: the model has no classes, or reads no words; or the parts on disk were made with other settings.
@@ -138,32 +141,33 @@ def sample_set(
         raise ValueError(f"{len(prompts)} prompts for {count} pictures: give one for each")
     else:
         chosen, requests = np.full(count, NULL_CLASS), pipe.requests(prompt=prompts)
-    drawn = Drawn(pipe, requests, sampling, seed=seed, batch_size=batch_size)
+    sampled = Sampled(pipe, requests, sampling, seed=seed, batch_size=batch_size)
     chunk = max(1, CHUNK // (pipe.pixel_shape[0] if pipe.makes_clips else 1))
-    parts = output.with_name(f".{output.name}.parts")
     kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(chosen.tobytes()).hexdigest()[:12]}"
-    known = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
-    known |= settings or {}
+    record = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
+    record |= settings or {}
     if prompts is not None:
-        known["prompts"] = _hash(prompts)
-    _claim(parts, known)
-    mine = range(rank * chunk, count, num_processes * chunk)
-    with tqdm(
-        total=sum(min(chunk, count - start) for start in mine), unit="img", disable=True if rank else None
-    ) as bar:
-        for start in mine:
-            part, end = parts / f"{start:09d}.npy", min(start + chunk, count)
-            if not part.is_file():
-                images = []
-                for batch in drawn.part(start, end):
-                    images.append(batch)
-                    bar.update(len(batch))
-                atomically(part, partial(np.save, arr=np.concatenate(images)))
-            else:
-                bar.update(end - start)
+        record["prompts"] = _hash(prompts)
+    folder = output.with_name(f".{output.name}.parts")
+    parts = [folder / f"{start:09d}.npy" for start in range(0, count, chunk)]
+    claim(folder, record)
+    for part in tqdm(parts[rank::num_processes], desc=f"{chunk} each", unit="part", disable=True if rank else None):
+        if not part.is_file():
+            start = int(part.stem)
+            images = list(sampled.part(start, min(start + chunk, count)))
+            claim(folder, record)  # again: another call of the same may have joined and removed it
+            atomically(part, partial(np.save, arr=np.concatenate(images)))
     wait()
     if rank == 0:
-        _join(parts, output, chosen, known)
+        arrays = {"labels": chosen.astype(np.int64), "settings": np.array(json.dumps(record))}
+        if prompts is None and pipe.class_names:
+            arrays["class_names"] = np.array(pipe.class_names)
+        try:
+            atomically(output, partial(_join, parts, count, arrays))
+        except FileNotFoundError:  # the other call was first
+            if _settings(output) != record:
+                raise
+        _remove(folder)
     wait()
     return output
 
@@ -172,37 +176,35 @@ def _hash(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _claim(parts: Path, settings: dict[str, object]) -> None:
-    """Make the folder of parts for these settings; raises ValueError when it was made for others."""
-    path, text = parts / "settings.json", json.dumps(settings, indent=1)
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{key} {before.get(key)} instead of {value}" for key, value in settings.items() if before.get(key) != value
-        ]
-        if changed:
-            raise ValueError(f"{parts} holds parts of another set: {', '.join(changed)}; delete it to begin anew")
-        return
-    atomically(path, lambda staged: staged.write_text(text + "\n", encoding="utf-8"))  # every process may be the first
-
-
-def _join(parts: Path, output: Path, labels: np.ndarray, settings: dict[str, Any]) -> None:
+def _join(parts: Sequence[Path], count: int, arrays: dict[str, np.ndarray], output: Path) -> None:
     """Copy the parts into one `.npz`, a part at a time: 50,000 pictures of 256x256 are 10 GB."""
-    staging = output.with_name(f".{output.name}")
-    with zipfile.ZipFile(staging, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for index, part in enumerate(sorted(parts.glob("*.npy"))):
+            for part in parts:
                 images = np.load(part)
-                if index == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *images.shape[1:])}
+                if part is parts[0]:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(images.tobytes())
-        with archive.open("labels.npy", "w") as file:
-            np.lib.format.write_array(file, labels.astype(np.int64))
-        with archive.open("settings.npy", "w") as file:
-            np.lib.format.write_array(file, np.array(json.dumps(settings)))
-    staging.replace(output)
-    shutil.rmtree(parts)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+
+
+def _settings(path: Path) -> Any:
+    """How a set was made; None where there is none."""
+    if not path.is_file():
+        return None
+    with np.load(path) as file:
+        return json.loads(str(file["settings"])) if "settings" in file.files else None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of parts: at once for others who look for parts in it, then bit by bit."""
+    away = Path(tempfile.mkdtemp(prefix=".nar-", dir=folder.parent))
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(away / folder.name)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def geneval_set(
@@ -219,7 +221,7 @@ def geneval_set(
     wait: Callable[[], None] = lambda: None,
     settings: dict[str, Any] | None = None,
 ) -> int:
-    """Draw `count` pictures of each prompt of GenEval's `metadata` into the layout that it reads; returns the prompts.
+    """Sample `count` pictures of each prompt of GenEval's `metadata`, laid out as it reads them; returns the prompts.
 
     Line k of `metadata`, a JSON object with a `prompt`, becomes the folder `output/0000k` with `metadata.jsonl` and
     `samples/0000.png` and on. Prompts that are complete are left alone; process `rank` makes every `num_processes`-th.
@@ -240,22 +242,26 @@ def geneval_set(
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
     sampling = sampling or pipe.sampling
-    known = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
-    _claim(output, known | {"prompts": _hash(lines)})
+    record = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
+    claim(output, record | {"prompts": _hash(lines)})
     for index in trange(rank, len(prompts), num_processes, unit="prompt", disable=True if rank else None):
         folder = output / f"{index:05d}"
         if folder.is_dir():
             continue
-        staging = output / f".{index:05d}"
-        (staging / "samples").mkdir(parents=True, exist_ok=True)
-        (staging / "metadata.jsonl").write_text(lines[index] + "\n", encoding="utf-8")
         (request,) = pipe.requests(prompt=prompts[index])
+        images: list[np.ndarray] = []
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
             places = [index * count + row for row in rows]
             made = pipe.draw([request] * len(rows), places, sampling, seed=seed)
-            for row, image in zip(rows, as_images(torch.stack(made)), strict=True):
-                Image.fromarray(image).save(staging / "samples" / f"{row:04d}.png")
-        staging.replace(folder)
+            images.extend(as_images(torch.stack(made)))
+        atomically(folder, partial(_write_prompt, lines[index], images))
     wait()
     return len(prompts)
+
+
+def _write_prompt(metadata: str, images: Sequence[np.ndarray], folder: Path) -> None:
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metadata.jsonl").write_text(metadata + "\n", encoding="utf-8")
+    for row, image in enumerate(images):
+        Image.fromarray(image).save(folder / "samples" / f"{row:04d}.png")

@@ -1,4 +1,8 @@
-"""`nar eval --tokenizer`: what a tokenizer leaves of pictures or clips that it was not trained on, beside baselines."""
+"""Reconstruction quality of a tokenizer on pictures or clips that it was not trained on, beside baselines.
+
+Knows tokenizers, what they were trained on, and which cheap reconstructions stand beside theirs; does not know how
+reconstructions are measured (`nar.metrics.reconstruction`), nor options.
+"""
 
 from __future__ import annotations
 
@@ -110,19 +114,6 @@ def judge_tokenizer(
         "versions": {"nar": __version__, "torch": torch.__version__},
     }  # fmt: skip
     return report
-
-
-def as_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table: a number a row, the tokenizer and its baselines side by side."""
-    beside = ({"refined": report["refined"]} if "refined" in report else {}) | report["baselines"]
-    columns = ["tokenizer", *beside, *(["coded half to the other", "real half"] if "floor" in report else [])]
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name in (name for name, value in report.items() if isinstance(value, float)):
-        cells = [report[name], *(values.get(name) for values in beside.values())]
-        if "floor" in report:
-            cells += [report["at_floor_counts"].get(name), report["floor"].get(name)]
-        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:.5g}' for cell in cells)} |")
-    return "\n".join(lines)
 
 
 def _use(codes: np.ndarray, tokenizer: Any) -> dict[str, float]:

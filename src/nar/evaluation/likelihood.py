@@ -1,0 +1,206 @@
+"""Likelihood of held-out pictures or clips: bits per token of one model, or of two on the same samples.
+
+Knows models, what their samples are conditioned on, and the tokenizer whose codes are predicted; does not know how
+likelihoods are computed (`nar.likelihood`), nor options. Dimensions: M samples, B of them at a time, T frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nar import __version__
+from nar.condition import Condition
+from nar.data.source import BROKEN, Source, check_broken
+from nar.data.wording import wordings
+from nar.evaluation.real import facts, open_part
+from nar.likelihood import bits_per_token, independence_cost
+from nar.media.pixels import as_pixels
+from nar.media.video import Windows
+from nar.metrics.scores import mean_interval
+from nar.pipeline import Pipeline, Request
+from nar.precision import usable_device
+from nar.storage.folder import digest, find_model, read_config
+
+ROWS = {
+    "bits_per_token": "held-out bits per token",
+    "independence_cost": "of which at least, for sampling a front's tokens independently",
+}  # of the table
+COUPLED_BYTES = 2**31  # of text features that are held to measure the cost of independence
+_BATCH = 100
+_ENCODED = 250  # frames that the tokenizer reads at once
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out samples with their codes (M, *grid), and of clips (M, T, H, W, 3) uint8 the frames that are context."""
+
+    source: Source
+    codes: Tensor
+    frames: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+def judge_likelihood(
+    model: str,
+    real: str,
+    *,
+    against: str | None = None,
+    split: str = "test",
+    number: int = 10_000,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "float32",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bits per token of held-out samples, each under its own condition: class, caption, context frames.
+
+    "bits_per_token" is that of whole samples, "bits_per_token_given_N" of what follows N frames, as training logs them.
+    With `against`, another model of the same tokenizer, "against: ..." are its numbers, and "difference: ..." is paired
+    by sample. What a front's independence costs is of `model`, and of the first of its numbers.
+
+    Raises:
+        ValueError: samples without the classes or captions that a model needs, or models of two tokenizers.
+    """
+    names = [model] if against is None else [model, against]
+    folders = [find_model(name) for name in names]
+    tokenizers = [digest(folder / "tokenizer") for folder in folders if (folder / "tokenizer").is_dir()]
+    if len(set(tokenizers)) > 1:
+        raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
+    load = partial(Pipeline.from_pretrained, device=usable_device(device), dtype=dtype)
+    pipes = [load(folder) for folder in folders]
+    heldout = _held_out(pipes, _trained(folders[0]), real, split, number, seed, progress)
+    found: dict[str, np.ndarray] = {}
+    warnings: list[str] = []
+    for index, (pipe, folder) in enumerate(zip(pipes, folders, strict=True)):
+        prefix = "against: " if index else ""
+        samples = _Samples(pipe, heldout, _trained(folder).get("wording", "plain"))
+        for count in pipe.continuation.counts:
+            name = f"bits_per_token_given_{count}" if count else "bits_per_token"
+            found[prefix + name] = samples.bits(count, progress)
+        if index == 0:
+            if samples.text_bytes <= COUPLED_BYTES:
+                found["independence_cost"] = samples.cost(pipe.continuation.counts[0], seed, progress)
+            else:
+                warnings.append(
+                    f"no independence_cost: the captions' features are {samples.text_bytes / 2**30:.1f} GiB, and it "
+                    f"holds at most {COUPLED_BYTES / 2**30:.0f}; give fewer pictures with -n"
+                )
+    for name in [name for name in found if f"against: {name}" in found]:
+        found[f"difference: {name}"] = found[name] - found[f"against: {name}"]
+    return {
+        **{name: float(values.mean()) for name, values in found.items()},
+        "interval": {name: mean_interval(values, seed=seed) for name, values in found.items()},
+        "warnings": warnings,
+        "settings": {
+            "model": model,
+            "against": against,
+            "num_real": len(heldout),
+            "seed": seed,
+            "dtype": dtype,
+            "schedule": [pipe.model.config.schedule for pipe in pipes],
+            "guidance_scale": 1.0,
+            "real": {**facts(real, heldout.source), "split": split, "codes_of": "the model's own tokenizer"},
+            "weights_sha256": [digest(folder) for folder in folders],
+            "tokenizer_sha256": tokenizers[0],
+            "versions": {"nar": __version__, "torch": torch.__version__},
+        },
+    }
+
+
+class _Samples:
+    """Held-out samples as one model is conditioned on them: by its classes, its text encoder, its context frames."""
+
+    def __init__(self, pipe: Pipeline, heldout: HeldOut, wording: str) -> None:
+        self.pipe, self.heldout = pipe, heldout
+        config, source = pipe.model.config, heldout.source
+        if heldout.codes.shape[1:] != config.grid:
+            raise ValueError(f"codes of {tuple(heldout.codes.shape[1:])} do not fit a model of {config.grid}")
+        self.labels = np.full(len(heldout), -1)
+        if config.num_classes:
+            # Numbers of the classes are those of the model: by name where it has names, else by place.
+            known = [pipe.label_index(name) for name in source.class_names] if pipe.class_names else None
+            self.labels = source.labels if known is None else np.array(known)[source.labels]
+        self.prompts: Sequence[str] = [""] * len(heldout)
+        if config.text_dim:
+            if source.captions is None:
+                raise ValueError("this model reads words, and the held-out pictures have no captions")
+            self.prompts = source.captions
+            if wording == "varied":
+                further = source.tags or [()] * len(heldout), source.styles or [""] * len(heldout)
+                self.prompts = [wordings(*words)[0] for words in zip(self.prompts, *further, strict=True)]
+        self.text_bytes = 4 * len(heldout) * config.text_length * config.text_dim
+
+    def condition(self, rows: slice, count: int) -> Condition:
+        """The condition of some samples, of clips with their first `count` frames."""
+        frames: Sequence[Tensor | None] = [None] * len(self.labels[rows])
+        if count and self.heldout.frames is not None:
+            frames = list(as_pixels(self.heldout.frames[rows, :count]).to(self.pipe.model.device))
+        columns = zip(self.labels[rows].tolist(), self.prompts[rows], frames, strict=True)
+        asked = [Request(label, prompt, frames=clip) for label, prompt, clip in columns]
+        return self.pipe.condition(asked)[0]
+
+    def bits(self, count: int, progress: bool) -> np.ndarray:
+        """Bits per token (M,) of what follows the first `count` frames."""
+        parts = []
+        for start in tqdm(range(0, len(self.heldout), _BATCH), desc="likelihood", unit="batch", disable=not progress):
+            rows = slice(start, start + _BATCH)
+            condition = self.condition(rows, count)
+            known = self.pipe.continuation.known(condition)
+            parts.append(bits_per_token(self.pipe.model, self.heldout.codes[rows], condition, known=known))
+        return torch.cat(parts).numpy()
+
+    def cost(self, count: int, seed: int, progress: bool) -> np.ndarray:
+        """What the independence of a front's tokens costs (M / 2,) of what follows `count` frames."""
+        condition = self.condition(slice(None), count)
+        known = self.pipe.continuation.known(condition)
+        return independence_cost(
+            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=progress
+        ).numpy()
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What the data were that a model was trained on."""
+    return dict(read_config(folder).get("training", {}).get("config", {}).get("data", {}))
+
+
+def _held_out(
+    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str, split: str, number: int, seed: int, progress: bool
+) -> HeldOut:
+    """Pictures, or the windows of clips that were trained on, as codes of the tokenizer; at random, not by class."""
+    pipe, windows = pipes[0], None
+    if pipe.makes_clips:
+        kept = {name: trained[name] for name in ("stride", "frame_rate") if name in trained}
+        windows = Windows(pipe.pixel_shape[0], kind=trained.get("windows", "centre"), **kept)
+    size = pipe.pixel_shape[-1]
+    source = open_part(real, split, size, windows)
+    source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
+    context = max(count for one in pipes for count in one.continuation.counts)
+    codes, frames, good, broken = [], [], [], []
+    device, step = pipe.model.device, max(1, _ENCODED // math.prod(pipe.pixel_shape[:-2]))
+    for start in tqdm(range(0, len(source), step), desc="encoding", unit="batch", disable=not progress):
+        images = []
+        for row in range(start, min(start + step, len(source))):
+            try:
+                images.append(source.array(row, size))
+                good.append(row)
+            except BROKEN as error:
+                broken.append(f"{source.names[row]} ({error})")
+        if images:
+            with torch.inference_mode():
+                codes.append(pipe.tokenizer.encode(as_pixels(np.stack(images)).to(device)).cpu())
+            frames += [clip[:context] for clip in images if context]
+    check_broken(broken, len(source))
+    source = source.take(np.array(good)) if broken else source
+    return HeldOut(source, torch.cat(codes), np.stack(frames) if frames else None)

@@ -1,0 +1,228 @@
+"""Pictures or clips judged against real ones: a set in files, or what a model samples while it is judged.
+
+Knows models, tokenizers and detectors, and which known defects stand beside a score; does not know how numbers are made
+(`nar.metrics`), nor options. Dimensions: B pictures or clips, T frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nar.evaluation.real import BATCH, CLIP_BATCH, real_classes, real_pictures
+from nar.evaluation.sets import Sampled, made_by, paired_places, set_labels
+from nar.media.pixels import as_images, as_pixels
+from nar.metrics import reference
+from nar.metrics.defects import Defect, motion_defects, swapped_patches
+from nar.metrics.evaluate import evaluate
+from nar.metrics.pictures import Source
+from nar.pipeline import Pipeline, Request
+from nar.precision import usable_device
+from nar.storage.folder import bundled_names, digest, find_model
+from nar.tokenizer import Tokenizer, load_tokenizer
+
+NUMBER = 10_000  # pictures that a model samples
+TOKEN_SHARES = (0.0, 0.02, 0.05, 0.1)  # of the known defects with a tokenizer; 0: only encoded and decoded
+PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How fake pictures or clips are compared with real ones, whoever made them.
+
+    Attributes:
+        real, split, floor: sources of real pictures, see `nar.evaluation.real`.
+        size, num_frames: what all pictures and clips are cut to; None leaves them, or takes what `protocol` fixes.
+        number: how many are sampled, or chosen of the real ones by `protocol`; None is 10,000, or all there are.
+        inception, video, i3d, i3d_variant: which network makes features; EfficientNet-Lite0 without any of them.
+        tokenizer: whose codes of real pictures are spoilt, for rows of known defects; without one, `calibration` is the
+            share of patches that are exchanged. A calibration of 0 leaves these rows out.
+    """
+
+    real: str
+    split: str = "test"
+    floor: str | None = None
+    size: int | None = None
+    num_frames: int | None = None
+    protocol: str | None = None
+    number: int | None = None
+    inception: Path | None = None
+    video: bool = False
+    i3d: Path | None = None
+    i3d_variant: str = "stylegan-v"
+    tokenizer: str | None = None
+    calibration: float = 0.05
+    resamplings: int = 1000
+    seed: int = 0
+    cache: Path | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {self.protocol!r}")
+
+    def cut(self) -> Comparison:
+        """The comparison with the sizes that its protocol fixes, where it does not say its own."""
+        fixed = PROTOCOLS.get(self.protocol or "", {})
+        return dataclasses.replace(
+            self, size=self.size or fixed.get("size"), num_frames=self.num_frames or fixed.get("num_frames")
+        )
+
+
+def is_model(source: str) -> bool:
+    """Whether a source of fake pictures names a model that samples them."""
+    return source in bundled_names() or (Path(source).expanduser() / "config.json").is_file()
+
+
+def judge_set(how: Comparison, fake: str) -> dict[str, Any]:
+    """The report of a set in files."""
+    how = how.cut()
+    places = None
+    if how.protocol:
+        places = paired_places(len(real_classes(how.real, how.split, how.num_frames)), how.number or NUMBER)
+    return _report(how, fake, only_real=places)
+
+
+def judge_model(
+    how: Comparison, model: str, *, labels: str | None = None, settings: dict[str, Any], dtype: str = "float32"
+) -> dict[str, Any]:
+    """The report of what a model samples, with `settings` of sampling in place of its own.
+
+    `labels` are "balanced", "random" or "real": the classes of real pictures; None is what the protocol asks for.
+
+    Raises:
+        ValueError: the model samples clips and pictures are asked for, has no classes, or not these.
+    """
+    how, folder = how.cut(), find_model(model)
+    labels = labels or ("balanced" if how.protocol is None else "real")
+    pipe = Pipeline.from_pretrained(model, device=usable_device(how.device), dtype=dtype)
+    if pipe.makes_clips:
+        if how.inception is not None:
+            raise ValueError(f"{model} makes clips, which the Inception network does not judge: leave --inception out")
+        how = dataclasses.replace(
+            how, num_frames=how.num_frames or pipe.pixel_shape[0], video=True, batch_size=how.batch_size or CLIP_BATCH
+        )
+    how = dataclasses.replace(
+        how, size=how.size or pipe.pixel_shape[-1], tokenizer=how.tokenizer or str(folder / "tokenizer")
+    )
+    chosen: str | Sequence[str | int] = labels
+    places, count = None, how.number or NUMBER
+    if labels == "real":
+        chosen = real_classes(how.real, how.split, how.num_frames, pipe.class_names)
+        places = paired_places(len(chosen), count)
+        count = how.number or len(places)
+    numbers = set_labels(pipe, chosen, count, how.seed).tolist()
+    sampling = dataclasses.replace(pipe.sampling, **settings)
+    source = Sampled(pipe, list(map(Request, numbers)), sampling, seed=how.seed, batch_size=how.batch_size or BATCH)
+    made_with = {
+        "model": model,
+        "labels": labels,
+        "seed": how.seed,
+        **dataclasses.asdict(sampling),
+        "dtype": dtype,
+        "grid": list(pipe.model.config.grid),
+        "classes": len(set(numbers)),
+        **made_by(folder),
+    }
+    return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)
+
+
+def _report(
+    how: Comparison, fake: Source, *, only_real: list[int] | None, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    device, detector = usable_device(how.device), None
+    if how.i3d is not None or how.video:
+        from nar.metrics.video import I3DDetector, TransNetDetector
+
+        place = device or "cpu"
+        detector = TransNetDetector(place) if how.i3d is None else I3DDetector(how.i3d, how.i3d_variant, place)
+    defects: float | list[Defect] = how.calibration
+    if how.calibration and (how.tokenizer or detector):
+        defects = [swapped_patches(how.calibration, how.seed)]
+        if how.tokenizer:
+            defects = token_defects(find_model(how.tokenizer), device, how.seed)
+        defects += motion_defects(how.seed) if detector else []
+    report = evaluate(
+        real_pictures(how.real, how.split, how.size),
+        fake,
+        inception=how.inception,
+        detector=detector,
+        num_frames=how.num_frames,
+        only_real=only_real,
+        floor=None if how.floor is None else real_pictures(how.floor, how.split, how.size),
+        size=how.size,
+        calibration=defects,
+        resamplings=how.resamplings,
+        seed=how.seed,
+        cache=how.cache,
+        batch_size=how.batch_size or (CLIP_BATCH if detector else BATCH),
+        device=device,
+        progress=how.progress,
+        settings=settings,
+    )
+    report["settings"]["protocol"] = how.protocol
+    return report
+
+
+def token_defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defect]:
+    """Real pictures with some of their tokens resampled: what a model that errs now and then would make of them."""
+    tokenizer = load_tokenizer(tokenizer_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = digest(tokenizer_folder)
+
+    def defect(share: float) -> Defect:
+        return Defect(
+            f"{100 * share:.3g} % of tokens resampled" if share else "encoded and decoded",
+            f"tokens {share} {seed} {weights}",
+            lambda images, first: resample_tokens(tokenizer, images, share, seed + first),
+        )
+
+    return [defect(share) for share in TOKEN_SHARES]
+
+
+@torch.inference_mode()
+def resample_tokens(tokenizer: Tokenizer, images: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Encode uint8 pictures (B, H, W, 3) or clips (B, T, H, W, 3), resample a share of their tokens, decode.
+
+    New tokens are taken from all places of all these pictures, so they follow the marginal distribution of real tokens.
+    With one seed the tokens changed at a small share are also changed at a larger one, and to the same values; share 0
+    shows what the tokenizer alone costs.
+    """
+    place = next(tokenizer.parameters()).device
+    codes = tokenizer.encode(as_pixels(images).to(place)).cpu().numpy()
+    generator = np.random.default_rng(seed)
+    changed = generator.random(codes.shape) < share
+    sampled = codes.reshape(-1)[generator.integers(0, codes.size, codes.shape)]
+    return as_images(tokenizer.decode(torch.from_numpy(np.where(changed, sampled, codes)).to(place)))
+
+
+def write_reference(
+    path: Path,
+    real: str,
+    *,
+    split: str = "test",
+    size: int | None = None,
+    inception: Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> None:
+    """Write the statistics of real pictures, for comparisons without them."""
+    reference.write_reference(
+        path,
+        real_pictures(real, split, size),
+        inception=inception,
+        size=size,
+        seed=seed,
+        batch_size=batch_size or BATCH,
+        device=usable_device(device),
+        progress=progress,
+    )
