@@ -145,7 +145,7 @@ def test_geneval_layout(run: Run, words_folder: Path, clips_folder: Path, tmp_pa
     run(*command)
     assert (tmp_path / "out/00000").stat().st_mtime_ns == stamp
     assert (tmp_path / "out/00001/samples/0001.png").is_file()
-    assert "holds parts of another set: seed 0 instead of 1" in run(*command, "--seed", 1, code=2)
+    assert "holds parts made with other settings: seed 0 instead of 1" in run(*command, "--seed", 1, code=2)
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     assert settings["text_encoder_sha256"] == pipe.text_encoder().digest
     assert "this model makes clips" in run("sample", clips_folder, *command[2:], code=2)

@@ -292,6 +292,7 @@ def test_many_frames_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         ({"frames": random_clip(3), "num_frames": 3}, "num_frames 3 must be more than the 3 that are given"),
         ({"frames": random_clip(3).astype(np.float32)}, "frames must be uint8"),
         ({"frames": []}, "the frames of a clip must be at least one"),
+        ({"frames": random_clip(3), "num_frames": 5000000}, "num_frames 5,000,000 is too long.* at most 2,000"),
         ({"frames": random_clip(3), "num_frames": 9, "output_type": "codes"}, "codes are those of one pass"),
         ({"frames": [random_clip(3), random_clip(4)], "output_type": "np"}, "several lengths: set num_frames"),
         ({"frames": random_clip(3), "guidance_scale": 2.0}, "this model's only condition is given frames"),

@@ -28,7 +28,7 @@ ALLOWED = {
     "convert": {"model", "tokenizer", "storage"},
     "data": {"tokenizer", "text", "media", "storage"},
     "metrics": {"data", "text", "media", "storage"},
-    "pipeline": {"sampling", "model", "condition", "tokenizer", "text", "media", "storage"},
+    "pipeline": {"sampling", "model", "condition", "precision", "tokenizer", "text", "media", "storage"},
     "training": {
         "pipeline.continuation", "likelihood", "sampling", "model", "order", "attention", "condition", "metrics",
         "data", "text", "tokenizer", "media", "storage",

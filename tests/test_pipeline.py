@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nar import Pipeline, load_tokenizer
 from nar.storage.folder import bundled_names, find_model
@@ -105,8 +108,24 @@ def test_known_codes(pipe: Pipeline) -> None:
     known[:, :2] = 7
     codes = pipe([0, 1], seed=1, known=known, output_type="codes").images
     assert (codes[:, :2] == 7).all()
-    with pytest.raises(ValueError, match="known has 2 rows for 1 pictures"):
-        pipe([0], known=known)
+    assert torch.equal(pipe([0, 1], seed=1, known=known.tolist(), output_type="codes").images, codes)
+
+
+def test_every_picture_may_have_its_own_seed(pipe: Pipeline) -> None:
+    each = pipe([0, 1, 2], seed=[5, 9, 5], output_type="codes", batch_size=2)
+    assert each.seed == [5, 9, 5]
+    for label, seed, codes in zip((0, 1, 2), (5, 9, 5), each.images, strict=True):
+        assert torch.equal(pipe(label, seed=seed, output_type="codes").images[0], codes)
+    assert torch.equal(pipe([0, 1, 2], seed=np.array([5, 9, 5]), output_type="codes").images, each.images)
+
+
+def test_what_one_call_may_ask_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nar.pipeline.requests.MOST_RESULTS", 6)
+    assert len(pipe([0, 1], num_images_per_prompt=3).images) == 6
+    with pytest.raises(ValueError, match=r"2 times num_images_per_prompt 4 are too many .* at most 6"):
+        pipe([0, 1], num_images_per_prompt=4)
+    with pytest.raises(ValueError, match="more than 6 are asked for"):
+        pipe(itertools.repeat(0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +139,21 @@ def test_known_codes(pipe: Pipeline) -> None:
         ({"class_labels": ["-1"]}, "unknown class '-1'"),
         ({"class_labels": [0], "output_type": "jpeg"}, "output_type must be one of"),
         ({"class_labels": [0], "top_p": 2.0}, "top_p must be in"),
-        ({"class_labels": [0], "num_images_per_prompt": 0}, "must be at least 1"),
-        ({"class_labels": [0], "seed": -1}, "seed must be at least 0"),
+        ({"class_labels": [0], "num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least"),
+        ({"class_labels": [0], "num_images_per_prompt": 10**9}, "1,000,000,000 are too many for one call"),
+        ({"class_labels": [0], "batch_size": 0.5}, "batch_size must be a whole number of at least 1, not 0.5"),
+        ({"class_labels": [0], "guidance_scale": 1e308}, "guidance_scale must be a finite number from 0 to 1000"),
+        ({"class_labels": [0], "top_k": math.nan}, "top_k must be .* a whole number, not nan"),
+        ({"class_labels": [0], "seed": [1, 2]}, "2 seeds for 1 results"),
+        ({"class_labels": [0], "seed": ["1"]}, "seed must be a whole number, or a list .* not '1'"),
+        ({"class_labels": [0], "known": torch.zeros(2, 4, 4).long()}, "known has 2 rows for 1 results"),
+        (
+            {"class_labels": [0], "known": torch.zeros(1, 4, 5).long()},
+            r"known must be .* \(1, 4, 4\).* \(1, 4, 5\)",
+        ),
+        ({"class_labels": [0], "known": torch.zeros(1, 4, 4)}, r"known must be .*; not float32 \(1, 4, 4\)"),
+        ({"class_labels": [0], "known": Image.new("RGB", (4, 4))}, "known must be .*; not Image"),
+        ({"class_labels": [0], "seed": -1}, "seed must be a whole number from 0"),
     ],
 )
 def test_mistakes_are_named(pipe: Pipeline, values: dict[str, object], message: str) -> None:
@@ -142,6 +174,11 @@ def test_models_are_found_or_named(toy_folder: Path, tmp_path: Path) -> None:
     (foreign / "tokenizer/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantizer.embedding.weight is \(32, 4\), the model needs \(16, 4\)"):
         Pipeline.from_pretrained(foreign)
+
+
+def test_a_device_that_is_not_there_is_named(toy_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda:99' is not usable here .*; try cpu"):
+        Pipeline.from_pretrained(toy_folder, device="cuda:99")
 
 
 def test_bundled_tokenizers_are_found_by_name() -> None:

@@ -193,11 +193,11 @@ def test_two_calls_at_once_make_one_whole_set(model: Path, tmp_path: Path, monke
                 other()
             return original(batch, rows, *settings, **options)
 
-        original = pipe.draw
+        original = pipe.sample
         return sample
 
     for place in (0, 8, 24):
-        monkeypatch.setattr(pipe, "draw", at_place(place))
+        monkeypatch.setattr(pipe, "sample", at_place(place))
         sample_set(pipe, tmp_path / "set.npz", 30, "random", seed=3, batch_size=8)
         with np.load(tmp_path / "set.npz") as both, np.load(tmp_path / "one.npz") as one:
             np.testing.assert_array_equal(both["arr_0"], one["arr_0"])

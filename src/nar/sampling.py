@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -81,6 +81,11 @@ class Sampling:
         return 1.0 + (self.guidance_scale - 1.0) * CURVES[self.guidance_curve](progress)
 
 
+def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `Sampling` among the arguments of a call that are not None."""
+    return {field.name: arguments[field.name] for field in fields(Sampling) if arguments[field.name] is not None}
+
+
 CURVES: dict[str, Curve] = {
     "constant": lambda _: 1.0,
     "linear": lambda progress: progress,
@@ -102,7 +107,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     negative: Condition | Iterable[Condition] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
     session: Session | None = None,
@@ -120,7 +125,7 @@ def generate_fronts(
     sampling: Sampling | None = None,
     *,
     negative: Condition | Iterable[Condition] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
     session: Session | None = None,
@@ -129,7 +134,8 @@ def generate_fronts(
 
     Args:
         negative: what guidance leads away from; by default the null condition.
-        seed, indices: sample i of the batch draws from the stream (seed, indices[i]), by default (seed, i).
+        seed, indices: sample i of the batch draws from the stream (seed, indices[i]), by default (seed, i); with a list
+            of seeds from (seed[i], indices[i]).
         known: codes (B, *grid), -1 where free; the others are kept as given. Only later fronts take note of them: about
             half of what surrounds a hole in the middle is not seen.
         session: memory and graphs to use again; by default those of this call alone.
@@ -271,7 +277,7 @@ def _steps(
     condition: Condition | Iterable[Condition],
     sampling: Sampling,
     negative: Condition | Iterable[Condition] | None,
-    seed: int,
+    seed: int | Sequence[int],
     indices: Sequence[int] | None,
     known: Tensor | None,
     session: Session | None,
@@ -367,15 +373,20 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits.softmax(-1)
 
 
-def uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
-    """(len(indices), count) float32 numbers in [0, 1): row i comes from the stream (seed, indices[i]) alone.
+def uniforms(seed: int | Sequence[int], indices: Sequence[int], count: int) -> Tensor:
+    """(len(indices), count) float32 numbers in [0, 1): row i comes from the stream (seed, indices[i]) alone, or with a
+    list of seeds from (seed[i], indices[i]).
 
     Raises:
-        ValueError: a seed that is not a whole number from 0 to 2**64 - 1.
+        ValueError: a seed that is not a whole number from 0 to 2**64 - 1, or another number of them.
     """
-    if not isinstance(seed, Integral) or not 0 <= seed < NUM_SEEDS:
-        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
-    rows = [np.random.default_rng(_stream(seed, index)).random(count, dtype=np.float32) for index in indices]
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(indices)
+    if wrong := [value for value in seeds if not isinstance(value, Integral) or not 0 <= value < NUM_SEEDS]:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {wrong[0]!r}")
+    if len(seeds) != len(indices):
+        raise ValueError(f"{len(seeds)} seeds for {len(indices)} samples: give one number, or one for each")
+    streams = [_stream(value, index) for value, index in zip(seeds, indices, strict=True)]
+    rows = [np.random.default_rng(stream).random(count, dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count)
 
 

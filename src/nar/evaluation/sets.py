@@ -91,7 +91,7 @@ class Sampled:
         """Those from one place up to another."""
         for first in range(start, end, self.batch_size):
             rows = range(first, min(first + self.batch_size, end))
-            pixels = self.pipe.draw(self.requests[rows.start : rows.stop], rows, self.sampling, seed=self.seed)
+            pixels = self.pipe.sample(self.requests[rows.start : rows.stop], rows, self.sampling, seed=self.seed)
             yield as_images(torch.stack(pixels))
 
 
@@ -253,7 +253,7 @@ def geneval_set(
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
             places = [index * count + row for row in rows]
-            made = pipe.draw([request] * len(rows), places, sampling, seed=seed)
+            made = pipe.sample([request] * len(rows), places, sampling, seed=seed)
             images.extend(as_images(torch.stack(made)))
         atomically(folder, partial(_write_prompt, lines[index], images))
     wait()

@@ -18,7 +18,7 @@ from nar.media.crops import to_rgb
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_FRAMES = 2000  # of a clip to continue, which is held in memory and returned
+MOST_FRAMES = 2000  # of a clip to continue and of its continuation, which are held in memory
 Frames = Any  # a path, Pillow pictures, or uint8 (T, H, W, 3); several: a list of these, or (B, T, H, W, 3)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nar.condition import Condition, PrefixCondition
+from nar.media.clips import MOST_FRAMES
 from nar.model import Transformer
 from nar.tokenizer import Tokenizer
 from nar.tokenizer.causal import CausalTokenizer
@@ -75,6 +76,8 @@ class Continuation:
         least = min((count for count in self.counts if count), default=0)
         if short := [length for length in lengths if 0 < length < least]:
             raise ValueError(f"the clip to continue has {min(short)} frames, this model needs at least {least}")
+        if num_frames is not None and num_frames > MOST_FRAMES:
+            raise ValueError(f"num_frames {num_frames:,} is too long: at most {MOST_FRAMES:,}, held in memory")
         if num_frames is not None and num_frames <= max(lengths):
             raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
         if not self.prefix and num_frames is not None and num_frames > self.num_frames:

@@ -1,0 +1,205 @@
+"""The arguments of a call as a list of requests, one for each picture or clip, and the limits of a call.
+
+Knows what a model can be conditioned on; does not know how conditions are embedded, nor how anything is sampled.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar.condition import NULL_CLASS
+from nar.media.clips import Frames, several
+from nar.model import ModelConfig
+from nar.storage.fields import suggestion
+from nar.text.captions import is_blank
+
+MOST_RESULTS = 100_000  # of a call, which returns all at once: pictures of 256x256 are 20 GB
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What one picture or clip is conditioned on. `frames` are context frames, float -1..1 (3, T, H, W)."""
+
+    label: int = NULL_CLASS
+    prompt: str = ""
+    negative: str = ""
+    frames: Tensor | None = None
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether guidance compares with words in place of the null condition."""
+        return not is_blank(self.negative)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance has something to compare: without class and words both sides would be the same."""
+        return self.has_negative or self.label >= 0 or not is_blank(self.prompt)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model can be conditioned on. `counts` are numbers of context frames; with 0 among them it needs none."""
+
+    config: ModelConfig
+    class_names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        config = self.config
+        names = (("class labels", config.num_classes), ("prompts", config.text_dim), ("frames", config.prefix_grid))
+        return ", ".join(name for name, present in names if present)
+
+    def label_index(self, label: str | int) -> int:
+        """The number of a class, given its name (any case) or number; raises ValueError with the names.
+
+        A string is a name where there is one like it, "10" too; an int is always the number.
+        """
+        count = self.config.num_classes
+        if not count:
+            raise ValueError(f"this model has no classes; it takes {self}")
+        text = str(label).strip()
+        names = [name.lower() for name in self.class_names]
+        if isinstance(label, str) and text.lower() in names:
+            return names.index(text.lower())
+        if text.isdecimal() and int(text) < count:
+            return int(text)
+        listed = ", ".join(self.class_names) if 0 < len(names) <= 40 else f"numbers 0 to {count - 1}"
+        raise ValueError(f"unknown class {text!r}{suggestion(text.lower(), names)}; classes: {listed}")
+
+    def requests(
+        self,
+        class_labels: Sequence[str | int] | str | int | None,
+        prompt: Sequence[str] | str | None,
+        negative_prompt: Sequence[str] | str | None,
+        frames: Frames | None,
+        *,
+        read: Callable[[Frames], Tensor],
+        number: int = 1,
+    ) -> list[Request]:
+        """`number` requests for each of what is asked for; `read` opens context frames.
+
+        Raises:
+            ValueError: something that the model does not take or lacks, lists that do not go together, or more
+                results than a call returns.
+        """
+        self._check_kinds(class_labels, prompt, negative_prompt, frames)
+        if class_labels is None and prompt is None and frames is None:
+            return [Request()] * _checked_number(1, number)  # clips from nothing
+        columns: dict[str, list[Any]] = {}
+        if class_labels is not None:
+            columns["label"] = [self.label_index(label) for label in _listed(class_labels)]
+        if prompt is not None:
+            columns["prompt"] = _texts(prompt)
+        if negative_prompt is not None:
+            columns["negative"] = _texts(negative_prompt)
+        if frames is not None:
+            columns["frames"] = several(frames)
+        count = max(map(len, columns.values()))
+        if wrong := [f"{len(column)} of {name}" for name, column in columns.items() if len(column) not in {1, count}]:
+            raise ValueError(f"{', '.join(wrong)} for {count} results: give one, or as many")
+        if not count:
+            raise ValueError("nothing is asked for: the list is empty")
+        _checked_number(count, number)
+        if frames is not None:
+            columns["frames"] = [read(clip) for clip in columns["frames"]]
+        return [
+            Request(**{name: column[index % len(column)] for name, column in columns.items()})
+            for index in range(count)
+            for _ in range(number)
+        ]
+
+    def _check_kinds(self, class_labels: Any, prompt: Any, negative_prompt: Any, frames: Any) -> None:
+        config = self.config
+        for name, value, taken in (
+            ("class labels", class_labels, config.num_classes),
+            ("prompts", prompt, config.text_dim),
+            ("negative prompts", negative_prompt, config.text_dim),
+            ("frames", frames, config.prefix_grid),
+        ):
+            if value is not None and not taken:
+                raise ValueError(f"this model takes no {name}; it takes {self}")
+        begins_from_nothing = 0 in self.counts
+        nothing = class_labels is None and prompt is None and frames is None
+        if nothing and (not begins_from_nothing or config.num_classes or config.text_dim):
+            raise ValueError(f"say what to make: this model takes {self}")
+        if config.prefix_grid and frames is None and not begins_from_nothing:
+            raise ValueError("this model continues clips: give it frames")
+        if config.num_classes and class_labels is None and not config.null_class:
+            raise ValueError("this model has no null class: give it class labels too")
+
+
+def seeds_of(seed: Any, generator: torch.Generator | None, count: int) -> int | list[int]:
+    """The seed of a call of `count` results, or one for each: by default a new one, with a generator its next number.
+
+    Raises:
+        ValueError: both are given, several generators, or another number of seeds.
+    """
+    if generator is not None:
+        if seed is not None or not isinstance(generator, torch.Generator):
+            raise ValueError("give either seed or one torch.Generator for all; number i depends on (seed, i)")
+        return int(torch.randint(2**32, (), generator=generator, device=generator.device))
+    if seed is None:
+        return secrets.randbits(32)
+    if isinstance(seed, Integral):
+        return int(seed)
+    seeds = _listed(seed)
+    if wrong := [value for value in seeds if not isinstance(value, Integral)]:
+        raise ValueError(f"seed must be a whole number, or a list with one for each result, not {wrong[0]!r}")
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} results: give one number for all, or a list with as many")
+    return [int(value) for value in seeds]
+
+
+def known_codes(known: Any, count: int, grid: tuple[int, ...]) -> Tensor:
+    """Codes (count, *grid) to keep, -1 where free; raises ValueError for other shapes and what is no array."""
+    wanted = f"known must be whole numbers ({', '.join(map(str, (count, *grid)))}), codes to keep and -1 where free"
+    if not isinstance(known, Tensor | np.ndarray | list | tuple):
+        raise ValueError(f"{wanted}; not {type(known).__name__}")
+    try:
+        codes = torch.as_tensor(known)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{wanted}; {error}") from error
+    if codes.ndim and len(codes) != count:
+        raise ValueError(f"known has {len(codes)} rows for {count} results; {wanted}")
+    if tuple(codes.shape) != (count, *grid) or codes.dtype in (torch.bool,) or codes.is_floating_point():
+        raise ValueError(f"{wanted}; not {str(codes.dtype).removeprefix('torch.')} {tuple(codes.shape)}")
+    return codes.long()
+
+
+def _checked_number(count: int, number: int) -> int:
+    """`number`, once `count` times as many are at least one and no more than a call returns."""
+    if not isinstance(number, Integral) or number < 1:
+        raise ValueError(f"num_images_per_prompt must be a whole number of at least 1, not {number!r}")
+    if count * number > MOST_RESULTS:
+        raise ValueError(
+            f"{count:,} times num_images_per_prompt {number:,} are too many for one call, which returns all at once: "
+            f"at most {MOST_RESULTS:,}; call again with other seeds"
+        )
+    return number
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value, or those of a list, array or iterator, as a list no longer than a call may ask for."""
+    value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [value]
+    listed = list(islice(value, MOST_RESULTS + 1))
+    if len(listed) > MOST_RESULTS:
+        raise ValueError(f"more than {MOST_RESULTS:,} are asked for in one call, which returns all at once")
+    return listed
+
+
+def _texts(prompts: Sequence[str] | str) -> list[str]:
+    listed = _listed(prompts)
+    if strange := [prompt for prompt in listed if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt must be a string, not {type(strange[0]).__name__}")
+    return listed
