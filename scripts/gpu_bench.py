@@ -5,8 +5,10 @@
 
 Correctness, on the first preset of pictures:
 - CUDA graphs draw what eager decoding draws, byte for byte, in bfloat16 and in float32, over shapes and settings.
+- The same on a device that is not the current one, and while another thread computes.
+- No token that a filter took out is sampled; NaN weights are one error; codes are the same with and without TF32.
 - bfloat16 against float32: logits, and how often the likeliest token is the same.
-- FlexAttention against the dense mask: forward, and gradients, at 32x32 tokens.
+- FlexAttention against the dense mask: forward, and gradients, at 32x32 tokens; several sizes of a batch.
 - A training step under autocast with either attention: the same loss, and its time.
 Numbers: one picture and batches of 64 with 100 warm-ups and 500 runs (the peers' protocol; fewer for all presets but
 the first), the largest batch that fits (the paper's), compiled feed-forward layers, schedules side by side with pixels.
@@ -19,20 +21,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from time import perf_counter
 
 import torch
+import torch._dynamo.utils
 import torch.nn.functional as F
 
 from nar import ClassCondition, ModelConfig, Sampling, Transformer, generate
 from nar.bench import SCHEDULES, Setup, bench_preset, preset_model
 from nar.bench.report import Row, compare, table
-from nar.sampling import Session
+from nar.sampling import Session, sample
 from nar.storage.presets import PRESETS, Preset, find
+from nar.tokenizer.quantize import VectorQuantizer
 
 TARGETS = {("NAR-L", 1): "target 25 ms", ("NAR-L", 64): "target 700 pictures/s in 4.7 GB"}
 SETTINGS = (
@@ -61,6 +67,65 @@ def graphs_equal_eager(preset: str, device: str) -> dict[str, object]:
                     compared += 1
         assert session.graphs or device == "cpu", "recording failed; see the warning"
     return {"generations compared": compared, "graphs": session.graphs}
+
+
+def graphs_beside_others(preset: str, device: str) -> dict[str, object]:
+    """Raise unless graphs are right on a device that is not the current one, and while another thread computes."""
+    last = f"cuda:{torch.cuda.device_count() - 1}" if device == "cuda" else device
+    model = preset_model(preset, precision="bfloat16", device=last)
+    busy, done = torch.ones(64, 64, device=device), Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            torch.zeros(1, device=device).add_((busy @ busy).sum())  # allocates and launches
+
+    other = Thread(target=compute)
+    other.start()
+    try:
+        session = Session(model)
+        condition = ClassCondition(torch.arange(2))
+        recorded = generate(model, condition, SETTINGS[1], seed=0, session=session)
+        assert session.graphs or device == "cpu", "recording failed; see the warning"
+        assert torch.equal(recorded, generate(model, condition, SETTINGS[1], seed=0))
+    finally:
+        done.set()
+        other.join()
+    return {"device of the model": last}
+
+
+def filters_on_the_gpu(preset: str, device: str) -> dict[str, object]:  # noqa: ARG001 as the others
+    """Raise unless every token sampled is one that the filters keep; and logits that are NaN are a ValueError."""
+    logits = torch.randn(512, 16384, device=device, generator=torch.Generator(device).manual_seed(0))
+    kept = logits >= logits.topk(50).values[:, -1:]
+    for seed in range(64):
+        uniform = torch.rand(512, generator=torch.Generator().manual_seed(seed)).to(device)
+        assert kept.gather(1, sample(logits, uniform, top_k=50)[:, None]).all(), f"seed {seed}"
+    model = preset_model("tiny", device=device)
+    model.output.weight.data[3, 3] = math.nan
+    try:
+        generate(model, ClassCondition(torch.arange(2)), session=Session(model))
+    except ValueError as error:
+        return {"tokens": 64 * 512, "NaN": str(error)[:40]}
+    raise AssertionError("weights that are NaN were sampled from")
+
+
+@torch.inference_mode()
+def codes_under_tf32(preset: str, device: str) -> dict[str, object]:  # noqa: ARG001 as the others
+    """Raise unless a quantiser's codes are the same with TF32 on and off, and but for ties those of a CPU."""
+    quantizer, latents = (
+        VectorQuantizer(16384, 8),
+        torch.randn(8, 8, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
+    expected = quantizer.encode(latents)
+    quantizer, latents, before = quantizer.to(device), latents.to(device), torch.get_float32_matmul_precision()
+    found = []
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        found.append(quantizer.encode(latents).cpu())
+    torch.set_float32_matmul_precision(before)
+    changed = [int((codes != expected).sum()) for codes in found]
+    assert max(changed) <= 8, f"{changed} of {expected.numel()} codes differ from those of a CPU"
+    return {"codes that differ from those of a CPU": changed, "of": expected.numel()}
 
 
 @torch.inference_mode()
@@ -114,6 +179,21 @@ def flex_equals_dense(preset: str, device: str) -> dict[str, object]:
     ) if gradients else None  # fmt: skip
     assert worst is None or worst < 2e-2, f"gradients differ by {worst:.1e}"
     return {"outputs differ by": error, "gradients differ by": worst}
+
+
+@torch.inference_mode()
+def flex_of_several_batches(preset: str, device: str) -> dict[str, object]:
+    """FlexAttention against the dense mask at several sizes of a batch, and how often it was compiled."""
+    model = _wide(preset, device)
+    torch._dynamo.utils.counters.clear()
+    for count in (4, 4, 3, 1, 2, 4):
+        codes, condition = _batch(model, count)
+        dense, flex = (model.hidden(codes, condition, flex=choice) for choice in (False, True))
+        error = float((flex - dense).abs().max() / dense.abs().max())
+        assert error < 5e-3, f"outputs of {count} differ by {error:.1e} of the largest"
+    compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    assert compiled <= 3, f"compiled {compiled} times"
+    return {"compiled": compiled}
 
 
 def training_step(preset: str, device: str) -> dict[str, object]:
@@ -203,7 +283,8 @@ def main() -> None:
     pictures = [preset for preset in presets if len(find(preset).config["grid"]) == 2]
     if pictures:
         smallest = "NAR-B" if "NAR-B" in pictures else pictures[0]
-        for check in (graphs_equal_eager, half_against_single, flex_equals_dense, training_step):
+        checks = graphs_equal_eager, graphs_beside_others, filters_on_the_gpu, codes_under_tf32, half_against_single
+        for check in (*checks, flex_equals_dense, flex_of_several_batches, training_step):
             attempt(f"{smallest}: {check.__name__}", partial(check, smallest, given.device))
     for number, preset in enumerate(presets):
         runs = (100, 500) if number == 0 else (5, 20)

@@ -15,7 +15,7 @@ from torch import nn
 
 from nar.storage.config import load
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.quantize import draw_codes
+from nar.tokenizer.quantize import sample_codes
 from nar.training.clip_discriminator import ClipDiscriminator, lecam_loss, noisy_labels
 from nar.training.code_prior import CodePrior
 from nar.training.distributed import Workers
@@ -180,11 +180,11 @@ def test_a_long_set_of_strips_is_not_decoded_at_once(tmp_path: Path, monkeypatch
 def test_codes_are_drawn_by_their_distribution_and_each_by_its_own_number() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     uniforms = (torch.arange(10_000) + 0.5) / 10_000
-    drawn = draw_codes(logits.expand(10_000, -1), uniforms)
+    drawn = sample_codes(logits.expand(10_000, -1), uniforms)
     shares = torch.bincount(drawn, minlength=4) / 10_000
     assert torch.allclose(shares, logits[0].softmax(-1), atol=1e-3)
-    assert torch.equal(drawn[::7], draw_codes(logits.expand(10_000, -1)[::7], uniforms[::7]))
-    assert draw_codes(logits, torch.tensor([0.9999999])).item() == 3
+    assert torch.equal(drawn[::7], sample_codes(logits.expand(10_000, -1)[::7], uniforms[::7]))
+    assert sample_codes(logits, torch.tensor([0.9999999])).item() == 3
 
 
 def test_the_prior_sees_no_later_code_and_its_gradient_reaches_the_points() -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LAYOUTS, make_condition, make_model
 from nar import Pipeline, Sampling, Transformer, generate, generate_fronts
+from nar.attention import flex_takes
 from nar.condition import Condition
 from nar.precision import PRECISIONS, PackedLinear, convert
 from nar.sampling import Session, step
@@ -68,6 +71,45 @@ def test_flex_attention_equals_the_dense_mask(layout: str) -> None:
     torch.testing.assert_close(flex, dense, atol=1e-5, rtol=0)
 
 
+class NoNumbersBesideTensors(TorchFunctionMode):
+    """Refuses to index with a number and a tensor, as PyTorch 2.6 and 2.7 do in the mask of FlexAttention."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            kinds = {isinstance(index, Tensor) for index in args[1] if isinstance(index, Tensor | int)}
+            assert len(kinds) < 2, f"indexed with {args[1]}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["nar", "text-published", "frames"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.inference_mode()
+def test_the_mask_of_flex_attention_is_indexed_by_tensors_alone(
+    layout: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = make_model(layout), []
+
+    def checked(sees, *sizes):
+        with NoNumbersBesideTensors():
+            asked.append(bool(sees(*torch.zeros(4, dtype=torch.long))))
+        return create_block_mask(sees, *sizes)
+
+    monkeypatch.setattr("nar.model.create_block_mask", checked)
+    codes = torch.randint(model.config.vocab_size, (batch, *model.config.grid))
+    model.hidden(codes, make_condition(model, batch), flex=True)
+    assert asked == [True], "the first position sees itself"
+
+
+def test_flex_attention_takes_heads_of_its_kernels_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, sizes in (
+        ("2.7.1+cpu", [16, 64, 128]),
+        ("2.8.0", [16, 48, 64, 96, 128]),
+        ("2.13.0", [16, 48, 64, 96, 128]),
+    ):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert [size for size in (2, 8, 16, 48, 64, 96, 128) if flex_takes(size)] == sizes
+
+
 def test_flex_attention_skips_blocks() -> None:
     """As many as without a condition (field notes): 21 of 64 for 32x32 tokens and for 4x16x16."""
     for grid in ((32, 32), (4, 16, 16)):
@@ -89,7 +131,7 @@ def test_flex_attention_gradients_equal_the_dense_mask() -> None:
 
 
 @pytest.mark.parametrize("layout", ["nar", "raster", "par", "text-published", "video"])
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
 def test_same_tokens_at_any_batch_size(layout: str, precision: str) -> None:
     model = packed(layout, precision)
     condition = make_condition(model, 8)
@@ -265,11 +307,21 @@ def test_precisions_by_name(toy_folder: Path) -> None:
         Pipeline.from_pretrained(toy_folder, dtype="float64")
 
 
-def test_int8_follows_the_batch() -> None:
-    """Inputs are rounded with one scale for the batch: said in the documentation, and true."""
+def test_int8_rounds_every_row_with_a_scale_of_its_own() -> None:
     model = packed("nar", "int8")
-    x = torch.randn(4, model.config.dim)
+    layer, weight = model.output, make_model("nar").output.weight
+    x = torch.randn(4, weight.shape[1])
     x[3] *= 50
-    layer = model.output
-    together, alone = layer(torch.cat([x, x], 1)), layer(torch.cat([x, x], 1)[:3])
-    assert not torch.equal(together[:3], alone)
+    x[2] = 0
+    together = layer(x)
+    assert torch.equal(layer(x[:3]), together[:3])
+    assert torch.equal(layer(x[None, :1]), together[None, :1])
+    exact = x @ weight.T
+    assert not together[2].any()
+    assert float(((together - exact).detach().norm(dim=1) / exact.norm(dim=1).clamp_min(1e-9)).max()) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_formats_for_cpus_are_refused_elsewhere(precision: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype {precision} is for CPUs only; on meta use bfloat16 or float32"):
+        convert(make_model("nar"), precision, "meta")

@@ -153,6 +153,32 @@ def test_codes_in_training_are_those_of_encode_under_autocast(kind: str) -> None
     assert torch.equal(made(half).codes, made.encode(half))
 
 
+def test_codes_do_not_depend_on_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on CUDA allows it; here its products are emulated: 10 bits of the mantissa of each factor."""
+    made, latents = VectorQuantizer(4096, 4), torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(made.embedding.weight, generator=torch.Generator().manual_seed(1))
+    expected = made.encode(latents)
+    plain = torch.addmm
+
+    def cut(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+            return x
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    monkeypatch.setattr(torch, "addmm", lambda base, x, y, **more: plain(base, cut(x), cut(y), **more))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rows = F.normalize(latents, dim=1).movedim(1, -1).flatten(0, 2)
+        shortened = torch.addmm(torch.zeros(4096), rows, made.codebook().T, alpha=-2.0).argmin(-1)
+        assert (shortened != expected.flatten()).sum() > 50, "the emulation does nothing"
+        assert torch.equal(made.encode(latents), expected)
+        assert torch.equal(made(latents).codes, expected)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_entries_are_their_own_codes_and_gradients_pass(kind: str) -> None:
     made = quantizer(kind)

@@ -112,10 +112,19 @@ class Cache:
 
 @cache
 def _flex(device_type: str) -> Callable[..., Any]:
-    """FlexAttention; compiled on a GPU, where it skips blocks. On a CPU, as it is: slow, and for tests only."""
+    """FlexAttention; compiled on a GPU, where it skips blocks. On a CPU, as it is: slow, and for tests only.
+
+    The second size of a batch, such as the smaller last one of an evaluation, compiles it once more, for every size.
+    """
     if device_type == "cpu":
         return flex_attention
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
+
+
+def flex_takes(head_dim: int) -> bool:
+    """Whether FlexAttention's kernels take heads of this size: 16 and more, before PyTorch 2.8 powers of two."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return head_dim >= 16 and (version >= (2, 8) or head_dim.bit_count() == 1)
 
 
 def _attend_smaller(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

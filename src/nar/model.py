@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from nar.attention import Block, Cache, RMSNorm, rotations
+from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations
 from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.order import Schedule, build
 from nar.precision import PackedLinear, fill
@@ -266,7 +266,7 @@ class Transformer(nn.Module):
         """What the vocabulary projection reads, (B, N, H * d) in generation order; see `logits`.
 
         `flex` takes FlexAttention, which skips the blocks of keys that no query of a block sees; None takes it on CUDA
-        where there are blocks to skip.
+        where there are blocks to skip and its kernels take the size of the heads.
         """
         rates = dropout or Dropout()
         tokens = self.in_order(codes)
@@ -278,7 +278,8 @@ class Transformer(nn.Module):
         x = torch.cat([embedded, self._embed_slots(tokens, range(schedule.num_steps - 1))], 1)  # (B, C + S, d)
         x = self._add_positions(F.dropout(x, rates.token) if rates.token else x, 0)
         if flex is None:
-            flex = x.device.type == "cuda" and x.shape[1] > SMALLEST_FLEX
+            wide = flex_takes(self.config.dim // self.config.num_heads)
+            flex = x.device.type == "cuda" and x.shape[1] > SMALLEST_FLEX and wide
         mask = self._block_mask(x.shape[1], key_mask) if flex else self._mask(x.shape[1], key_mask)
         states = self._chain(x, 0, mask, dropout=rates)
         first = self.config.num_condition - 1
@@ -370,16 +371,22 @@ class Transformer(nn.Module):
         masks = [piece.new_ones(piece.shape[:2], dtype=torch.bool) if mask is None else mask for piece, mask in pieces]
         return embedded, torch.cat(masks, 1)
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ValueError for class labels (B,) that the model does not have.
+
+        To be called before they are moved to a GPU: there a look at them would wait, and a wrong one ends the process.
+        """
+        low, high = (int(end) for end in labels.aminmax()) if len(labels) else (0, -1)
+        if high >= self.config.num_classes:
+            raise ValueError(f"class label {high} is not one of 0..{self.config.num_classes - 1}")
+        if low < 0 and not self.config.null_class:
+            raise ValueError("this model has no null class: it can't be guided or sampled without a class")
+
     def _embed_labels(self, labels: Tensor) -> Tensor:
-        config = self.config
-        if labels.device.type == "cpu" and len(labels):
-            low, high = int(labels.min()), int(labels.max())
-            if high >= config.num_classes:
-                raise ValueError(f"class label {high} is not one of 0..{config.num_classes - 1}")
-            if low < 0 and not config.null_class:
-                raise ValueError("this model has no null class: it can't be guided or sampled without a class")
+        if labels.device.type == "cpu":
+            self.check_labels(labels)
         labels = labels.to(self.device)
-        return cast(Tensor, self.classes(torch.where(labels < 0, config.num_classes, labels)))[:, None]
+        return cast(Tensor, self.classes(torch.where(labels < 0, self.config.num_classes, labels)))[:, None]
 
     def _embed_text(self, text: TextFeatures) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -484,16 +491,15 @@ class Transformer(nn.Module):
     def _block_mask(self, length: int, key_mask: Tensor | None) -> BlockMask:
         """The same as a block mask. The condition comes first: with its keys last, the blocks at the end hold both
         words, which all see, and late tokens, and fewer are empty (32x32 tokens: 15 of 64 in place of 21)."""
-        levels = self._levels(length)
-        shown = torch.ones(1, length, dtype=torch.bool, device=self.device)
-        if key_mask is not None:
-            shown = F.pad(key_mask, (0, length - key_mask.shape[1]), value=True)
-        several = len(shown) > 1
+        levels, rows = self._levels(length), None if key_mask is None else len(key_mask)
+        # Indexed by tensors alone: PyTorch 2.6 and 2.7 refuse a number beside them.
+        shown = None if key_mask is None else F.pad(key_mask, (0, length - key_mask.shape[1]), value=True)
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001 FlexAttention's signature
-            return (levels[q] >= levels[k]) & shown[b if several else 0, k] | (q == k)
+            earlier = levels[q] >= levels[k]
+            return earlier if shown is None else earlier & shown[b, k] | (q == k)
 
-        return create_block_mask(sees, len(shown) if several else None, None, length, length, self.device)
+        return create_block_mask(sees, rows, None, length, length, self.device)
 
     def _levels(self, length: int) -> Tensor:
         """(length,) positions see those of their own level and of lower ones; the condition's are negative."""

@@ -7,9 +7,11 @@ On a CPU, decoding a few rows at a time reads every weight once a step: the layo
 - "float32": oneDNN's own layout, made once. The same arithmetic, and a row's result does not depend on the other rows.
 - "float16": FBGEMM's half-precision weights with float32 arithmetic: half of the memory to read. Also row by row.
 - "int8": FBGEMM's 8-bit weights, one scale a row of weights; the inputs of each product are rounded to 8 bits with one
-  scale for the whole batch, so that a picture may depend on its batch.
-- "bfloat16": everything in bfloat16; for processors that multiply it.
-On other devices the names are PyTorch's dtypes.
+  scale a row. Also row by row.
+- "bfloat16": everything in bfloat16; for processors that multiply it. Sums may be taken in another order for another
+  number of rows, so that now and then a token depends on the batch.
+On other devices "float32" and "bfloat16" are PyTorch's dtypes; float16 would hold the residual stream too, whose
+outliers pass its largest number in models of published sizes.
 """
 
 from __future__ import annotations
@@ -77,8 +79,8 @@ def _plan(precision: str | torch.dtype, device: torch.device) -> tuple[str, torc
     if name not in PRECISIONS:
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, not {name!r}")
     if device.type != "cpu":
-        if name == "int8":
-            raise ValueError(f"dtype int8 is for CPUs only; on {device.type} use bfloat16")
+        if name in ("int8", "float16"):
+            raise ValueError(f"dtype {name} is for CPUs only; on {device.type} use bfloat16 or float32")
         return name, getattr(torch, name), None
     if name in ("float16", "int8") and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise ValueError(f"dtype {name} needs an x86-64 build of PyTorch on a CPU; use float32")
@@ -161,11 +163,22 @@ def _int8(weight: Tensor) -> Product:
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():  # PyTorch plans to drop this constructor; it is the only way to these kernels yet
         warnings.simplefilter("ignore")
-        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        quantized = torch.quantize_per_channel(F.pad(weight, (0, 4)), scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
     # Without VNNI two products of 8 bits overflow the 16-bit sum: inputs are rounded to 7 bits there.
     reduce_range = not torch.cpu._is_vnni_supported()
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
+    tiny = torch.finfo(torch.float32).tiny
+
+    def product(x: Tensor) -> Tensor:
+        # The kernel rounds all rows with one scale, which goes from the smallest number to the largest. So every row is
+        # brought to -1..1, and two columns that have no weight hold both ends (the other two fill up a step of four): a
+        # row's result does not depend on the others. That takes 5 to 15 % of NAR-B's time.
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(tiny)
+        scaled = torch.cat([x, scale, -scale, scale, scale], -1).div_(scale)
+        y: Tensor = torch.ops.quantized.linear_dynamic(scaled, packed, reduce_range)
+        return y.mul_(scale)
+
+    return product
 
 
 def usable_device(name: str | None) -> str | None:

@@ -47,7 +47,7 @@ def bench(
     pixels: Annotated[bool, typer.Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
     warmups: Annotated[int, typer.Option(min=0, help="Generations before the clock starts.")] = 1,
     repetitions: Annotated[int, typer.Option(min=1, help="Generations timed; the median counts.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     plot_file: Annotated[

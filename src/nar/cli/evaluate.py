@@ -45,7 +45,7 @@ Size = Annotated[int | None, typer.Option(min=8, help="Crop and resize all pictu
 Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Default: 64 pictures, 8 clips.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of what is chosen and resampled at random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of a model: float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Of a model: float32, bfloat16, or on a CPU float16.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")]
 Prompts = Annotated[Path | None, typer.Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
 

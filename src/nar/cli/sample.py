@@ -96,7 +96,14 @@ def sample(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens, 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens up to this mass.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Picture i depends on (seed, i) only.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2**64 - 1,
+            help="Picture i depends on (seed, i), not on its batch (but for bfloat16, and on GPUs).",
+        ),
+    ] = 0,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
@@ -111,7 +118,7 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or on a CPU int8.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
 ) -> None:
     """Draw pictures or clips with a model."""
     given = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.tokenizer.base import Reconstruction, Tokenizer
-from nar.tokenizer.quantize import VectorQuantizer, draw_codes
+from nar.tokenizer.quantize import VectorQuantizer, sample_codes
 
 NORMS = ("none", "layer", "layer_all", "batch", "batch_all")
 
@@ -255,7 +255,7 @@ class VideoTokenizer(Tokenizer):
                 raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
             scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
             scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature
-            drawn = draw_codes(scores * scale, uniforms.to(scores.device).flatten())
+            drawn = sample_codes(scores * scale, uniforms.to(scores.device).flatten())
             return points, drawn.reshape(len(points), *self.config.grid)
 
     def _check_size(self, *size: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block
-from nar.tokenizer.quantize import draw_codes
+from nar.tokenizer.quantize import sample_codes
 
 
 class CodePrior(nn.Module):
@@ -47,7 +47,7 @@ class CodePrior(nn.Module):
         inputs, targets = points[:, :-1], codes[:, 1:]
         first = self(inputs) @ codebook.float().T / temperature  # (B, Q - 1, V)
         with torch.no_grad():
-            drawn = F.embedding(draw_codes(first, uniforms[:, 1, 1:]), codebook).to(points.dtype)
+            drawn = F.embedding(sample_codes(first, uniforms[:, 1, 1:]), codebook).to(points.dtype)
             replaced = (uniforms[:, 0, 1:-1] < share)[..., None]
         mixed = torch.cat((inputs[:, :1], torch.where(replaced, drawn[:, :-1], inputs[:, 1:])), dim=1)
         second = self(mixed) @ codebook.float().T / temperature

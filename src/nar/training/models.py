@@ -130,6 +130,8 @@ class ModelTask:
     def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.workers.device
         draws = torch.from_numpy(batch.draws["condition_dropout"]).to(device)
+        if data[1].labels is not None:
+            self.module.check_labels(data[1].labels)
         condition = dropped(data[1].to(device), draws, self.recipe.condition_dropout)
         codes = data[0].to(device)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
