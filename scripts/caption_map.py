@@ -19,13 +19,72 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from nar.data.split import held_out
 from nar.media.crops import to_rgb
 from nar.metrics.networks.efficientnet import load_efficientnet
-from nar.metrics.pictures import batches, digest
-from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, fit_caption_map, retrieval
+from nar.metrics.pictures import batches
+from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, retrieval
+from nar.storage.files import digest
+
+
+def fit_caption_map(
+    features: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    num_epochs: int = 20,
+    scale: float = 50.0,
+    dropout: float = 0.5,
+    weight_decay: float = 0.5,
+    seed: int = 0,
+) -> CaptionMap:
+    """Fit the map of features (N, F) to their captions' embeddings (C, D); `labels` (N,) say which.
+
+    `concepts` of the result is empty: the caller knows the words of the C captions.
+
+    Starts from ridge regression and then learns to tell each picture's caption from all others of the fit (softmax of
+    `scale` times the cosine), which retrieves a third more pictures of an unseen vendor. Two minutes on one core.
+    """
+    torch.manual_seed(seed)
+    roots = features.float().clamp(min=0).sqrt()
+    mean, spread = roots.mean(0), roots.std(0) + 1e-3
+    inputs = (roots - mean) / spread
+    centre = embeddings[labels].mean(0)
+    used, places = labels.unique(return_inverse=True)
+    keys = F.normalize(embeddings[used] - centre, dim=-1)
+    damped = inputs.T @ inputs + 0.125 * len(inputs) * torch.eye(inputs.shape[1])
+    weight = torch.linalg.solve(damped, inputs.T @ (embeddings[labels] - centre)).requires_grad_(True)
+    optimizer = torch.optim.AdamW([weight], weight_decay=weight_decay)
+    size = min(256, len(inputs))
+    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=num_epochs * -(-len(inputs) // size))
+    for _ in range(num_epochs):
+        for rows in torch.randperm(len(inputs)).split(size):
+            seen = F.normalize(F.dropout(inputs[rows], dropout) @ weight, dim=-1)
+            loss = F.cross_entropy(scale * seen @ keys.T, places[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.step()
+    weight = weight.detach()
+    mapped = F.normalize(inputs @ weight, dim=-1)
+    sums = torch.zeros_like(embeddings).index_add(0, labels, mapped)
+    sums[sums.abs().sum(1) == 0] += (embeddings - centre)[sums.abs().sum(1) == 0]  # no picture: the words must do
+    return CaptionMap(mean, spread, weight, centre, F.normalize(sums, dim=-1))
+
+
+def save(fitted: CaptionMap, path: Path) -> None:
+    """Write a map, its two large tables in eight bits: only directions matter, which keep four digits of a cosine."""
+    tensors = {name: getattr(fitted, name).half().contiguous() for name in ("mean", "spread", "centre")}
+    for name in ("weight", "prototypes"):
+        table = getattr(fitted, name)
+        tensors[name] = (table / table.std()).to(torch.float8_e4m3fn).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"facts": json.dumps({**fitted.facts, "concepts": fitted.concepts})})
 
 
 def features_of(path: Path, images: list[bytes], cache: Path | None) -> torch.Tensor:
@@ -36,9 +95,8 @@ def features_of(path: Path, images: list[bytes], cache: Path | None) -> torch.Te
     network = load_efficientnet()
     pictures = (np.asarray(to_rgb(Image.open(io.BytesIO(data)))) for data in images)
     with torch.inference_mode():
-        found = torch.cat([
-            network.features(torch.from_numpy(some).movedim(-1, 1)) for some in batches(pictures, 64, size=PICTURE_SIZE)
-        ])  # fmt: skip
+        parts = batches(pictures, 64, size=PICTURE_SIZE)
+        found = torch.cat([network.features(torch.from_numpy(some).movedim(-1, 1)) for some in parts])
     if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
         np.save(place, found.numpy())
@@ -76,9 +134,8 @@ def main() -> None:
 
     def fit(chosen: np.ndarray) -> CaptionMap:
         some = torch.from_numpy(np.flatnonzero(chosen))
-        replace(fit_caption_map(features[some], embeddings, labels[some]), concepts=tuple(concepts)).save(
-            arguments.output
-        )
+        fitted = fit_caption_map(features[some], embeddings, labels[some])
+        save(replace(fitted, concepts=tuple(concepts)), arguments.output)
         return CaptionMap.load(arguments.output)  # what is measured is what is stored
 
     partial, fitted = fit(~unseen & ~new), fit(~unseen)
@@ -89,7 +146,7 @@ def main() -> None:
         "vendor and concepts left out": measure(partial, unseen & new, known=False),
     }
     facts = {"held_out": arguments.held_out, "data_sha256": digest(arguments.data), "accuracy": report}
-    replace(fitted, facts=facts).save(arguments.output)
+    save(replace(fitted, facts=facts), arguments.output)
     for name, numbers in report.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
     if arguments.json:

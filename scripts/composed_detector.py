@@ -13,21 +13,26 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
+from torch import Tensor
 
 from nar.media.crops import centre_crop, to_rgb
-from nar.metrics.geneval.composed import SIZE, ComposedJudge, decoded, fit_head, save_head, stages
+from nar.metrics.geneval.composed import CELLS, EXTENT, SIZE, ComposedJudge, SceneHead, decoded, stages
 from nar.metrics.geneval.judge import Found, Rules, judge_picture, summary
 from nar.metrics.geneval.prompts import TASKS
 from nar.metrics.geneval.scenes import OBJECTS, Scenes, composed_scenes
 from nar.metrics.networks.efficientnet import load_efficientnet
-from nar.metrics.pictures import digest
+from nar.storage.files import digest
 
 DRAWING = 96  # pixels of a drawing before it is composed
 EPOCHS = 8
@@ -41,6 +46,93 @@ def read(path: Path) -> tuple[np.ndarray, list[str], list[str]]:
     rows = [row for row in pq.read_table(path).to_pylist() if row["caption"] in OBJECTS]
     pictures = [np.asarray(centre_crop(to_rgb(Image.open(io.BytesIO(row["image"]["bytes"]))), DRAWING)) for row in rows]
     return np.stack(pictures), [row["caption"] for row in rows], [row["vendor"] for row in rows]
+
+
+def fit_head(
+    features: Sequence[Tensor],
+    objects: Sequence[Sequence[dict[str, Any]]],
+    names: Sequence[str],
+    *,
+    num_epochs: int = 6,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    report: Any = None,
+) -> SceneHead:
+    """Train a head on the stages of scenes and the objects drawn in each (`class`, and `box` in pixels).
+
+    A centre is a soft spot over the cells around it (as in arXiv 1904.07850); box and class are learned at the centre's
+    cell. `report(epoch, loss)` is called after each epoch.
+    """
+    torch.manual_seed(seed)
+    head = SceneHead(len(names))
+    spots, cells, boxes, classes, owner = _targets(objects, names)
+    number = len(objects)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.02)
+    total = num_epochs * -(-number // batch_size)
+    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
+    for epoch in range(num_epochs):
+        losses = []
+        for rows in torch.randperm(number).split(batch_size):
+            found = head([stage[rows] for stage in features])
+            place = torch.full((number,), -1)
+            place[rows] = torch.arange(len(rows))
+            mine = place[owner] >= 0
+            at = found.flatten(2)[place[owner[mine]], :, cells[mine]]  # (objects, 5 + K)
+            loss = (
+                _spot_loss(found[:, 0], spots[rows]) / mine.sum()
+                + 2 * F.l1_loss(at[:, 1:5], boxes[mine])
+                + F.cross_entropy(at[:, 5:], classes[mine], label_smoothing=0.05)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.step()
+            losses.append(loss.item())
+        if report is not None:
+            report(epoch, float(np.mean(losses)))
+    return head.eval().requires_grad_(False)
+
+
+def _targets(
+    objects: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Spots (N, S, S); of each object its cell, its box relative to the cell's middle, its class, its picture."""
+    index = {name: i for i, name in enumerate(names)}
+    cell = SIZE / CELLS
+    spots = torch.zeros(len(objects), CELLS, CELLS)
+    middles = (torch.arange(CELLS) + 0.5) * cell
+    cells, boxes, classes, owner = [], [], [], []
+    for picture, some in enumerate(objects):
+        for one in some:
+            left, top, right, bottom = one["box"]
+            x, y = (left + right) / 2, (top + bottom) / 2
+            column, row = (min(CELLS - 1, int(end / cell)) for end in (x, y))
+            reach = max(2.0, 0.12 * max(right - left, bottom - top))
+            far = (middles[None] - middles[column]) ** 2 + (middles[:, None] - middles[row]) ** 2
+            spots[picture] = torch.maximum(spots[picture], torch.exp(-far / (2 * reach**2)))
+            cells.append(row * CELLS + column)
+            middle_x, middle_y = (column + 0.5) * cell, (row + 0.5) * cell
+            boxes.append([middle_x - left, middle_y - top, right - middle_x, bottom - middle_y])
+            classes.append(index[one["class"]])
+            owner.append(picture)
+    return spots, torch.tensor(cells), torch.tensor(boxes) / EXTENT, torch.tensor(classes), torch.tensor(owner)
+
+
+def _spot_loss(logits: Tensor, spots: Tensor) -> Tensor:
+    chance = logits.sigmoid().clamp(1e-5, 1 - 1e-5)
+    centres = spots == 1
+    hit = -((1 - chance) ** 2 * chance.log())[centres].sum()
+    miss = -((1 - spots) ** 4 * chance**2 * (1 - chance).log())[~centres].sum()
+    return hit + miss
+
+
+def save_head(path: str | Path, head: SceneHead, names: Sequence[str], rules: Rules, **facts: Any) -> None:
+    """Write a head in bfloat16 with its classes and thresholds."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in head.state_dict().items()}
+    about = {"names": list(names), "rules": vars(rules), **facts}
+    save_file(tensors, path, metadata={"facts": json.dumps(about)})
 
 
 def worn(pictures: np.ndarray, seed: int) -> np.ndarray:
@@ -105,9 +197,12 @@ def main() -> None:
         features = stages(network, worn(train.pictures, seed=0))
         say("features")
         head = fit_head(
-            features, [wanted["objects"] for wanted in train.metadata], names, num_epochs=EPOCHS,
+            features,
+            [wanted["objects"] for wanted in train.metadata],
+            names,
+            num_epochs=EPOCHS,
             report=lambda epoch, loss: say(f"epoch {epoch + 1} of {EPOCHS}, loss {loss:.3f}"),
-        )  # fmt: skip
+        )
     else:
         head = ComposedJudge(arguments.weights).head
     about = {"held_out": arguments.held_out, "num_scenes": arguments.scenes, "data_sha256": digest(arguments.data)}

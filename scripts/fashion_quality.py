@@ -49,7 +49,7 @@ from nar.metrics.frechet import (
     density_coverage,
     feature_statistics,
     frechet_distance,
-    nearest_distances,
+    nearest,
 )
 
 SIZE = 32
@@ -307,7 +307,7 @@ def _nearest_training(images: np.ndarray, train: np.ndarray) -> Tensor:
         inner = pictures[:, edge : SIZE - edge, edge : SIZE - edge]
         return torch.from_numpy(np.ascontiguousarray(inner)).float().mean(-1).flatten(1)
 
-    return nearest_distances(core(images), core(train))
+    return nearest(core(images), core(train))[0]
 
 
 def to_markdown(report: dict[str, Any]) -> str:

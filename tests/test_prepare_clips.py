@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
@@ -13,19 +12,14 @@ import pytest
 from PIL import Image
 
 from clip_files import level
+from conftest import load_script
 
 pa = pytest.importorskip("pyarrow")
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parent.parent / "scripts" / "prepare_clips.py"
-    spec = importlib.util.spec_from_file_location("prepare_clips", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prepare_clips")
 
 
 def emoji(path: Path, count: int) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_emoji.py"
+from conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_emoji"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prepare_emoji")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from conftest import load_script
 from nar import Pipeline
 from nar.cli import main
 from nar.data.open import load_pictures, open_source
@@ -21,7 +22,6 @@ from nar.metrics.text_image import (
     ClipScorer,
     RetrievalScorer,
     clip_score,
-    fit_caption_map,
     near_copies,
     retrieval,
 )
@@ -89,7 +89,8 @@ def test_the_map_learns_what_is_linear(tmp_path: Path) -> None:
     mix = torch.randn(12, 40, generator=generator)
     roots = 3 + embeddings[labels] @ mix + 0.3 * torch.randn(400, 40, generator=generator)
     features = roots.clamp(min=0) ** 2
-    fitted = fit_caption_map(features[:200], embeddings, labels[:200], dropout=0.1, num_epochs=5)
+    script = load_script("caption_map")
+    fitted = script.fit_caption_map(features[:200], embeddings, labels[:200], dropout=0.1, num_epochs=5)
     asked = fitted.of_captions(embeddings)
     assert (retrieval(fitted.of_pictures(features[200:]), asked, labels[200:].tolist()) == 0).mean() > 0.9
     wrong = (retrieval(fitted.of_pictures(features[200:]), asked, ((labels[200:] + 1) % 20).tolist()) == 0).mean()
@@ -97,7 +98,7 @@ def test_the_map_learns_what_is_linear(tmp_path: Path) -> None:
 
     nearest = retrieval(fitted.of_pictures(features[200:]), fitted.prototypes, labels[200:].tolist())
     assert (nearest == 0).mean() > 0.9
-    replace(fitted, concepts=("cat", "dog"), facts={"held_out": "x"}).save(tmp_path / "map.safetensors")
+    script.save(replace(fitted, concepts=("cat", "dog"), facts={"held_out": "x"}), tmp_path / "map.safetensors")
     loaded = CaptionMap.load(tmp_path / "map.safetensors")
     assert (loaded.concepts, loaded.facts) == (("cat", "dog"), {"held_out": "x"})
     assert (loaded.of_pictures(features) * fitted.of_pictures(features)).sum(1).min() > 0.995
@@ -182,10 +183,19 @@ def test_near_copies() -> None:
     assert report["near_copies"] == 5 / 20
     assert report["nearest"][:5] == [0, 1, 2, 3, 4]
     by_hand = np.sqrt(((copies[0].astype(float) - training[0]) ** 2).sum())
-    assert report["distances"][0] == pytest.approx(by_hand, rel=1e-3)
+    assert report["distances"][0] == pytest.approx(by_hand, rel=1e-12)
     assert near_copies(real, training, real)["near_copies"] == pytest.approx(0.01)
     with pytest.raises(ValueError, match="training must be uint8"):
         near_copies(real, training.astype(np.float32), real)
+
+
+def test_copies_are_at_distance_nothing() -> None:
+    """Of bright pictures products cancel: exact copies came out as far as 47 from themselves."""
+    training = (250 + noise(40, size=64, seed=1) % 6).astype(np.uint8)
+    report = near_copies(training[::-1].copy(), training, training[:30] - np.uint8(1))
+    assert report["distances"] == [0.0] * 40
+    assert report["nearest"] == list(range(39, -1, -1))
+    assert report["near_copies"] == 1
 
 
 def test_the_command(

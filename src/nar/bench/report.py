@@ -151,7 +151,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(batches, labels=[str(batch) for batch in batches])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set(title=title, xlabel="batch size")
         axes.grid(alpha=0.3)
     figure.axes[0].legend()

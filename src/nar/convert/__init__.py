@@ -10,10 +10,8 @@ import dataclasses
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 
@@ -22,15 +20,21 @@ from nar.convert.models import model_state
 from nar.convert.renaming import KINDS, Parts, recognise
 from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
 from nar.model import ModelConfig
-from nar.storage.folder import WEIGHTS, check_replaceable, read_config, write_folder
+from nar.storage.folder import check_replaceable, read_config, write_folder
 from nar.storage.presets import find
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizerConfig
 
 __all__ = [
-    "KINDS", "Checkpoint", "convert", "image_tokenizer_state", "model_state", "read_checkpoint", "recognise",
+    "KINDS",
+    "Checkpoint",
+    "convert",
+    "image_tokenizer_state",
+    "model_state",
+    "read_checkpoint",
+    "recognise",
     "video_tokenizer_state",
-]  # fmt: skip
+]
 
 MAPPED_BYTES = 128 * 2**20
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -94,12 +98,17 @@ def convert(
         written = "image-tokenizer" if kind == "llamagen-vq" else "video-tokenizer"
         description = {"kind": written, "tokenizer": dataclasses.asdict(config)}
     parts = {"tokenizer": _fitting(Path(tokenizer), config.vocab_size)} if tokenizer else None
-    _write(target, {**description, "converted_from": Path(source).name}, lambda: load()[1], parts)
+    write_folder(
+        target,
+        {**description, "converted_from": Path(source).name},
+        lambda path: _stream_safetensors(path, lambda: load()[1]),
+        parts=parts,
+    )
 
 
 def _writable(output: Path, source: Path) -> Path:
     """Refuse, before the source is read, to replace anything but a model folder; and never the source."""
-    if source.resolve().is_relative_to(output.resolve()):
+    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):  # also of a link to itself
         raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
     check_replaceable(output)
     return output
@@ -112,22 +121,7 @@ def _fitting(tokenizer: Path, vocab_size: int) -> Path:
     return tokenizer
 
 
-def _write(
-    target: Path, config: dict[str, Any], load: Callable[[], dict[str, Parts]], parts: dict[str, Path] | None
-) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".safetensors", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _stream_safetensors(file, load)
-        Path(staged).chmod(0o644)
-        write_folder(target, config, {}, parts=parts)
-        Path(staged).replace(target / WEIGHTS)
-    finally:
-        Path(staged).unlink(missing_ok=True)
-
-
-def _stream_safetensors(file: BinaryIO, load: Callable[[], dict[str, Parts]]) -> None:
+def _stream_safetensors(path: Path, load: Callable[[], dict[str, Parts]]) -> None:
     """Write what `load` maps from the source, mapping it anew every `MAPPED_BYTES`.
 
     Pages of a mapped file count as memory once they are read, so that one pass would take the size of the file, and
@@ -144,11 +138,12 @@ def _stream_safetensors(file: BinaryIO, load: Callable[[], dict[str, Parts]]) ->
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
     mapped = 0
-    for name, size in zip(order, sizes, strict=True):
-        if mapped > MAPPED_BYTES:
-            state, mapped = {}, 0
-            state = load()
-        file.write(state[name].tensor().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        mapped += size
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, size in zip(order, sizes, strict=True):
+            if mapped > MAPPED_BYTES:
+                state, mapped = {}, 0
+                state = load()
+            file.write(state[name].tensor().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            mapped += size

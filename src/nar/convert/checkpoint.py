@@ -6,10 +6,7 @@ Knows formats and wrappers; does not know kinds of models. Files are read as dat
 from __future__ import annotations
 
 import argparse
-import json
-import pickle
 import re
-import zipfile
 from _codecs import encode as _codecs_encode
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,6 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from nar.storage.files import read_json
+from nar.storage.pickled import load_pickle
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,16 @@ def read_checkpoint(source: str | Path, *, weights: str = "model") -> Checkpoint
         ValueError: damaged, of another format, holds types that checkpoints do not need, or no such weights.
     """
     path, settings_path = _locate(Path(source))
-    settings = _read_json(settings_path) if settings_path else {}
+    settings: dict[str, Any] = read_json(settings_path) if settings_path else {}
     if settings.get("kind") in ("transformer", "image-tokenizer", "video-tokenizer", "causal-tokenizer"):
         raise ValueError(f"{path.parent} is a model folder already: it needs no conversion")
     if path.suffix == ".safetensors":
         if weights != "model":
             raise ValueError(f"{path} holds one set of weights; --weights {weights} is for trainer checkpoints")
         return Checkpoint(_without_wrappers(_load_safetensors(path), path), settings, str(path))
-    tensors, found = _unwrap(_load_pickle(path), weights, path)
+    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"{path} is not a checkpoint: .pt, .pth and .safetensors files are")
+    tensors, found = _unwrap(_plain(load_pickle(path, allowed=_harmless())), weights, path)
     return Checkpoint(_without_wrappers(tensors, path), {**found, **settings}, str(path))
 
 
@@ -84,16 +86,6 @@ def _locate(source: Path) -> tuple[Path, Path | None]:
     return found[0], settings[0] if settings else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(settings).__name__}")
-    return settings
-
-
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -112,24 +104,6 @@ def _harmless() -> list[Any]:
     ]
     stand_in = (OrderedDict, "easydict.EasyDict")  # its package need not be there
     return [argparse.Namespace, np.ndarray, np.dtype, _codecs_encode, *dtypes, *rebuilders, stand_in]
-
-
-def _load_pickle(path: Path) -> Any:
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ValueError(f"{path} is not a checkpoint: .pt, .pth and .safetensors files are")
-    with torch.serialization.safe_globals(_harmless()):
-        try:
-            # Mapped, not read: only the tensors that are used come into memory. Old files cannot be mapped.
-            mapped = zipfile.is_zipfile(path) or None
-            return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-        except pickle.UnpicklingError as error:
-            reason = (re.findall(r".*rror:\s*(.+)", str(error)) or ["its pickle is malformed"])[0]
-            if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-                reason = f"it asks for {named[1]}, which no checkpoint needs and which could run code"
-            raise ValueError(f"{path} is refused: {reason}") from None
-        except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is truncated or not a checkpoint ({reason}); download it again") from error
 
 
 def _plain(tree: Any) -> Any:

@@ -140,7 +140,7 @@ def _report(
 ) -> dict[str, Any]:
     device, detector = usable_device(how.device), None
     if how.i3d is not None or how.video:
-        from nar.metrics.video import I3DDetector, TransNetDetector
+        from nar.metrics.detectors import I3DDetector, TransNetDetector
 
         place = device or "cpu"
         detector = TransNetDetector(place) if how.i3d is None else I3DDetector(how.i3d, how.i3d_variant, place)

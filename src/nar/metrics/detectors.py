@@ -1,7 +1,7 @@
 """Networks that judge pictures, and what `evaluate` wants of any network: a detector.
 
-They make features of uint8 pictures; they do not know statistics or where pictures come from. Detectors of clips are in
-`nar.metrics.video`. Dimensions: B pictures of H x W pixels, D features.
+They make features of uint8 pictures, or clips; they do not know statistics or where those come from.
+Dimensions: B pictures of H x W pixels, or clips of T frames, D features.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nar.metrics.networks import efficientnet
 from nar.metrics.networks.inception import load_inception
-from nar.metrics.pictures import digest
+from nar.metrics.networks.transnet import load_transnet, transnet_file
+from nar.storage.files import digest
+
+VARIANTS = ("stylegan-v", "videogpt")
+I3D_SIZE = 224
+I3D_FRAMES = 10  # fewer leave nothing after its pooling over time
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,94 @@ class InceptionDetector:
         return Detected(output.pooled[2048], output.spatial, output.logits_unbiased.softmax(1))
 
 
+class I3DDetector:
+    """The Kinetics-400 I3D torchscript file that FVD is computed with; features are its 400 logits.
+
+    Two ways to prepare clips are published, and their numbers differ: "stylegan-v" squeezes whole frames to 224x224
+    inside the file (also LARP's and NAR's way), "videogpt" resizes the shorter side to 224 and cuts the middle. For
+    square clips only the interpolation differs. Covariances are divided by n, as published.
+    """
+
+    num_features = 400
+    ddof = 0
+
+    def __init__(self, path: str | Path, variant: str = "stylegan-v", device: torch.device | str = "cpu") -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be {' or '.join(VARIANTS)}, not {variant!r}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist; FVD needs the published file i3d_torchscript.pt")
+        try:
+            self.network = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or not torchscript ({str(error).splitlines()[0]})") from error
+        wanted = {"rescale", "resize", "return_features"}
+        schema = getattr(getattr(self.network, "forward", None), "schema", None)
+        if not wanted <= {argument.name for argument in getattr(schema, "arguments", ())}:
+            raise ValueError(f"{path} is another network: the published file takes {', '.join(sorted(wanted))}")
+        self.label, self.variant, self.device = f"I3D, {variant}", variant, device
+        self.digest = digest(path)
+
+    def name(self, metric: str) -> str:
+        return {"FD": f"FVD-{self.variant}", "KID": f"KVD-{self.variant}"}.get(metric, f"{metric}-I3D")
+
+    def __call__(self, images: Tensor) -> Detected:
+        clips = _checked(images, I3D_FRAMES).to(self.device).float()
+        if self.variant == "stylegan-v":
+            features = self.network(clips, rescale=True, resize=True, return_features=True)
+        else:
+            frames = clips.transpose(1, 2).flatten(0, 1)  # (B * T, 3, H, W)
+            scale = I3D_SIZE / min(frames.shape[2:])
+            size = [max(I3D_SIZE, round(length * scale)) for length in frames.shape[2:]]
+            frames = F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
+            top, left = ((length - I3D_SIZE) // 2 for length in size)
+            frames = frames[:, :, top : top + I3D_SIZE, left : left + I3D_SIZE]
+            clips = frames.unflatten(0, (len(images), -1)).transpose(1, 2) / 127.5 - 1
+            features = self.network(clips, rescale=False, resize=False, return_features=True)
+        return Detected(features.flatten(1))
+
+
+class TransNetDetector:
+    """TransNetV2, trained to find cuts: its convolutions over space and time see how frames change.
+
+    The features are the mean and the spread over time of the last 256 channels: FD-TransNetV2, KID-TransNetV2. They say
+    little about fine detail: frames are 48x27 pixels.
+    """
+
+    label = "TransNetV2"
+    num_features = 512
+    ddof = 0
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.digest = digest(transnet_file())
+        self.device = device
+        self.network = load_transnet().to(device)
+
+    def name(self, metric: str) -> str:
+        return f"{metric}-{self.label}"
+
+    def __call__(self, images: Tensor) -> Detected:
+        maps = self.network(_checked(images, 2).to(self.device))
+        over_time = maps.mean((3, 4))  # (B, C, T)
+        return Detected(torch.cat([over_time.mean(2), over_time.std(2, correction=0)], 1))
+
+
 def _refuse_clips(images: Tensor) -> None:
     if images.ndim == 5:
         raise ValueError(
             f"these are clips of {images.shape[2]} frames, this network judges pictures; give --video or --i3d FILE "
-            "(a detector of nar.metrics.video)"
+            "(TransNetDetector or I3DDetector)"
         )
+
+
+def _checked(clips: Tensor, num_frames: int) -> Tensor:
+    if clips.ndim != 5 or clips.shape[1] != 3:
+        raise ValueError(
+            f"clips must be (B, 3, T, H, W), not {tuple(clips.shape)}; are these pictures? For folders of frames, one "
+            "a clip, give the number of frames (--num-frames)"
+        )
+    if clips.shape[2] < num_frames:
+        raise ValueError(f"clips of {clips.shape[2]} frames are too short; at least {num_frames} are needed")
+    return clips
 
 
 def default_detector(inception: str | Path | None, device: torch.device | str | None) -> Detector:

@@ -61,7 +61,7 @@ def evaluate(
     (`mu`, `sigma`, and where present `mu_s`, `sigma_s`, `arr_0`). Without `inception` (the weights of pytorch-fid or
     torch-fidelity) the features are EfficientNet-Lite0's and every name says so.
 
-    Clips work as pictures do, with a detector for them: see `nar.metrics.video`.
+    Clips work as pictures do, with a detector for them: see `nar.metrics.detectors`.
 
     The report's `floor` is the score of real pictures at the counts it states: `floor` (other real pictures, as many as
     there are fake ones), or by default one random half of `real` against the other; `at_floor_counts` is then the score

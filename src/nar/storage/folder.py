@@ -6,7 +6,7 @@ Knows files and names of tensors; does not know what kind of model they belong t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +28,15 @@ Config = TypeVar("Config")
 
 
 def write_folder(
-    folder: str | Path, config: dict[str, Any], state: dict[str, Tensor], *, parts: dict[str, Path] | None = None
+    folder: str | Path,
+    config: dict[str, Any],
+    state: dict[str, Tensor] | Callable[[Path], None],
+    *,
+    parts: dict[str, Path] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`; `parts` maps a subfolder's name to a model folder to copy into it.
+
+    `state` may be what writes the weights' file, given its path.
 
     Everything is written to a temporary folder beside the target first, so that a folder is either complete or absent.
     A model folder that is there already is replaced whole.
@@ -46,7 +52,10 @@ def write_folder(
     def write(staged: Path) -> None:
         staged.mkdir()
         write_json(staged / CONFIG, config, indent=2)
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, staged / WEIGHTS)
+        if callable(state):
+            state(staged / WEIGHTS)
+        else:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, staged / WEIGHTS)
         (staged / WEIGHTS).chmod(0o644)
         for name, source in (parts or {}).items():
             shutil.copytree(source, staged / name)

@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nar.metrics.geneval.colours import name_colour
 from nar.metrics.geneval.judge import Box, Found, Rules
+from nar.metrics.geneval.scenes import name_colour
 from nar.metrics.networks.efficientnet import EfficientNetLite0, load_efficientnet
-from nar.metrics.pictures import digest
+from nar.storage.files import digest
 
 SIZE = 64  # pixels of the pictures that are judged
 CELLS = 16
@@ -32,7 +31,7 @@ _ENLARGED = 128  # what the network sees: its stages of stride 8, 16 and 32 are 
 _TAPS = {8: 40, 16: 112, 32: 320}  # stride of the features, and how many channels they have
 _BATCH = 64
 _LEAST = 0.02  # scores below this are not even candidates
-_EXTENT = 32.0  # pixels that the box outputs are scaled by
+EXTENT = 32.0  # pixels that the box outputs are scaled by
 
 
 class SceneHead(nn.Module):
@@ -67,85 +66,6 @@ def stages(network: EfficientNetLite0, pictures: np.ndarray) -> list[Tensor]:
         x = F.interpolate(x.float(), size=(_ENLARGED, _ENLARGED), mode="bicubic", antialias=True).clamp(0, 255)
         parts.append([stage.half() for stage in network.stages(x, tuple(_TAPS))])
     return [torch.cat(some) for some in zip(*parts, strict=True)]
-
-
-def fit_head(
-    features: Sequence[Tensor],
-    objects: Sequence[Sequence[dict[str, Any]]],
-    names: Sequence[str],
-    *,
-    num_epochs: int = 6,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
-    seed: int = 0,
-    report: Any = None,
-) -> SceneHead:
-    """Train a head on the stages of scenes and the objects drawn in each (`class`, and `box` in pixels).
-
-    A centre is a soft spot over the cells around it (as in arXiv 1904.07850); box and class are learned at the centre's
-    cell. `report(epoch, loss)` is called after each epoch.
-    """
-    torch.manual_seed(seed)
-    head = SceneHead(len(names))
-    spots, cells, boxes, classes, owner = _targets(objects, names)
-    number = len(objects)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.02)
-    total = num_epochs * -(-number // batch_size)
-    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
-    for epoch in range(num_epochs):
-        losses = []
-        for rows in torch.randperm(number).split(batch_size):
-            found = head([stage[rows] for stage in features])
-            place = torch.full((number,), -1)
-            place[rows] = torch.arange(len(rows))
-            mine = place[owner] >= 0
-            at = found.flatten(2)[place[owner[mine]], :, cells[mine]]  # (objects, 5 + K)
-            loss = (
-                _spot_loss(found[:, 0], spots[rows]) / mine.sum()
-                + 2 * F.l1_loss(at[:, 1:5], boxes[mine])
-                + F.cross_entropy(at[:, 5:], classes[mine], label_smoothing=0.05)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.step()
-            losses.append(loss.item())
-        if report is not None:
-            report(epoch, float(np.mean(losses)))
-    return head.eval().requires_grad_(False)
-
-
-def _targets(
-    objects: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spots (N, S, S); of each object its cell, its box relative to the cell's middle, its class, its picture."""
-    index = {name: i for i, name in enumerate(names)}
-    cell = SIZE / CELLS
-    spots = torch.zeros(len(objects), CELLS, CELLS)
-    middles = (torch.arange(CELLS) + 0.5) * cell
-    cells, boxes, classes, owner = [], [], [], []
-    for picture, some in enumerate(objects):
-        for one in some:
-            left, top, right, bottom = one["box"]
-            x, y = (left + right) / 2, (top + bottom) / 2
-            column, row = (min(CELLS - 1, int(end / cell)) for end in (x, y))
-            reach = max(2.0, 0.12 * max(right - left, bottom - top))
-            far = (middles[None] - middles[column]) ** 2 + (middles[:, None] - middles[row]) ** 2
-            spots[picture] = torch.maximum(spots[picture], torch.exp(-far / (2 * reach**2)))
-            cells.append(row * CELLS + column)
-            middle_x, middle_y = (column + 0.5) * cell, (row + 0.5) * cell
-            boxes.append([middle_x - left, middle_y - top, right - middle_x, bottom - middle_y])
-            classes.append(index[one["class"]])
-            owner.append(picture)
-    return spots, torch.tensor(cells), torch.tensor(boxes) / _EXTENT, torch.tensor(classes), torch.tensor(owner)
-
-
-def _spot_loss(logits: Tensor, spots: Tensor) -> Tensor:
-    chance = logits.sigmoid().clamp(1e-5, 1 - 1e-5)
-    centres = spots == 1
-    hit = -((1 - chance) ** 2 * chance.log())[centres].sum()
-    miss = -((1 - spots) ** 4 * chance**2 * (1 - chance).log())[~centres].sum()
-    return hit + miss
 
 
 class ComposedJudge:
@@ -211,21 +131,13 @@ def decoded(found: Tensor, names: Sequence[str]) -> list[list[tuple[str, Box, fl
         objects: list[tuple[str, Box, float]] = []
         for row, column in (heat > _LEAST).nonzero().tolist():
             scores = heat[row, column] * picture[5:, row, column].softmax(0)
-            left, top, right, bottom = (picture[1:5, row, column] * _EXTENT).tolist()
+            left, top, right, bottom = (picture[1:5, row, column] * EXTENT).tolist()
             x, y = (column + 0.5) * cell, (row + 0.5) * cell
             left, top, right, bottom = (min(max(e, 0.0), SIZE) for e in (x - left, y - top, x + right, y + bottom))
             for index in (scores > _LEAST).nonzero().flatten().tolist():
                 objects.append((names[index], (left, top, right, bottom), float(scores[index])))
         results.append(objects)
     return results
-
-
-def save_head(path: str | Path, head: SceneHead, names: Sequence[str], rules: Rules, **facts: Any) -> None:
-    """Write a head in bfloat16 with its classes and thresholds."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in head.state_dict().items()}
-    about = {"names": list(names), "rules": vars(rules), **facts}
-    save_file(tensors, path, metadata={"facts": json.dumps(about)})
 
 
 def _whole(box: Box, picture: Image.Image) -> tuple[int, int, int, int]:

@@ -23,14 +23,8 @@ from tqdm import tqdm
 from nar import __version__
 from nar.metrics.geneval.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
 from nar.metrics.scores import mean_interval
-from nar.metrics.text_image import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ClipScorer,
-    load_transformer,
-    normalisation,
-    weights_digest,
-)
+from nar.metrics.text_image import IMAGENET_MEAN, IMAGENET_STD, ClipScorer, normalisation, weights_digest
+from nar.text.encoder import load_pretrained
 
 GREY = (153, 153, 153)  # behind an object whose colour is asked for
 COLOUR_PROMPTS = (
@@ -182,21 +176,21 @@ def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: b
             except (OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"{file} can't be read as a picture ({error}); remove it or make it again") from error
             right, fault = judge_picture(judge, picture, wanted)
-            rows.append({
-                "file": file.relative_to(folder).as_posix(), "tag": wanted["tag"], "prompt": wanted["prompt"],
-                "place": place.name, "right": right, "fault": fault,
-            })  # fmt: skip
+            row = {"file": file.relative_to(folder).as_posix(), "tag": wanted["tag"], "prompt": wanted["prompt"]}
+            rows.append(row | {"place": place.name, "right": right, "fault": fault})
+    versions = {"nar": __version__, "torch": torch.__version__, "numpy": np.__version__}
     return summary(rows, seed=seed) | {
         "pictures": [{key: value for key, value in row.items() if key != "place"} for row in rows],
         "settings": {
-            **judge.settings, "rules": asdict(judge.rules), "seed": seed, "folder": Path(folder).name,
-            "num_pictures": len(rows), "num_prompts": len({row["place"] for row in rows}),
-            "versions": {
-                "nar": __version__, "torch": torch.__version__, "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+            **judge.settings,
+            "rules": asdict(judge.rules),
+            "seed": seed,
+            "folder": Path(folder).name,
+            "num_pictures": len(rows),
+            "num_prompts": len({row["place"] for row in rows}),
+            "versions": versions | {"python": platform.python_version()},
         },
-    }  # fmt: skip
+    }
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, resamplings: int = 1000) -> dict[str, Any]:
@@ -247,7 +241,7 @@ class Mask2FormerJudge:
     ) -> None:
         self.rules = rules
         self.device = device
-        self.network = load_transformer("Mask2FormerForUniversalSegmentation", detector).to(device)
+        self.network = load_pretrained("Mask2FormerForUniversalSegmentation", detector).to(device)
         self.prepare = normalisation(detector, IMAGENET_MEAN, IMAGENET_STD)
         labels = self.network.config.id2label
         self.names = list(GENEVAL_OBJECTS)
@@ -255,9 +249,11 @@ class Mask2FormerJudge:
             self.names = [labels[index] for index in range(len(labels))]
         self.clip = ClipScorer(clip, device=device)
         self.settings = {
-            "judge": "GenEval", "detector_sha256": weights_digest(detector), "clip_sha256": weights_digest(clip),
+            "judge": "GenEval",
+            "detector_sha256": weights_digest(detector),
+            "clip_sha256": weights_digest(clip),
             "num_classes": len(self.names),
-        }  # fmt: skip
+        }
         self._colour_texts: dict[str, Tensor] = {}
 
     @torch.inference_mode()
@@ -273,15 +269,12 @@ class Mask2FormerJudge:
         scores, places = chances.flatten().topk(number)
         queries, classes = places // chances.shape[1], places % chances.shape[1]
         logits = output.masks_queries_logits[0].float()[queries]  # (n, h, w)
-        logits = F.interpolate(
-            logits[None], size=(picture.height, picture.width), mode="bilinear", align_corners=False
-        )[0]  # fmt: skip
+        size = (picture.height, picture.width)
+        logits = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
         inside = logits > 0
         sure = (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1e-6)
         found: dict[str, list[Found]] = {}
-        for score, index, mask in zip(
-            (scores * sure).tolist(), classes.tolist(), inside.cpu().numpy(), strict=True
-        ):  # fmt: skip
+        for score, index, mask in zip((scores * sure).tolist(), classes.tolist(), inside.cpu().numpy(), strict=True):
             if mask.any():
                 found.setdefault(self.names[index], []).append(Found(_box(mask), score, mask))
         return found

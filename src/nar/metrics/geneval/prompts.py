@@ -13,21 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from nar.storage.files import write_text
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # The 80 classes of COCO in their order, four of them under GenEval's names.
-GENEVAL_OBJECTS = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+_OBJECTS = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, "
+    "book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+)
+GENEVAL_OBJECTS = tuple(_OBJECTS.split(", "))
 _IRREGULAR = {"fish": "fish", "mouse": "mice", "leaf": "leaves", "scissors": "scissors", "glasses": "glasses"}
 
 
@@ -53,9 +55,8 @@ def composition(
         }
         words = f"{NUMBERS[count]} {(plural or plural_of)(names[0])}"
     elif task == "position":
-        wanted = {"include": [
-            {"class": names[1], "count": 1}, {"class": names[0], "count": 1, "position": [relation, 0]}
-        ]}  # fmt: skip
+        first = {"class": names[0], "count": 1, "position": [relation, 0]}
+        wanted = {"include": [{"class": names[1], "count": 1}, first]}
         words = f"{with_article(names[0])} {relation} {with_article(names[1])}"
     else:
         painted = [{"color": colour} for colour in colours] or [{}] * len(names)
@@ -110,14 +111,7 @@ def composition_prompts(
 
 def write_prompts(path: str | Path, prompts: Sequence[dict[str, Any]]) -> None:
     """Write prompts as GenEval's `evaluation_metadata.jsonl`, one a line."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(wanted) + "\n" for wanted in prompts), encoding="utf-8")
-
-
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read an `evaluation_metadata.jsonl`; raises ValueError for a line that is not a prompt with its requirements."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [checked(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    write_text(Path(path), "".join(json.dumps(wanted) + "\n" for wanted in prompts))
 
 
 def checked(text: str, name: str) -> dict[str, Any]:

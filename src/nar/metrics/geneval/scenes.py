@@ -1,7 +1,7 @@
 """Scenes composed of drawings on white: so many, in that colour, left of the other, with a prompt that says so.
 
-Knows drawings with captions and what a prompt asks for; does not know models or judges. What trains and what is held
-out is the caller's choice of drawings.
+Knows drawings with captions, named colours and what a prompt asks for; does not know models or judges. What trains and
+what is held out is the caller's choice of drawings. White is not among the colours: it can't be told from the ground.
 """
 
 from __future__ import annotations
@@ -14,30 +14,38 @@ import numpy as np
 from PIL import Image
 
 from nar.data.source import Source
-from nar.metrics.geneval.colours import COLOURS, paint
 from nar.metrics.geneval.prompts import RELATIONS, TASKS, composition, composition_prompts
 
 # Captions of emoji that are objects, and what a prompt calls them. Only things of a clear shape: a composed drawing
-# has some 20 pixels.
-OBJECTS = {
-    "red apple": "apple", "green apple": "apple", "pear": "pear", "lemon": "lemon", "banana": "banana",
-    "pineapple": "pineapple", "carrot": "carrot", "mushroom": "mushroom", "eggplant": "eggplant",
-    "hamburger": "hamburger", "doughnut": "doughnut", "cookie": "cookie", "birthday cake": "cake",
-    "lollipop": "lollipop", "cat": "cat", "dog": "dog", "dog face": "dog", "pig": "pig", "rabbit": "rabbit",
-    "rabbit face": "rabbit", "elephant": "elephant", "horse": "horse", "tiger": "tiger", "penguin": "penguin",
-    "frog": "frog", "turtle": "turtle", "snake": "snake", "tropical fish": "fish", "whale": "whale",
-    "spouting whale": "whale", "octopus": "octopus", "snail": "snail", "butterfly": "butterfly",
-    "lady beetle": "beetle", "honeybee": "bee", "spider": "spider", "cactus": "cactus", "tulip": "tulip",
-    "rose": "rose", "evergreen tree": "tree", "guitar": "guitar", "bell": "bell", "key": "key", "hammer": "hammer",
-    "crown": "crown", "top hat": "hat", "running shoe": "shoe", "handbag": "handbag", "necktie": "tie",
-    "t-shirt": "shirt", "closed book": "book", "green book": "book", "blue book": "book", "orange book": "book",
-    "camera": "camera", "telephone": "telephone", "light bulb": "light bulb", "pencil": "pencil", "automobile": "car",
-    "bus": "bus", "bicycle": "bicycle", "airplane": "airplane", "rocket": "rocket", "sailboat": "sailboat",
-    "tractor": "tractor", "helicopter": "helicopter", "house": "house", "star": "star", "umbrella": "umbrella",
-    "alarm clock": "clock", "balloon": "balloon", "wrapped gift": "gift", "soccer ball": "ball", "trophy": "trophy",
-    "ghost": "ghost", "robot": "robot", "skull": "skull", "green heart": "heart", "blue heart": "heart",
-    "yellow heart": "heart", "purple heart": "heart",
-}  # fmt: skip
+# has some 20 pixels. Where the two are the same, one stands for both.
+_NAMES = (
+    "red apple=apple, green apple=apple, pear, lemon, banana, pineapple, carrot, mushroom, eggplant, hamburger, "
+    "doughnut, cookie, birthday cake=cake, lollipop, cat, dog, dog face=dog, pig, rabbit, rabbit face=rabbit, "
+    "elephant, horse, tiger, penguin, frog, turtle, snake, tropical fish=fish, whale, spouting whale=whale, octopus, "
+    "snail, butterfly, lady beetle=beetle, honeybee=bee, spider, cactus, tulip, rose, evergreen tree=tree, guitar, "
+    "bell, key, hammer, crown, top hat=hat, running shoe=shoe, handbag, necktie=tie, t-shirt=shirt, closed book=book, "
+    "green book=book, blue book=book, orange book=book, camera, telephone, light bulb, pencil, automobile=car, bus, "
+    "bicycle, airplane, rocket, sailboat, tractor, helicopter, house, star, umbrella, alarm clock=clock, balloon, "
+    "wrapped gift=gift, soccer ball=ball, trophy, ghost, robot, skull, green heart=heart, blue heart=heart, yellow "
+    "heart=heart, purple heart=heart"
+)
+OBJECTS = {caption: name or caption for caption, _, name in (word.partition("=") for word in _NAMES.split(", "))}
+# What a drawing is painted with (0..255); `name_colour` gives every one of them its own name.
+PAINTS = {
+    "red": (222, 28, 36),
+    "orange": (250, 132, 8),
+    "yellow": (250, 214, 20),
+    "green": (50, 165, 50),
+    "blue": (30, 95, 225),
+    "purple": (128, 50, 180),
+    "pink": (250, 120, 185),
+    "brown": (122, 70, 30),
+    "black": (34, 34, 38),
+}
+COLOURS = tuple(PAINTS)
+GROUND = 232  # a pixel whose least channel is above this is taken for white ground
+_HUE_ENDS = (14, 42, 68, 168, 250, 292, 344, 361)  # where in the circle of 360 degrees a colour ends
+_HUES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "red")
 MAX_COUNT = 4
 _GAP = 1  # pixels between two drawings, at least
 # Longer side of a drawing as a share of the picture, by how many there are.
@@ -127,9 +135,7 @@ def composed_source(source: Source, *, seed: int, number: int, size: int) -> Sou
 def scene_prompts(*, num_per_task: int = 100, seed: int = 43) -> list[dict[str, Any]]:
     """The benchmark's prompts, in GenEval's form: every object once, then as many of each other task."""
     names = sorted(set(OBJECTS.values()))
-    return composition_prompts(
-        names, COLOURS, prefix="", num_per_task=num_per_task, max_count=MAX_COUNT, seed=seed
-    )  # fmt: skip
+    return composition_prompts(names, COLOURS, prefix="", num_per_task=num_per_task, max_count=MAX_COUNT, seed=seed)
 
 
 def trim(picture: np.ndarray) -> np.ndarray:
@@ -164,9 +170,8 @@ def _scene(
     for piece, (left, top, width, height) in zip(pieces, _places(pieces, relation, size, generator), strict=True):
         small = np.asarray(Image.fromarray(piece.drawing).resize((width, height), Image.Resampling.LANCZOS))
         canvas[top : top + height, left : left + width] = small if piece.colour is None else paint(small, piece.colour)
-        objects.append({
-            "class": piece.name, "color": piece.colour, "box": [left, top, left + width, top + height],
-        })  # fmt: skip
+        box = [left, top, left + width, top + height]
+        objects.append({"class": piece.name, "color": piece.colour, "box": box})
     return canvas, wanted | {"objects": objects}
 
 
@@ -195,10 +200,7 @@ def _extent(drawing: np.ndarray, side: float, size: int) -> tuple[int, int]:
 
 
 def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return (
-        a[0] + a[2] + _GAP <= b[0] or b[0] + b[2] + _GAP <= a[0]
-        or a[1] + a[3] + _GAP <= b[1] or b[1] + b[3] + _GAP <= a[1]
-    )  # fmt: skip
+    return any(a[i] + a[i + 2] + _GAP <= b[i] or b[i] + b[i + 2] + _GAP <= a[i] for i in (0, 1))
 
 
 def _holds(relation: str, a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
@@ -208,3 +210,43 @@ def _holds(relation: str, a: tuple[int, int, int, int], b: tuple[int, int, int, 
     axis = 0 if relation == "left of" else 1
     along, across = (abs(a[i] + a[i + 2] / 2 - b[i] - b[i + 2] / 2) for i in (axis, 1 - axis))
     return a[axis] + a[axis + 2] + _GAP <= b[axis] and along > 1.5 * across
+
+
+def paint(drawing: np.ndarray, colour: str) -> np.ndarray:
+    """Return a uint8 drawing (H, W, 3) on white in one named colour: its shades stay, white stays white."""
+    if colour not in PAINTS:
+        raise ValueError(f"colour {colour!r} is not one of {', '.join(PAINTS)}")
+    pixels = drawing.astype(np.float32)
+    solid = np.clip((255 - pixels.min(-1)) / 40, 0, 1)[..., None]  # soft edges stay soft
+    light = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    inside = light[solid[..., 0] > 0.9]
+    low, high = np.percentile(inside, (5, 95)) if inside.size else (0, 255)
+    shade = np.clip((light - low) / max(high - low, 1), 0, 1)[..., None]
+    full = np.array(PAINTS[colour], np.float32)
+    # Twice as many shades below the paint as above it: lightened orange or red would soon be another colour.
+    painted = np.where(shade < 2 / 3, full * (0.75 + 0.375 * shade), full + (255 - full) * (shade - 2 / 3) * 0.75)
+    result: np.ndarray = (painted * solid + 255 * (1 - solid)).round().astype(np.uint8)
+    return result
+
+
+def name_colour(pixels: np.ndarray) -> str:
+    """The name that most pixels (..., 3) uint8 have, white ground and greys left out; "white" where nothing else is."""
+    pixels = pixels.reshape(-1, 3).astype(np.float32)
+    pixels = pixels[pixels.min(-1) < GROUND]
+    if not len(pixels):
+        return "white"
+    high, low = pixels.max(-1), pixels.min(-1)
+    spread = np.maximum(high - low, 1e-6)
+    red, green, blue = pixels.T
+    sides = [(green - blue) / spread % 6, (blue - red) / spread + 2, (red - green) / spread + 4]
+    hue = 60 * np.select([high == red, high == green], sides[:2], sides[2])
+    value, purity = high / 255, spread / np.maximum(high, 1)
+    found = np.array(_HUES, dtype=object)[np.searchsorted(_HUE_ENDS, hue, side="right")]
+    found[(hue >= 8) & (hue < 48) & (value < 0.68)] = "brown"
+    found[((hue < 14) | (hue > 320)) & (value > 0.8) & (purity < 0.6)] = "pink"
+    grey = purity < 0.25
+    found[grey] = "grey"
+    found[(value < 0.3) | (grey & (value < 0.45))] = "black"
+    counts = {name: int((found == name).sum()) for name in COLOURS}
+    best = max(counts, key=lambda name: counts[name])
+    return best if counts[best] else "white"

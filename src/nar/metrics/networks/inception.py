@@ -6,7 +6,6 @@ statistics or where pictures come from. Dimensions: B pictures, H x W pixels, C 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nar.storage.pickled import load_pickle
 
 SIZE = 299
 NUM_SPATIAL = 7  # channels of the spatial features, as in the ADM evaluator: 7 x 17 x 17 = 2023 numbers
@@ -96,12 +97,7 @@ def load_inception(path: str | Path) -> Inception:
         raise FileNotFoundError(
             f"{path} does not exist; FID needs the 2015 Inception weights, as pytorch-fid and torch-fidelity use them"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a state dict ({error}); give the .pth of pytorch-fid or torch-fidelity"
-        ) from error
+    state = load_pickle(path)
     with torch.device("meta"):
         network = Inception()
     expected = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(_COUNTER)}

@@ -6,7 +6,6 @@ Dimensions: B pictures, H x W pixels, C channels.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.metrics.networks.efficientnet import load_efficientnet
+from nar.storage.pickled import load_pickle
 
 # The convolutions of VGG16 by the index that torchvision gives them, in the five parts that LPIPS compares.
 _VGG_PARTS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -105,8 +105,8 @@ def load_lpips(folder: str | Path) -> Lpips:
 
 def _read(path: Path, names: set[str]) -> dict[str, Tensor]:
     """The tensors of a PyTorch file that `names` lists; others, a classifier's say, are left out."""
+    state = load_pickle(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in names}
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds other weights ({str(error).splitlines()[0]})") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} holds other weights ({error})") from error
