@@ -119,9 +119,15 @@ def test_every_source_gives_the_same_numbers(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": cells}), tmp_path / "fake.parquet")
     tensors = torch.from_numpy(fake).permute(0, 3, 1, 2)
     sources = [
-        fake, folder, tmp_path / "fake.npz", str(tmp_path / "fake.parquet"), [Image.fromarray(p) for p in fake],
-        tensors.split(7), iter(fake), [tensors],
-    ]  # fmt: skip
+        fake,
+        folder,
+        tmp_path / "fake.npz",
+        str(tmp_path / "fake.parquet"),
+        [Image.fromarray(p) for p in fake],
+        tensors.split(7),
+        iter(fake),
+        [tensors],
+    ]
     reports = [judge(real, source if source is not fake else [fake]) for source in sources]
     for report in reports[1:]:
         for name in metric_names(reports[0]):
@@ -227,7 +233,11 @@ def test_reference_files_are_written_read_and_checked(tmp_path: Path, monkeypatc
     with np.load(tmp_path / "ref.npz") as file:
         assert file["arr_0"].shape == (50, 16, 16, 3)
         assert {"mu", "sigma", "num_images"} <= set(file.files)
-        assert file["sigma"] == pytest.approx(np.cov(np.asarray(Colours()(torch.from_numpy(real).permute(0, 3, 1, 2)).pooled), rowvar=False), rel=1e-4, abs=1e-9)  # fmt: skip  # noqa: E501
+        assert file["sigma"] == pytest.approx(
+            np.cov(np.asarray(Colours()(torch.from_numpy(real).permute(0, 3, 1, 2)).pooled), rowvar=False),
+            rel=1e-4,
+            abs=1e-9,
+        )
     direct, read = judge([real], [fake]), judge(tmp_path / "ref.npz", [fake])
     assert read["FD-Colours"] == pytest.approx(direct["FD-Colours"], rel=1e-9)
     assert read["settings"]["rows_real"] == 50

@@ -13,7 +13,7 @@ from PIL import Image
 from clip_files import write
 from nar.data.open import load_pictures, open_source
 from nar.data.split import held_out
-from nar.evaluation.tokenizers import _baselines, _through, judge_tokenizer
+from nar.evaluation.tokenizers import _baselines, _reconstructed, judge_tokenizer
 from nar.metrics.reconstruction import (
     code_use,
     compare,
@@ -175,11 +175,11 @@ def test_what_comes_back_unchanged_has_the_distance_of_real_halves(shape: tuple[
     frames = shape[0] if len(shape) == 3 else 1
     assert same["all"] == (pytest.approx(0, abs=1e-6), 41 * frames, 41 * frames)
     assert same["real"][1:] == (21 * frames, 20 * frames)  # whole clips
-    assert same["made"] == same["real"]
+    assert same["reconstructed"] == same["real"]
     assert same["real"][0] > 1
     dark = frechet_distances(real, real // 2, _mean_colours, batch_size=4)
     assert dark["real"] == same["real"]
-    assert dark["made"][0] > 2 * same["real"][0]
+    assert dark["reconstructed"][0] > 2 * same["real"][0]
     assert frechet_distances(real[:3], real[:3], _mean_colours).keys() == {"all"}
 
 
@@ -206,10 +206,19 @@ def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monke
         write(tmp_path / "data" / f"{index}.mp4", 20 + index, size=(16, 16))
     torch.manual_seed(0)
     sizes = {
-        "num_frames": 8, "image_size": 16, "encoder_dim": 16, "num_encoder_layers": 1, "num_encoder_heads": 2,
-        "decoder_dim": 16, "num_decoder_layers": 1, "num_decoder_heads": 2, "num_tokens": 8, "grid": (8,),
-        "vocab_size": 16, "code_dim": 4,
-    }  # fmt: skip
+        "num_frames": 8,
+        "image_size": 16,
+        "encoder_dim": 16,
+        "num_encoder_layers": 1,
+        "num_encoder_heads": 2,
+        "decoder_dim": 16,
+        "num_decoder_layers": 1,
+        "num_decoder_heads": 2,
+        "num_tokens": 8,
+        "grid": (8,),
+        "vocab_size": 16,
+        "code_dim": 4,
+    }
     windows = {"num_frames": 4, "stride": 2, "frame_rate": 5.0, "windows": "random"}
     data = {"source": "elsewhere", "size": 16, "heldout_share": 0.5, **windows}
     tokenizer = VideoTokenizer(VideoTokenizerConfig(**sizes))
@@ -225,9 +234,20 @@ def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monke
 
     def taken(folder: str) -> dict[str, object]:
         report = judge_tokenizer(
-            str(tmp_path / folder), str(tmp_path / "data"), size=None, group=None, num_frames=None, number=3, pad=False,
-            refine=0, seed=0, batch_size=None, device="cpu", inception=None, sheet=None,
-        )  # fmt: skip
+            str(tmp_path / folder),
+            str(tmp_path / "data"),
+            size=None,
+            group=None,
+            num_frames=None,
+            number=3,
+            pad=False,
+            refine=0,
+            seed=0,
+            batch_size=None,
+            device="cpu",
+            inception=None,
+            sheet=None,
+        )
         return report["settings"]["real"]["heldout"]
 
     assert taken("trained").items() >= windows.items()
@@ -252,15 +272,15 @@ def test_padding_makes_any_size_work() -> None:
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY)).eval()
     images = pictures(2, 30, 29)
-    made, codes = _through(tokenizer, images, pad=True, batch_size=1, device="cpu")
+    made, codes = _reconstructed(tokenizer, images, pad=True, batch_size=1)
     assert made.shape == images.shape
     assert codes.shape == (2, 8, 8)
     with pytest.raises(ValueError, match="30x29 pixels are not a multiple of the patch size 4"):
-        _through(tokenizer, images, pad=False, batch_size=1, device="cpu")
+        _reconstructed(tokenizer, images, pad=False, batch_size=1)
 
 
 def test_halves_of_a_sorted_set_are_drawn_from_all_of_it() -> None:
     real = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None, None], (64, 4, 4, 3)).copy()
     found = frechet_distances(real, real, lambda frames: frames.float().mean((2, 3)))
     halved = 3 * 32.0**2  # of the darker half to the brighter: the means are 32 apart in three channels
-    assert found["real"][0] == found["made"][0] < 0.2 * halved
+    assert found["real"][0] == found["reconstructed"][0] < 0.2 * halved

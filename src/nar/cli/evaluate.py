@@ -1,7 +1,9 @@
 """`nar eval` and its sub-verbs: options to reports, each printed as one table and written as JSON.
 
-Knows options; what is judged and how is in `nar.evaluation`.
+Knows options, which are called like the arguments of the functions in `nar.evaluation` that judge.
 """
+
+# ruff: noqa: ARG001 options are passed on by their names
 
 from __future__ import annotations
 
@@ -29,6 +31,7 @@ MOVED = {
     "tokenizer T --real R": ("--sheet", "--refine", "--pad", "--group"),
 }
 
+COMPOSITIONS = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}  # rows of the table
 Report = dict[str, Any]
 Real = Annotated[
     str,
@@ -166,27 +169,8 @@ def evaluate(
         _refuse(context, "--i3d" if i3d else "--video", "inception", *(["video"] if i3d else []))
     if calibration and (samples or tokenizer is not None):
         _refuse(context, "judging with a tokenizer", "calibration")
-    how = Comparison(
-        real,
-        split,
-        floor,
-        size,
-        num_frames,
-        protocol,
-        number,
-        inception,
-        video,
-        i3d,
-        i3d_variant,
-        tokenizer,
-        calibration,
-        resamplings,
-        seed,
-        cache,
-        batch_size,
-        device,
-        sys.stderr.isatty(),
-    )
+    sampling = (*SETTINGS, "model", "fake", "labels", "dtype")
+    how = Comparison(**_options(context, *sampling), progress=sys.stderr.isatty())
     settings = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
 
     def judge() -> Report:
@@ -199,6 +183,7 @@ def evaluate(
 
 @verbs.command(epilog="Example: nar eval tokenizer runs/tokenizer/model --real pictures --sheet pairs.png")
 def tokenizer(
+    context: typer.Context,
     folder: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A tokenizer folder, or emoji/tokenizer.")],
     real: Real,
     size: Size = None,
@@ -221,29 +206,12 @@ def tokenizer(
     """Reconstruction quality of a tokenizer on pictures or clips held out in its training, beside baselines."""
     from nar.evaluation.tokenizers import judge_tokenizer
 
-    _report(
-        lambda: judge_tokenizer(
-            folder,
-            real,
-            size=size,
-            group=group,
-            num_frames=num_frames,
-            number=number,
-            pad=pad,
-            refine=refine,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            inception=inception,
-            sheet=sheet,
-        ),
-        json_file,
-        "tokenizer",
-    )
+    _report(lambda: judge_tokenizer(**_options(context)), json_file, "tokenizer")
 
 
 @verbs.command(epilog="Example: nar eval likelihood fashion --real fashion-mnist --against runs/raster/model")
 def likelihood(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
     real: Real,
     against: Annotated[
@@ -259,22 +227,7 @@ def likelihood(
     """Bits per token of held-out pictures or clips, and what a front's independence costs of them."""
     from nar.evaluation.likelihood import ROWS, judge_likelihood
 
-    _report(
-        lambda: judge_likelihood(
-            model,
-            real,
-            against=against,
-            split=split,
-            number=number,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            progress=sys.stderr.isatty(),
-        ),
-        json_file,
-        "value",
-        ROWS,
-    )
+    _report(lambda: judge_likelihood(**_options(context)), json_file, "value", ROWS)
 
 
 @verbs.command(epilog="Example: nar eval captions --fake samples --clip clip-vit-base-patch32")
@@ -297,19 +250,7 @@ def captions(
 
     if clip is None:
         _refuse(context, "judging without --clip", "clip_prefix", "size")
-    _report(
-        lambda: judge_captions(
-            fake,
-            captions=captions,
-            clip=clip,
-            prefix=clip_prefix,
-            retrieval=retrieval,
-            size=size,
-            seed=seed,
-            device=device,
-        ),
-        json_file,
-    )
+    _report(lambda: judge_captions(**_options(context)), json_file)
 
 
 @verbs.command(epilog="Example: nar eval geneval samples --detector mask2former --clip clip-vit-large-patch14")
@@ -324,16 +265,19 @@ def geneval(
     json_file: Json = None,
 ) -> None:
     """Judge compositions by GenEval's published rules; or write its 553 prompts."""
-    from nar.evaluation.words import COMPOSITIONS, judge_geneval, write_geneval_prompts
+    from nar.metrics.geneval import judge, prompts
+    from nar.precision import usable_device
 
     if write_prompts is not None:
         _refuse(context, "--write-prompts", "folder", "detector", "clip", "seed", "device", "json_file")
-        _written(write_geneval_prompts, write_prompts)
+        wanted = prompts.composition_prompts(plural=prompts.add_s)
+        _written(lambda path: prompts.write_prompts(path, wanted), write_prompts)
     elif folder is None or detector is None or clip is None:
         raise ValueError("geneval needs FOLDER, --detector and --clip: local folders of Mask2Former and CLIP")
     else:
+        place = usable_device(device) or "cpu"
         _report(
-            lambda: judge_geneval(folder, detector, clip, seed=seed, device=device),
+            lambda: judge.judge_folder(folder, judge.Mask2FormerJudge(detector, clip, device=place), seed=seed),
             json_file,
             "share right",
             COMPOSITIONS,
@@ -349,19 +293,21 @@ def composed(
     json_file: Json = None,
 ) -> None:
     """Judge composed drawings of emoji, GenEval's six tasks, offline; or write their prompts."""
-    from nar.evaluation.words import COMPOSITIONS, judge_composed, write_composed_prompts
+    from nar.metrics.geneval import composed, judge, prompts, scenes
 
     if write_prompts is not None:
         _refuse(context, "--write-prompts", "folder", "seed", "json_file")
-        _written(write_composed_prompts, write_prompts)
+        _written(lambda path: prompts.write_prompts(path, scenes.scene_prompts()), write_prompts)
     elif folder is None:
         raise ValueError("composed needs FOLDER, laid out as GenEval's: 00000/metadata.jsonl, 00000/samples/0000.png")
     else:
-        _report(lambda: judge_composed(folder, seed=seed), json_file, "share right", COMPOSITIONS)
+        detector = composed.ComposedJudge()
+        _report(lambda: judge.judge_folder(folder, detector, seed=seed), json_file, "share right", COMPOSITIONS)
 
 
 @verbs.command(epilog="Example: nar eval copies --fake samples --of train.parquet --real unseen.parquet")
 def copies(
+    context: typer.Context,
     fake: Annotated[str, typer.Option(help="Pictures to judge.")],
     of: Annotated[str, typer.Option(help="Training pictures that may have been copied.")],
     real: Annotated[str, typer.Option(help="Pictures that were not trained on; they set the threshold.")],
@@ -372,11 +318,12 @@ def copies(
     """Share of pictures that are closer to a training picture than 99 % of unseen real ones are."""
     from nar.evaluation.words import judge_copies
 
-    _report(lambda: judge_copies(fake, of, real, split=split, size=size), json_file)
+    _report(lambda: judge_copies(**_options(context)), json_file)
 
 
 @verbs.command(epilog="Example: nar eval reference --real pictures/train -o reference.npz")
 def reference(
+    context: typer.Context,
     real: Real,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file to write.")],
     split: Split = "test",
@@ -387,15 +334,19 @@ def reference(
     device: Device = None,
 ) -> None:
     """Write the statistics of real pictures as ADM's files hold them, for --real."""
-    from nar.evaluation.models import write_reference
+    from nar.evaluation.real import BATCH, real_pictures
+    from nar.metrics.reference import write_reference
+    from nar.precision import usable_device
 
-    def write(path: Path) -> None:
-        write_reference(
-            path, real, split=split, size=size, inception=inception, seed=seed, batch_size=batch_size, device=device,
-            progress=sys.stderr.isatty(),
-        )  # fmt: skip
+    options = _options(context, "real", "split", "output")
+    options |= {"batch_size": batch_size or BATCH, "device": usable_device(device), "progress": sys.stderr.isatty()}
+    pictures = real_pictures(real, split, size)
+    _written(lambda path: write_reference(path, pictures, **options), output)
 
-    _written(write, output)
+
+def _options(context: typer.Context, *without: str) -> dict[str, Any]:
+    """All options of a verb by name, without that for the report and some others."""
+    return {name: value for name, value in context.params.items() if name not in ("json_file", *without)}
 
 
 def _refuse(context: typer.Context, what: str, *unused: str) -> None:

@@ -7,6 +7,7 @@ likelihoods are computed (`nar.likelihood`), nor options. Dimensions: M samples,
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +63,6 @@ def judge_likelihood(
     seed: int = 0,
     device: str | None = None,
     dtype: str = "float32",
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Bits per token of held-out samples, each under its own condition: class, caption, context frames.
 
@@ -80,7 +80,7 @@ def judge_likelihood(
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     load = partial(Pipeline.from_pretrained, device=usable_device(device), dtype=dtype)
     pipes = [load(folder) for folder in folders]
-    heldout = _held_out(pipes, _trained(folders[0]), real, split, number, seed, progress)
+    heldout = _held_out(pipes, _trained(folders[0]), real, split, number, seed)
     found: dict[str, np.ndarray] = {}
     warnings: list[str] = []
     for index, (pipe, folder) in enumerate(zip(pipes, folders, strict=True)):
@@ -88,10 +88,10 @@ def judge_likelihood(
         samples = _Samples(pipe, heldout, _trained(folder).get("wording", "plain"))
         for count in pipe.continuation.counts:
             name = f"bits_per_token_given_{count}" if count else "bits_per_token"
-            found[prefix + name] = samples.bits(count, progress)
+            found[prefix + name] = samples.bits(count)
         if index == 0:
             if samples.text_bytes <= COUPLED_BYTES:
-                found["independence_cost"] = samples.cost(pipe.continuation.counts[0], seed, progress)
+                found["independence_cost"] = samples.cost(pipe.continuation.counts[0], seed)
             else:
                 warnings.append(
                     f"no independence_cost: the captions' features are {samples.text_bytes / 2**30:.1f} GiB, and it "
@@ -151,22 +151,22 @@ class _Samples:
         asked = [Request(label, prompt, frames=clip) for label, prompt, clip in columns]
         return self.pipe.condition(asked)[0]
 
-    def bits(self, count: int, progress: bool) -> np.ndarray:
+    def bits(self, count: int) -> np.ndarray:
         """Bits per token (M,) of what follows the first `count` frames."""
         parts = []
-        for start in tqdm(range(0, len(self.heldout), _BATCH), desc="likelihood", unit="batch", disable=not progress):
+        for start in tqdm(range(0, len(self.heldout), _BATCH), desc="likelihood", unit="batch", disable=None):
             rows = slice(start, start + _BATCH)
             condition = self.condition(rows, count)
             known = self.pipe.continuation.known(condition)
             parts.append(bits_per_token(self.pipe.model, self.heldout.codes[rows], condition, known=known))
         return torch.cat(parts).numpy()
 
-    def cost(self, count: int, seed: int, progress: bool) -> np.ndarray:
+    def cost(self, count: int, seed: int) -> np.ndarray:
         """What the independence of a front's tokens costs (M / 2,) of what follows `count` frames."""
         condition = self.condition(slice(None), count)
         known = self.pipe.continuation.known(condition)
         return independence_cost(
-            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=progress
+            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=sys.stderr.isatty()
         ).numpy()
 
 
@@ -176,7 +176,7 @@ def _trained(folder: Path) -> dict[str, Any]:
 
 
 def _held_out(
-    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str, split: str, number: int, seed: int, progress: bool
+    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str, split: str, number: int, seed: int
 ) -> HeldOut:
     """Pictures, or the windows of clips that were trained on, as codes of the tokenizer; at random, not by class."""
     pipe, windows = pipes[0], None
@@ -189,7 +189,7 @@ def _held_out(
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good, broken = [], [], [], []
     device, step = pipe.model.device, max(1, _ENCODED // math.prod(pipe.pixel_shape[:-2]))
-    for start in tqdm(range(0, len(source), step), desc="encoding", unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(source), step), desc="encoding", unit="batch", disable=None):
         images = []
         for row in range(start, min(start + step, len(source))):
             try:

@@ -18,7 +18,6 @@ import torch
 from nar.evaluation.real import BATCH, CLIP_BATCH, real_classes, real_pictures
 from nar.evaluation.sets import Sampled, made_by, paired_places, set_labels
 from nar.media.pixels import as_images, as_pixels
-from nar.metrics import reference
 from nar.metrics.defects import Defect, motion_defects, swapped_patches
 from nar.metrics.evaluate import evaluate
 from nar.metrics.pictures import Source
@@ -201,28 +200,3 @@ def resample_tokens(tokenizer: Tokenizer, images: np.ndarray, share: float, seed
     changed = generator.random(codes.shape) < share
     sampled = codes.reshape(-1)[generator.integers(0, codes.size, codes.shape)]
     return as_images(tokenizer.decode(torch.from_numpy(np.where(changed, sampled, codes)).to(place)))
-
-
-def write_reference(
-    path: Path,
-    real: str,
-    *,
-    split: str = "test",
-    size: int | None = None,
-    inception: Path | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> None:
-    """Write the statistics of real pictures, for comparisons without them."""
-    reference.write_reference(
-        path,
-        real_pictures(real, split, size),
-        inception=inception,
-        size=size,
-        seed=seed,
-        batch_size=batch_size or BATCH,
-        device=usable_device(device),
-        progress=progress,
-    )

@@ -9,14 +9,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
 from nar import __version__
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nar.metrics.detectors import Detector
+from nar.data.config import DataConfig
+from nar.data.open import load_pictures
+from nar.data.source import Source
+from nar.evaluation.real import BATCH, CLIP_BATCH, facts
+from nar.media.pixels import as_images, as_pixels, pad_to_multiple
+from nar.media.sheet import contact_sheet
+from nar.metrics.detectors import Detector, default_detector
+from nar.metrics.networks.perceptual import EfficientNetDistance
+from nar.metrics.reconstruction import (
+    code_use,
+    compare,
+    frechet_distances,
+    motionless,
+    nearest_patches,
+    num_fitted_patches,
+    thumbnails,
+)
+from nar.metrics.reference import ENOUGH
+from nar.precision import usable_device
+from nar.storage.files import atomically
+from nar.storage.folder import digest, find_model, read_config
+from nar.tokenizer import load_tokenizer
+from nar.tokenizer.image import ImageTokenizer
+from nar.tokenizer.refine import refine_codes
 
 _KEPT = ("validation", "heldout_share", "num_frames", "stride", "frame_rate", "windows")  # of the training's data
 _TRAIN_BYTES = 2**28  # of pictures that baselines are fitted to
@@ -27,17 +51,17 @@ def judge_tokenizer(
     folder: str,
     real: str,
     *,
-    size: int | None,
-    group: str | None,
-    num_frames: int | None,
-    number: int,
-    pad: bool,
-    refine: int,
-    seed: int,
-    batch_size: int | None,
-    device: str | None,
-    inception: Path | None,
-    sheet: Path | None,
+    size: int | None = None,
+    group: str | None = None,
+    num_frames: int | None = None,
+    number: int = 10_000,
+    pad: bool = False,
+    refine: int = 0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str | None = None,
+    inception: Path | None = None,
+    sheet: Path | None = None,
 ) -> dict[str, Any]:
     """The report of a tokenizer folder on the held-out part of `real`, the same part as in its training.
 
@@ -49,22 +73,57 @@ def judge_tokenizer(
     Raises:
         ValueError: no size is known, it does not fit the tokenizer, or `sheet` is no kind of picture.
     """
-    import numpy as np
-    import torch
-
-    from nar.data.config import DataConfig
-    from nar.data.open import load_pictures
-    from nar.evaluation.real import BATCH, CLIP_BATCH
-    from nar.metrics.detectors import default_detector
-    from nar.metrics.networks.perceptual import EfficientNetDistance
-    from nar.metrics.reconstruction import compare
-    from nar.storage.folder import digest, find_model, read_config
-    from nar.tokenizer import load_tokenizer
-    from nar.tokenizer.image import ImageTokenizer
-
     kind = None if sheet is None else _picture_format(sheet)
     folder = str(find_model(folder))
     tokenizer = load_tokenizer(folder)
+    data, train, heldout, ungrouped = _opened(folder, tokenizer, real, size, group, num_frames)
+    generator = np.random.default_rng(seed)
+    if len(heldout) > number:
+        heldout = heldout.take(np.sort(generator.permutation(len(heldout))[:number]))
+    images = load_pictures(heldout, size=data.size).images
+    if images.ndim == 4 and not isinstance(tokenizer, ImageTokenizer):
+        raise ValueError(f"{folder} reads clips, but {real} holds pictures, or clips of which to give --num-frames")
+    batch_size = batch_size or (CLIP_BATCH if images.ndim == 5 else BATCH)
+    place = torch.device(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    through = functools.partial(_reconstructed, tokenizer.to(place), images, pad=pad, batch_size=batch_size)
+    reconstructed, codes = through()
+    distance, detector = EfficientNetDistance().to(place), default_detector(inception, place)
+    measures: dict[str, Any] = {"distances": {distance.name: distance}, "batch_size": batch_size, "device": place}
+    report: dict[str, Any] = {**compare(images, reconstructed, **measures), **_use(codes, tokenizer)}
+    report |= _frechet(images, reconstructed, detector, seed=seed, batch_size=batch_size)
+    report["warnings"] = ungrouped + report["warnings"]
+    if refine:
+        reconstructed, codes = through(refine=refine)
+        report["refined"] = {**compare(images, reconstructed, **measures), **_use(codes, tokenizer)}
+    few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
+    fitted = load_pictures(train.take(few), size=data.size).images
+    baselines = _baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
+    report["baselines"] = {name: compare(images, cheap, **measures) for name, cheap in baselines.items()}
+    if sheet is not None:
+        _write_sheet(sheet, images, reconstructed, kind)
+    report["settings"] = {
+        "tokenizer": folder,
+        "weights_sha256": digest(folder),
+        "config": dataclasses.asdict(tokenizer.config),
+        "real": facts(real, heldout) | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
+        "num_real": len(images),
+        "num_fitted": len(fitted),
+        "codes_per_sample": list(codes.shape[1:]),
+        "size": data.size,
+        "padded": pad,
+        "refine": refine,
+        "seed": seed,
+        "network": detector.label,
+        "network_sha256": detector.digest,
+        "versions": {"nar": __version__, "torch": torch.__version__},
+    }
+    return report
+
+
+def _opened(
+    folder: str, tokenizer: Any, real: str, size: int | None, group: str | None, num_frames: int | None
+) -> tuple[DataConfig, Source, Source, list[str]]:
+    """The data as the tokenizer was trained with them, the parts that were learned and held out, and warnings."""
     trained = read_config(folder).get("training", {}).get("config", {}).get("data", {})
     size = size or trained.get("size") or getattr(tokenizer.config, "image_size", None)
     if size is None:
@@ -73,126 +132,82 @@ def judge_tokenizer(
     kept |= {} if trained else {"num_frames": getattr(tokenizer.config, "num_frames", 0)}
     kept |= {} if num_frames is None else {"num_frames": num_frames}
     data = DataConfig(source=real, size=size, group=trained.get("group", "") if group is None else group, **kept)
-    ungrouped = []
     try:
-        train, heldout = data.open()
+        return data, *data.open(), []
     except ValueError:
         if group is not None or not data.group:
             raise
-        ungrouped = [f"{Path(real).name} has no column {data.group!r}, by which the tokenizer's pictures were held out"]
-        data = dataclasses.replace(data, group="")
-        train, heldout = data.open()
-    generator = np.random.default_rng(seed)
-    if len(heldout) > number:
-        heldout = heldout.take(np.sort(generator.permutation(len(heldout))[:number]))
-    images = load_pictures(heldout, size=size).images
-    if images.ndim == 4 and not isinstance(tokenizer, ImageTokenizer):
-        raise ValueError(f"{folder} reads clips, but {real} holds pictures, or clips of which to give --num-frames")
-    batch_size = batch_size or (CLIP_BATCH if images.ndim == 5 else BATCH)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    made, codes = _through(tokenizer.to(place), images, pad=pad, batch_size=batch_size, device=place)
-    distance = EfficientNetDistance().to(place)
-    measures: dict[str, Any] = {"distances": {distance.name: distance}, "batch_size": batch_size, "device": place}
-    report: dict[str, Any] = {**compare(images, made, **measures), **_use(codes, tokenizer)}
-    detector = default_detector(inception, place)
-    report |= _frechet(images, made, detector, seed=seed, batch_size=batch_size)
-    report["warnings"] = ungrouped + report["warnings"]
-    if refine:
-        made, codes = _through(tokenizer, images, pad=pad, refine=refine, batch_size=batch_size, device=place)
-        report["refined"] = {**compare(images, made, **measures), **_use(codes, tokenizer)}
-    few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
-    fitted = load_pictures(train.take(few), size=size).images
-    made_cheaply = _baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
-    report["baselines"] = {name: compare(images, cheap, **measures) for name, cheap in made_cheaply.items()}
-    if sheet is not None:
-        _write_sheet(sheet, images, made, kind)
-    report["settings"] = {
-        "tokenizer": folder, "weights_sha256": digest(folder), "config": dataclasses.asdict(tokenizer.config),
-        "real": {"source": Path(real).name, "heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
-        "num_real": len(images), "num_fitted": len(fitted), "codes_per_sample": list(codes.shape[1:]), "size": size,
-        "padded": pad, "refine": refine, "seed": seed, "network": detector.label, "network_sha256": detector.digest,
-        "versions": {"nar": __version__, "torch": torch.__version__},
-    }  # fmt: skip
-    return report
+    text = f"{Path(real).name} has no column {data.group!r}, by which the tokenizer's pictures were held out"
+    data = dataclasses.replace(data, group="")
+    return data, *data.open(), [text]
 
 
 def _use(codes: np.ndarray, tokenizer: Any) -> dict[str, float]:
-    import torch
-
-    from nar.metrics.reconstruction import code_use
-
     return code_use(torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size))
 
 
-def _through(
-    tokenizer: Any, images: np.ndarray, *, pad: bool, refine: int = 0, batch_size: int, device: Any
-) -> tuple[Any, Any]:
+def _reconstructed(
+    tokenizer: Any, images: np.ndarray, *, pad: bool, batch_size: int, refine: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Pictures or clips uint8 (B, ..., 3) as the tokenizer gives them back, of the same shape, and their codes.
 
     The codes are those of its encoder, or refined in `refine` steps.
     """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from nar.media.pixels import as_images, as_pixels, pad_to_multiple
-    from nar.tokenizer.refine import refine_codes
-
     encode = functools.partial(refine_codes, tokenizer, steps=refine) if refine else tokenizer.encode
     doing = "refining" if refine else "reconstructing"
     height, width = images.shape[-3:-1]
-    made, codes = [], []
+    device = next(tokenizer.parameters()).device
+    reconstructed, codes = [], []
     with torch.inference_mode():
         for start in tqdm(range(0, len(images), batch_size), desc=doing, unit="batch", disable=None):
             pixels = as_pixels(images[start : start + batch_size]).to(device)
             code = encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
-            made.append(as_images(tokenizer.decode(code, **tokenizer.decode_options(pixels))[..., :height, :width]))
+            reconstructed.append(
+                as_images(tokenizer.decode(code, **tokenizer.decode_options(pixels))[..., :height, :width])
+            )
             codes.append(code.cpu().numpy())
-    return np.concatenate(made), np.concatenate(codes)
+    return np.concatenate(reconstructed), np.concatenate(codes)
 
 
-def _frechet(images: np.ndarray, made: np.ndarray, detector: Detector, *, seed: int, batch_size: int) -> dict[str, Any]:
+def _frechet(
+    images: np.ndarray, reconstructed: np.ndarray, detector: Detector, *, seed: int, batch_size: int
+) -> dict[str, Any]:
     """The part of the report about Frechet distances: of all pictures, and of halves."""
-    from nar.metrics.reconstruction import frechet_distances
-    from nar.metrics.reference import ENOUGH
-
     name = detector.name("FD")
     found = frechet_distances(
-        images, made, lambda pictures: detector(pictures).pooled, seed=seed, batch_size=batch_size
+        images, reconstructed, lambda pictures: detector(pictures).pooled, seed=seed, batch_size=batch_size
     )
     distance, count, _ = found["all"]
-    few = f"{name} of {count:,} pictures is too high; compare the coded half with the real half instead"
+    few = f"{name} of {count:,} pictures is too high; compare the reconstructed half with the real half instead"
     part: dict[str, Any] = {name: distance, "warnings": [few] if count < ENOUGH else []}
-    for key, of, what in (("floor", "real", "real"), ("at_floor_counts", "made", "coded")):
+    for key, of, what in (("floor", "real", "real"), ("at_floor_counts", "reconstructed", "reconstructed")):
         if of in found:
             distance, num_real, num_fake = found[of]
             part[key] = {
-                name: distance, "num_real": num_real, "num_fake": num_fake,
+                name: distance,
+                "num_real": num_real,
+                "num_fake": num_fake,
                 "what": f"one half of the pictures, {what}, against the other half, real",
-            }  # fmt: skip
+            }
     return part
 
 
 def _baselines(
     train: np.ndarray, images: np.ndarray, grid: tuple[int, ...], vocab_size: int, seed: int, device: Any
 ) -> dict[str, np.ndarray]:
-    """What needs no tokenizer: patches by k-means, and one pixel a code or, of clips, no motion."""
-    from nar.metrics.reconstruction import motionless, nearest_patches, num_fitted_patches, thumbnails
-
-    made = {"no motion": motionless(images)} if images.ndim == 5 else {"thumbnail": thumbnails(images, grid[-2:])}  # type: ignore[arg-type]
+    """Reconstructions without a tokenizer: patches by k-means, and one pixel a code or, of clips, no motion."""
+    found = {"no motion": motionless(images)} if images.ndim == 5 else {"thumbnail": thumbnails(images, grid[-2:])}  # type: ignore[arg-type]
     extent = images.shape[1:-1]
     # Codes may be a row that belongs to no place, or more than pixels along an axis.
     if len(grid) == len(extent) and all(length % cells == 0 for length, cells in zip(extent, grid, strict=True)):
         patch = tuple(length // cells for length, cells in zip(extent, grid, strict=True))
         if num_fitted_patches(train, patch, vocab_size) >= 2 * vocab_size:
-            made["k-means of patches"] = nearest_patches(train, images, patch, vocab_size, seed=seed, device=device)
-    return made
+            found["k-means of patches"] = nearest_patches(train, images, patch, vocab_size, seed=seed, device=device)
+    return found
 
 
 def _picture_format(path: Path) -> str:
     """The format that the suffix of a picture names, PNG without one; raises ValueError for another suffix."""
-    from PIL import Image
-
     kinds = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     suffix = path.suffix.lower() or ".png"
     if suffix not in kinds:
@@ -200,14 +215,12 @@ def _picture_format(path: Path) -> str:
     return kinds[suffix]
 
 
-def _write_sheet(path: Path, images: np.ndarray, made: np.ndarray, kind: str | None) -> None:
+def _write_sheet(path: Path, images: np.ndarray, reconstructed: np.ndarray, kind: str | None) -> None:
     """Pairs side by side, of clips their middle frames."""
-    from PIL import Image
-
-    from nar.media.sheet import contact_sheet
-    from nar.storage.files import atomically
-
-    pairs = [side[len(side) // 2] if side.ndim == 4 else side
-             for pair in zip(images[:_SHOWN], made[:_SHOWN], strict=True) for side in pair]  # fmt: skip
-    drawn = contact_sheet([Image.fromarray(side) for side in pairs], ["real", "code"] * _SHOWN, columns=8)
-    atomically(path, lambda staging: drawn.save(staging, format=kind))
+    pairs = [
+        side[len(side) // 2] if side.ndim == 4 else side
+        for pair in zip(images[:_SHOWN], reconstructed[:_SHOWN], strict=True)
+        for side in pair
+    ]
+    whole = contact_sheet([Image.fromarray(side) for side in pairs], ["real", "code"] * _SHOWN, columns=8)
+    atomically(path, lambda staging: whole.save(staging, format=kind))

@@ -1,4 +1,4 @@
-"""Pictures judged by their words, and against what was trained on: CLIP score, retrieval, compositions, near-copies.
+"""Pictures judged by their captions, and against what was trained on: CLIP score, retrieval, near-copies.
 
 Knows which judge reads what; does not know how each judges (`nar.metrics`), nor options.
 """
@@ -13,10 +13,7 @@ from PIL import Image
 
 from nar.data.source import Source
 from nar.evaluation.real import facts, load_part, open_part
-from nar.metrics.geneval.judge import Judge, judge_folder
 from nar.precision import usable_device
-
-COMPOSITIONS = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}  # rows of the table
 
 
 def judge_captions(
@@ -24,7 +21,7 @@ def judge_captions(
     *,
     captions: Path | None = None,
     clip: Path | None = None,
-    prefix: str = "",
+    clip_prefix: str = "",
     retrieval: bool = False,
     size: int | None = None,
     seed: int = 0,
@@ -32,7 +29,7 @@ def judge_captions(
 ) -> dict[str, Any]:
     """The CLIP score of pictures with their captions, by the model in the folder `clip`, and `retrieval`.
 
-    Captions are those of the source, or the lines of the file `captions`. `prefix` and `size` are of the CLIP score.
+    Captions are those of the source, or the lines of a file. `clip_prefix` and `size` are of the CLIP score.
 
     Raises:
         ValueError: neither is asked for, or the captions are not as many as the pictures.
@@ -49,18 +46,18 @@ def judge_captions(
     }
     if clip is not None:
         scorer = ClipScorer(clip, device=place)
-        found = clip_score(_pictures(source), said, scorer, prefix=prefix, size=size, seed=seed)
-        _merge(report, found, clip_sha256=weights_digest(clip), clip_prefix=prefix, size=size)
+        found = clip_score(_pictures(source), said, scorer, prefix=clip_prefix, size=size, seed=seed)
+        _merge(report, found, clip_sha256=weights_digest(clip), clip_prefix=clip_prefix, size=size)
     if retrieval:
         _merge(report, RetrievalScorer(device=place).score(_pictures(source), said, seed=seed))
     return report
 
 
-def judge_copies(fake: str, training: str, real: str, *, split: str = "test", size: int = 64) -> dict[str, Any]:
-    """The share of pictures that lie closer to a `training` picture than 99 % of `real`, unseen ones do."""
+def judge_copies(fake: str, of: str, real: str, *, split: str = "test", size: int = 64) -> dict[str, Any]:
+    """The share of pictures that lie closer to a training picture `of` these than 99 % of `real`, unseen ones do."""
     from nar.metrics.text_image import near_copies
 
-    parts = {"fake": (fake, "train"), "training": (training, "train"), "real": (real, split)}
+    parts = {"fake": (fake, "train"), "training": (of, "train"), "real": (real, split)}
     pictures = {name: load_part(source, part, size) for name, (source, part) in parts.items()}
     report = near_copies(*(part.images for part in pictures.values()))
     report["settings"] = {
@@ -69,38 +66,6 @@ def judge_copies(fake: str, training: str, real: str, *, split: str = "test", si
         **{f"num_{name}": len(part) for name, part in pictures.items()},
     }
     return report
-
-
-def judge_geneval(
-    folder: Path, detector: Path, clip: Path, *, seed: int = 0, device: str | None = None
-) -> dict[str, Any]:
-    """GenEval's report of a folder in its layout; `detector` and `clip` are local folders of `transformers`."""
-    from nar.metrics.geneval.judge import Mask2FormerJudge
-
-    judge: Judge = Mask2FormerJudge(detector, clip, device=usable_device(device) or "cpu")
-    return judge_folder(folder, judge, seed=seed)
-
-
-def judge_composed(folder: Path, *, seed: int = 0) -> dict[str, Any]:
-    """The same six tasks of composed drawings, by the detector that comes with the package."""
-    from nar.metrics.geneval.composed import ComposedJudge
-
-    return judge_folder(folder, ComposedJudge(), seed=seed)
-
-
-def write_geneval_prompts(path: Path) -> None:
-    """Write GenEval's 553 prompts, a JSON object a line."""
-    from nar.metrics.geneval.prompts import add_s, composition_prompts, write_prompts
-
-    write_prompts(path, composition_prompts(plural=add_s))
-
-
-def write_composed_prompts(path: Path) -> None:
-    """Write the prompts of composed drawings, a JSON object a line."""
-    from nar.metrics.geneval.prompts import write_prompts
-    from nar.metrics.geneval.scenes import scene_prompts
-
-    write_prompts(path, scene_prompts())
 
 
 def _merge(report: dict[str, Any], found: dict[str, Any], **settings: Any) -> None:

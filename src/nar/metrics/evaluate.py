@@ -91,9 +91,14 @@ def evaluate(
     made_with = {"real": _made_with(real), "fake": settings or _made_with(fake)}
     detector = default_detector(inception, device) if detector is None else detector
     reading = {
-        "size": size, "num_frames": num_frames, "keep": keep, "batch_size": batch_size, "seed": seed,
-        "progress": progress, "cache": None if cache is None else Path(cache).expanduser(),
-    }  # fmt: skip
+        "size": size,
+        "num_frames": num_frames,
+        "keep": keep,
+        "batch_size": batch_size,
+        "seed": seed,
+        "progress": progress,
+        "cache": None if cache is None else Path(cache).expanduser(),
+    }
     judge = _Judge(detector, reading, resamplings, seed)
     reference = is_reference(real)
     if reference and only_real is not None:

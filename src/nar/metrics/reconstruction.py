@@ -1,4 +1,4 @@
-"""How much of pictures and clips survives: numbers of pairs, real and reconstructed, and of what a weak code ties.
+"""Reconstruction quality of pictures and clips: numbers of pairs, real and reconstructed, and cheap baselines.
 
 Knows arrays; does not know who reconstructed them. Dimensions: B pictures, T frames, H x W pixels, V codes.
 """
@@ -28,18 +28,18 @@ def psnr(error: Tensor | float, peak: float = 255.0) -> float:
     return min(100.0, 10 * math.log10(peak**2 / max(float(error), 1e-30)))
 
 
-def squared_error(real: Tensor, made: Tensor) -> Tensor:
+def squared_error(real: Tensor, reconstructed: Tensor) -> Tensor:
     """Mean squared error (B,) of pictures or clips (B, ...) on one scale."""
-    return (made.float() - real.float()).square().flatten(1).mean(1)
+    return (reconstructed.float() - real.float()).square().flatten(1).mean(1)
 
 
-def ssim(real: Tensor, made: Tensor, peak: float = 255.0) -> Tensor:
+def ssim(real: Tensor, reconstructed: Tensor, peak: float = 255.0) -> Tensor:
     """Structural similarity (B,) of pictures (B, C, H, W) (Wang et al. 2004), the mean over channels.
 
     A Gaussian window of 11 pixels (sigma 1.5) slides over places where it fits; it is smaller in smaller pictures.
     `peak` is the range of the values.
     """
-    real, made = real.float(), made.float()
+    real, reconstructed = real.float(), reconstructed.float()
     channels, height, width = real.shape[1:]
     column, row = (_taps(min(_WINDOW, length), real) for length in (height, width))
     kernel = (column[:, None] * row).expand(channels, 1, -1, -1)
@@ -47,10 +47,10 @@ def ssim(real: Tensor, made: Tensor, peak: float = 255.0) -> Tensor:
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(x, kernel, groups=channels)
 
-    mean_real, mean_made = blurred(real), blurred(made)
+    mean_real, mean_made = blurred(real), blurred(reconstructed)
     variance_real = blurred(real.square()) - mean_real.square()
-    variance_made = blurred(made.square()) - mean_made.square()
-    covariance = blurred(real * made) - mean_real * mean_made
+    variance_made = blurred(reconstructed.square()) - mean_made.square()
+    covariance = blurred(real * reconstructed) - mean_real * mean_made
     luminance, contrast = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     similar = (2 * mean_real * mean_made + luminance) * (2 * covariance + contrast)
     possible = (mean_real.square() + mean_made.square() + luminance) * (variance_real + variance_made + contrast)
@@ -63,7 +63,7 @@ def _taps(size: int, like: Tensor) -> Tensor:
 
 
 def code_use(counts: Tensor) -> dict[str, float]:
-    """What share of the codes is used, as how many equally frequent ones they count, and how many never occur.
+    """Share of the codes that is used, as how many equally frequent ones they count, and how many never occur.
 
     `counts` (V,) says how often each code occurs.
     """
@@ -77,13 +77,13 @@ def code_use(counts: Tensor) -> dict[str, float]:
 
 def compare(
     real: np.ndarray,
-    made: np.ndarray,
+    reconstructed: np.ndarray,
     *,
     distances: Mapping[str, Distance] | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """What is left of `real` pictures or clips in `made`, both uint8 (B, H, W, 3) or (B, T, H, W, 3).
+    """How near `reconstructed` pictures or clips are to `real` ones, both uint8 (B, H, W, 3) or (B, T, H, W, 3).
 
     "psnr" is that of the mean error over all of them, "psnr_each" the mean of each one's own, in dB; "ssim" and
     `distances` are means, of clips over their frames. Clips also have "psnr_of_differences": that of the changes from
@@ -92,16 +92,17 @@ def compare(
     Raises:
         ValueError: the two have not one shape, or are not uint8 pictures or clips.
     """
-    if real.shape != made.shape or real.ndim not in (4, 5) or real.shape[-1] != 3 or not len(real):
+    if real.shape != reconstructed.shape or real.ndim not in (4, 5) or real.shape[-1] != 3 or not len(real):
         raise ValueError(
-            f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {made.shape}"
+            f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {reconstructed.shape}"
         )
-    if real.dtype != np.uint8 or made.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8 0..255, not {real.dtype} and {made.dtype}")
+    if real.dtype != np.uint8 or reconstructed.dtype != np.uint8:
+        raise ValueError(f"pictures must be uint8 0..255, not {real.dtype} and {reconstructed.dtype}")
     errors, rows, motion = [], [], []
     for start in range(0, len(real), batch_size):
         first, second = (
-            torch.from_numpy(np.ascontiguousarray(side[start : start + batch_size])).to(device) for side in (real, made)
+            torch.from_numpy(np.ascontiguousarray(side[start : start + batch_size])).to(device)
+            for side in (real, reconstructed)
         )
         errors.append(squared_error(first, second))
         if real.ndim == 5:
@@ -121,17 +122,22 @@ def compare(
 
 
 def frechet_distances(
-    real: np.ndarray, made: np.ndarray, features: Callable[[Tensor], Tensor], *, seed: int = 0, batch_size: int = 64
+    real: np.ndarray,
+    reconstructed: np.ndarray,
+    features: Callable[[Tensor], Tensor],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> dict[str, tuple[float, int, int]]:
-    """Frechet distances of `real` pictures or clips (B, ...) and what was `made` of them; and the counts of both sides.
+    """Frechet distances of `real` and `reconstructed` pictures or clips (B, ...), and the counts of both sides.
 
     "all" compares all. Four or more are also split into random halves, all frames of a clip in one: "real" compares the
-    second half with the first, and "made" what was made of the second half with the same. So what comes back unchanged
-    has the same distance as real ones. `features` takes uint8 (n, 3, H, W) and gives (n, D).
+    second half with the first, and "reconstructed" the reconstructions of the second half with the same. So what comes
+    back unchanged has the same distance as real ones. `features` takes uint8 (n, 3, H, W) and gives (n, D).
     """
     halves = np.array_split(np.random.default_rng(seed).permutation(len(real)), 2)
     fitted: list[list[RunningStatistics]] = []
-    for side in (real, made):
+    for side in (real, reconstructed):
         parts = [RunningStatistics() for _ in range(3)]  # the halves, and all
         for part, rows in zip(parts, halves, strict=False):
             for start in range(0, len(rows), batch_size):
@@ -145,7 +151,7 @@ def frechet_distances(
     (base, other, whole), (_, coded, everything) = fitted
     pairs = {"all": (whole, everything)}
     if len(real) >= 4:
-        pairs |= {"made": (base, coded), "real": (base, other)}
+        pairs |= {"reconstructed": (base, coded), "real": (base, other)}
     return {
         name: (frechet_distance(left.result(), right.result()), left.count, right.count)
         for name, (left, right) in pairs.items()

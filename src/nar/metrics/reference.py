@@ -49,9 +49,17 @@ def write_reference(
         return images
 
     found = gather(
-        pictures, detector, name="reference", size=size, keep=2, batch_size=batch_size, seed=seed, progress=progress,
-        cache=None, defect=Defect("none", "", watch),
-    )  # fmt: skip
+        pictures,
+        detector,
+        name="reference",
+        size=size,
+        keep=2,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        cache=None,
+        defect=Defect("none", "", watch),
+    )
     _check_determined(found.num_images, detector, "these pictures")
     made_by = {"network": detector.digest, "num_images": found.num_images}
     save(Path(path).expanduser(), {**gaussians(found), "arr_0": np.stack(kept.items), **made_by})
