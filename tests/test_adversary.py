@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nar.training.adversary import Adversary, AdversaryConfig
+from nar.training.adversary import Adversary, AdversaryConfig, generator_hinge_loss
 from nar.training.distributed import Workers
-from nar.training.patch_discriminator import generator_hinge_loss
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 

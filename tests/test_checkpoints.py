@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import random
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from nar.training.checkpoint import Checkpoints
 from nar.training.distributed import Workers
+from nar.training.lock import locked
 from nar.training.loop import Task
 from nar.training.models import ModelTask
 from nar.training.tasks import run_recipe
@@ -102,19 +111,98 @@ def _is_time(run: Path, done: int, moment: float, in_save: bool) -> bool:
     return True
 
 
-def test_sigterm_saves_and_exits_with_0(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_0(
+    uninterrupted: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
     path, reference = uninterrupted
     run, output = tmp_path / "run", tmp_path / "output"
     process = start("train", path, f"run={run}", "checkpoint_every=1000", output=output)
     while process.is_alive() and len(losses_so_far(run)) < 3:
         time.sleep(0.001)
-    process.terminate()
+    assert process.pid is not None
+    os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 0
-    assert "the same command goes on" in output.read_text()
+    assert "stopped, and saved: the same command goes on" in output.read_text()
     assert len(list((run / "checkpoints").iterdir())) == 1
     nar("train", path, f"run={run}", "checkpoint_every=1000")
     assert equal(weights(run), weights(reference))
+
+
+@contextmanager
+def busy(path: Path, run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains a recipe and stays in its first preview."""
+    code = (
+        "import sys, time, pathlib; from nar.training.tasks import run_recipe\n"
+        "def stay(*_):\n"
+        "    pathlib.Path(sys.argv[2], 'staying').touch(); time.sleep(100)\n"
+        "run_recipe(sys.argv[1], ['run=' + sys.argv[2], 'preview_every=1'], metrics=stay)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(run)], text=True)
+    try:
+        while not (run / "staying").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    with busy(recipe(tmp_path), tmp_path / "run") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 128 + signal.SIGINT
+        assert time.monotonic() - began < 5
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    with busy(path, run) as process:
+        named = rf"run is in use by process {process.pid} on \S+ since \d{{4}}-\d\d-\d\d .*another run=DIR"
+        with pytest.raises(ValueError, match=named):
+            run_recipe(str(path), [f"run={run}"])
+        assert f"in use by process {process.pid}" in nar("train", path, f"run={run}", processes=2, code=2)
+        assert not (run / "model").exists()
+        process.kill()
+        process.wait()
+        assert (run / "run.lock").is_file()
+        assert run_recipe(str(path), [f"run={run}"])
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "silent", "held"),
+    [
+        ({}, 0, True),
+        ({"boot": "another"}, 0, False),
+        ({"began": "earlier"}, 0, False),  # the number of a process that ended is used again
+        ({"pid": 2**22 + 1}, 0, False),
+        ({"host": "elsewhere"}, 0, True),
+        ({"host": "elsewhere"}, 3600, False),
+        ({"host": "elsewhere", "pid": "?"}, 3600, False),
+    ],
+)
+def test_a_lock_counts_as_long_as_its_owner_is_there(
+    tmp_path: Path, changes: dict[str, object], silent: float, held: bool
+) -> None:
+    with locked(tmp_path):
+        mine = json.loads((tmp_path / "run.lock").read_text())
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps(mine | changes))
+    os.utime(path, (time.time() - silent,) * 2)
+    if held:
+        with pytest.raises(ValueError, match=f"in use by process {mine['pid']} on "), locked(tmp_path):
+            pass
+        return
+    with locked(tmp_path):
+        assert json.loads(path.read_text())["host"] == mine["host"]
+    assert not path.exists()
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +279,159 @@ def test_another_process_may_make_the_folder_first(tmp_path: Path, monkeypatch: 
     assert [path.name for path in found] == ["step-000000003"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    path = recipe(tmp_path)
-    run_recipe(str(path), [f"run={tmp_path / 'run'}"])
-    newest = tmp_path / "run" / "checkpoints" / "step-000000004"
-    (newest / "__0_0.distcp").write_bytes(b"")
-    shutil.rmtree(tmp_path / "run" / "model")  # or the run would just be finished
-    with pytest.raises(ValueError, match=r"step-000000004 can't be read .*; delete this folder to go on from an ear"):
-        run_recipe(str(path), [f"run={tmp_path / 'run'}"])
+@pytest.mark.parametrize("damage", ["empty", "flipped bit", "lost", "metadata", "record", "unreadable record"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}"])
+    before = weights(run)
+    newest = run / "checkpoints" / "step-000000004"
+    name = {"metadata": ".metadata", "record": "run.json", "unreadable record": "run.json"}.get(damage, "__0_0.distcp")
+    data = bytearray((newest / name).read_bytes())
+    if damage == "record":
+        data = bytearray(data.replace(b'"seconds"', b'"secants"'))
+    else:
+        data[len(data) // 2] ^= 4
+    (newest / name).write_bytes({"empty": b"", "unreadable record": b"{"}.get(damage, bytes(data)))
+    if damage == "lost":
+        (newest / name).unlink()
+    shutil.rmtree(run / "model")  # or the run would just be finished
+    with pytest.warns(UserWarning, match=r"step-000000004.*: going on from step-000000002, and later ones are in"):
+        assert run_recipe(str(path), [f"run={run}"])
+    assert equal(weights(run), before)
+    assert [found.name for found in (run / "checkpoints" / "aside").iterdir()] == ["step-000000004"]
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}"])
+    shutil.rmtree(run / "model")
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-000000004 is damaged .*; .*step-000000002 is damaged"):
+        run_recipe(str(path), [f"run={run}"])
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+
+
+def test_checkpoints_without_digests_go_on(tmp_path: Path) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}"])
+    before = weights(run)
+    shutil.rmtree(run / "model")
+    for record in (run / "checkpoints").glob("*/run.json"):
+        kept = json.loads(record.read_text())
+        record.write_text(json.dumps({key: kept[key] for key in kept.keys() - {"files", "digest", "data"}}))
+    (run / "checkpoints" / "step-000000004" / "__0_0.distcp").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-000000004 can't be read .*: going on from step-000000002"):
+        assert run_recipe(str(path), [f"run={run}"])
+    assert equal(weights(run), before)
+
+
+def test_a_run_goes_on_from_a_named_checkpoint(tmp_path: Path) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    command = ["train", path, f"run={run}"]
+    nar(*command)
+    before, log = weights(run), losses(run)
+    said = nar(*command, "--from", "step-2", "num_images=96", "--override")
+    assert "going on from step-000000002" in said
+    assert "goes on after step 2" in said
+    assert losses(run) == log[:3]
+    assert sorted(found.name for found in (run / "checkpoints").iterdir()) == [
+        "aside", "step-000000002", "step-000000003"
+    ]  # fmt: skip
+    assert not equal(weights(run), before)
+    assert "no checkpoint 'step-7'; there are: step-2, step-3" in nar(
+        *command, "--from", "step-7", "--override", code=2
+    )
+
+
+class Bomb:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    workers = Workers(0, 1, torch.device("cpu"))
+    for name, value in (("metadata", torch.ones(2)), ("value", Bomb(tmp_path / "ran"))):
+        checkpoints = Checkpoints(tmp_path / name, 2, workers)
+        checkpoints.save(3, {"a": value}, {"heldout": None})
+        checkpoints.wait()
+        (made,) = checkpoints.all()
+        if name == "metadata":
+            (made / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+        (made / "run.json").write_text('{"step": 3, "heldout": null}')  # no digests
+        with pytest.raises(ValueError, match=r"step-000000003 can't be read"):
+            checkpoints.load(made, lambda fill: fill({"a": torch.zeros(2)}))
+        assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optim.learning_rate=1e-5", "optim.weight_decay=0.9", "optim.betas=[0.5,0.9]", "optim.muon_learning_rate=1e-5"],
+)
+def test_changed_rates_take_effect(tmp_path: Path, change: str) -> None:
+    path = recipe(tmp_path, optim={"learning_rate": 3e-3, "muon_learning_rate": 3e-3})
+    run_recipe(str(path), [f"run={tmp_path / 'run'}", "num_images=64"])
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    run_recipe(str(path), [f"run={tmp_path / 'same'}"], override=True)
+    run_recipe(str(path), [f"run={tmp_path / 'run'}", change], override=True)
+    assert not equal(weights(tmp_path / "run"), weights(tmp_path / "same"))
+    for name in ("learning_rate", "muon_learning_rate"):
+        expected = 1e-5 if change.startswith(f"optim.{name}=") else 3e-3
+        assert losses(tmp_path / "run", name) == pytest.approx([3e-3, 3e-3, expected, expected])
+
+
+@pytest.mark.parametrize("task", ["model", "tokenizer"])
+@pytest.mark.parametrize("change", ["names", "labels", "words", "pictures", "number"])
+def test_other_data_are_noticed(tmp_path: Path, task: str, change: str) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    for index in range(20):
+        place = data / ("cats" if index % 2 else "dogs") / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index * 10, 0, 0)).save(place)
+        place.with_suffix(".txt").write_text(f"number {index}")
+    path = (recipe if task == "model" else tokenizer_recipe)(tmp_path, data={"source": str(data), "size": 16})
+    run_recipe(str(path), [f"run={run}", "num_images=64"])
+    (run / "model" / "config.json").unlink()
+    first = data / "dogs" / "0.png"
+    if change == "names":
+        first.rename(data / "dogs" / "00.png")
+        first.with_suffix(".txt").rename(data / "dogs" / "00.txt")
+    elif change == "labels":
+        (data / "dogs").rename(data / "birds")
+    elif change == "words":
+        first.with_suffix(".txt").write_text("another")
+    elif change == "pictures":
+        for place in data.rglob("*.png"):
+            Image.new("RGB", (16, 16), "white").save(place)
+    else:
+        first.unlink()
+        first.with_suffix(".txt").unlink()
+    with pytest.raises(ValueError, match=rf"was started with other data: .*{change} (to learn from|held out)"):
+        run_recipe(str(path), [f"run={run}", "num_images=64"])
+    assert run_recipe(str(path), [f"run={run}"], override=True)
+
+
+def test_a_damaged_log_is_named_and_goes_on(tmp_path: Path) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", "num_images=64"])
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[0] = '{"step": 1, "loss": nonsense}'
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 2, "lo']) + "\n")
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is damaged: 2 of its \d lines can't be read, .* line 1;"):
+        run_recipe(str(path), [f"run={run}"], override=True)
+    assert len(losses(run)) == 3
+
+
+def test_a_line_cut_by_a_kill_is_no_damage(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", "num_images=64"])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    run_recipe(str(path), [f"run={run}"], override=True)
+    assert len(losses(run)) == 4
+    assert not [warning for warning in recwarn if "damaged" in str(warning.message)]

@@ -16,10 +16,10 @@ from torch import nn
 from nar.storage.config import load
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.quantize import sample_codes
-from nar.training.clip_discriminator import ClipDiscriminator, lecam_loss, noisy_labels
-from nar.training.code_prior import CodePrior
+from nar.training.adversary import ClipDiscriminator, lecam_loss, noisy_labels
 from nar.training.distributed import Workers
 from nar.training.loop import Task
+from nar.training.prior import CodePrior
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
 from nar.training.tokenizers import TokenizerTask

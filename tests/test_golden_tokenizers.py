@@ -14,7 +14,7 @@ from golden_fixtures import Fixture, fixtures
 from nar.convert import Checkpoint, convert, image_tokenizer_state, video_tokenizer_state
 from nar.tokenizer.image import ImageTokenizer
 from nar.tokenizer.larp import VideoTokenizer
-from nar.training.patch_discriminator import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
+from nar.training.adversary import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
 
 pytestmark = pytest.mark.golden
 PIXELS = {"atol": 1e-4, "rtol": 0.0}

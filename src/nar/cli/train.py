@@ -17,12 +17,17 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the recipe's.")
     ] = None,
-    override: Annotated[bool, typer.Option("--override", help="Go on with a run whose settings have changed.")] = False,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with a run whose settings or data have changed.")
+    ] = False,
+    start: Annotated[
+        str, typer.Option("--from", metavar="STEP", help="Go on from this checkpoint of the run, such as step-200.")
+    ] = "",
 ) -> None:
     """Train a tokenizer or a model from a recipe. The same command again resumes; DIR/model is the result."""
     from nar.training.tasks import run_recipe
 
-    folder = run_recipe(recipe, overrides or [], override=override)
+    folder = run_recipe(recipe, overrides or [], override=override, start=start)
     typer.echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
 
 

@@ -71,7 +71,7 @@ def extract(
         "tokenizer": digest(tokenizer_folder),
         "size": size,
         "views": kind,
-        "source": _fingerprint(source),
+        "source": fingerprint(source),
         "shard_size": SHARD_SIZE,
         "padding": pad,
         "given_frames": getattr(source, "given", 0),
@@ -141,7 +141,7 @@ def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, batc
     return made
 
 
-def _fingerprint(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """What must stay the same for an extraction to go on: which pictures, in which order, with which labels and words.
 
     Of the pictures themselves a few are looked at. And of clips, which of their frames, unless they are taken whole.

@@ -1,6 +1,7 @@
-"""The adversary of tokenizer training: a discriminator with its own optimizer, trained beside the tokenizer.
+"""The adversary of tokenizer training: discriminators, their losses, and their training beside the tokenizer.
 
-Knows real and reconstructed pictures; does not know the tokenizer's other losses.
+Knows real and reconstructed pictures; does not know the tokenizer's other losses. Legend: `B` batch, `T H W` frames and
+pixels, `C` width.
 """
 
 from __future__ import annotations
@@ -9,18 +10,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.training.clip_discriminator import (
-    ClipDiscriminator,
-    discriminator_logistic_loss,
-    generator_logistic_loss,
-    lecam_loss,
-    noisy_labels,
-)
+from nar.tokenizer.larp import Bidirectional, sinusoid_grid
 from nar.training.distributed import Workers
 from nar.training.optim import load_side_state, side_state
-from nar.training.patch_discriminator import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
 
 
 @dataclass(frozen=True)
@@ -190,6 +185,112 @@ class Adversary:
             means = self._workers.mean(torch.stack([logits.detach().float().mean() for logits in judged]))
             self._means = self.config.lecam_decay * self._means + (1 - self.config.lecam_decay) * means
         return loss
+
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN (Isola et al. 2017): pictures (B, 3, H, W) to one logit a patch, above 0 for real.
+
+    `num_layers` convolutions halve the resolution; with the defaults it has 2,765,633 parameters and a logit sees
+    70x70 pixels. Batch normalisation: a training pass updates running statistics.
+    """
+
+    def __init__(self, channels: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for index in range(1, num_layers + 1):
+            target = channels * min(2**index, 8)
+            stride = 2 if index < num_layers else 1
+            layers += [
+                nn.Conv2d(width, target, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(target),
+                nn.LeakyReLU(0.2),
+            ]
+            width = target
+        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        super().__init__(*layers)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Convolutions N(0, 0.02), norms N(1, 0.02) with bias 0."""
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+                nn.init.zeros_(module.bias)
+
+
+def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises: logits of real pictures above 1, of fake ones below -1."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def generator_hinge_loss(fake: Tensor) -> Tensor:
+    """What the tokenizer minimises: fake pictures that the discriminator takes for real."""
+    return -fake.mean()
+
+
+class ClipDiscriminator(nn.Module):
+    """A transformer with a class token (LARP, Wang et al. 2024): clips (B, 3, T, H, W) to logits (B,), real above 0.
+
+    The defaults are published: 4x8x8 patches, width 512, 12 layers of 8 heads. Positions are a fixed table of sines, so
+    any size that is a multiple of the patch works.
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,
+        num_layers: int = 12,
+        num_heads: int = 8,
+        patch: tuple[int, int, int] = (4, 8, 8),
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.patch_embed = nn.Conv3d(3, dim, patch, stride=patch)
+        self.class_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.layers = Bidirectional(dim, num_layers, num_heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, 1)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Judge clips; raises ValueError for pictures, and when the patch does not divide the size of clips."""
+        if clips.ndim != 5:
+            raise ValueError(f"clips must be (batch, 3, frames, height, width), not {tuple(clips.shape)}")
+        grid = tuple(size // side for size, side in zip(clips.shape[2:], self.patch, strict=True))
+        if any(size % side or not size for size, side in zip(clips.shape[2:], self.patch, strict=True)):
+            raise ValueError(
+                f"clips of {'x'.join(map(str, clips.shape[2:]))} frames and pixels are not a multiple of the "
+                f"discriminator's patch {'x'.join(map(str, self.patch))}"
+            )
+        x = self.patch_embed(clips).flatten(2).transpose(1, 2)  # (B, P, C)
+        x = x + sinusoid_grid(cast(tuple[int, int, int], grid), x.shape[-1]).to(x)
+        x = torch.cat((self.class_token.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+        return cast(Tensor, self.head(self.norm(self.layers(x)[:, 0])).squeeze(-1))
+
+
+def discriminator_logistic_loss(real: Tensor, fake: Tensor, real_labels: Tensor, fake_labels: Tensor) -> Tensor:
+    """Binary cross-entropy of logits (B,) of real and made clips against labels (B,), which may be soft."""
+    judged = F.binary_cross_entropy_with_logits
+    return 0.5 * (judged(real.float(), real_labels) + judged(fake.float(), fake_labels))
+
+
+def noisy_labels(noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of real and of made clips from two rows of normal numbers `noise` (2, B), as LARP draws them.
+
+    Real ones run from 0.7 to 1, made ones from 0 to 0.3.
+    """
+    spread = 0.15 * noise.abs()
+    return (1 - spread[0]).clamp_min(0.7), spread[1].clamp_max(0.3)
+
+
+def generator_logistic_loss(fake: Tensor) -> Tensor:
+    """What the tokenizer minimises: softplus(-logit), made clips that the discriminator takes for real."""
+    return F.softplus(-fake).mean()
+
+
+def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """LeCam regularisation (Tseng et al. 2021): logits (B,) that leave the moving mean of the other kind cost."""
+    return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
 
 def _network(config: AdversaryConfig) -> nn.Module:

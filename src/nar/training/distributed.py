@@ -61,11 +61,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among all that train together: number `rank` of `count`, computing on `device`."""
+    """This process among all that train together: number `rank` of `count`, computing on `device`.
+
+    `waiting` is the group in which they wait for each other, however long that is.
+    """
 
     rank: int
     count: int
     device: torch.device
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -95,7 +99,15 @@ class Workers:
     def wait(self) -> None:
         """Return once every process is here."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(group=self.waiting)
+
+    def agree(self, value: str) -> str:
+        """What the first process has as `value`, on every process."""
+        if self.count == 1:
+            return value
+        agreed = [value]
+        dist.broadcast_object_list(agreed, group=self.waiting, device=torch.device("cpu"))
+        return agreed[0]
 
 
 @contextmanager
@@ -116,8 +128,10 @@ def joined(device: str = "auto") -> Iterator[Workers]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait while the first draws previews
+    # And while it encodes captions, or shares of pictures differ: torchrun ends them all when one fails.
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
-        yield Workers(rank, count, place)
+        yield Workers(rank, count, place, waiting)
     finally:
         dist.destroy_process_group()
 

@@ -1,26 +1,24 @@
 """The training loop: one for tokenizers and models, on one process or many, resumed by running the same command again.
 
 Everything random in a step is a function of (seed, step, position in the batch), so that a resumed run continues bit
-for bit without stored generator states, and any number of processes sees the same samples. Knows steps, optimizer and
+for bit without stored generator states, and any number of processes sees the same samples. Knows steps, optimizers and
 files; a `Task` knows what is trained on what.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
+import os
 import signal
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,69 +30,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from tqdm import tqdm
 
 from nar import __version__
-from nar.storage.config import difference
-from nar.storage.files import atomically
+from nar.progress import Progress
 from nar.training.batches import Batch, batch_of, pieces
 from nar.training.checkpoint import Checkpoints, read_record
-from nar.training.distributed import Engine, Workers, spread, unsynchronised, whole
+from nar.training.distributed import Workers, spread, unsynchronised, whole
 from nar.training.ema import update_average
-from nar.training.optim import OptimConfig, build_optimizers, learning_rate_factor
-
-_FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every"}  # settings that touch no weights
-_FREE_ENGINE = {"device", "workers"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how a run trains, and what it leaves. The `*_every` count steps.
-
-    It ends after `num_images`, or where that is 0 after `epochs` of the data, but within `images_between`. `export` is
-    which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
-    held-out loss. `keep_last` checkpoints are kept, and the best one.
-    """
-
-    run: str = "runs/default"
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    engine: Engine = field(default_factory=Engine)
-    batch_size: int = 64
-    num_images: int = 0
-    epochs: float = 0.0
-    images_between: tuple[int, ...] = (0, 2**62)
-    ema_decay: float = 0.999
-    seed: int = 0
-    log_every: int = 50
-    preview_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    export: str = "last"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "images_between", tuple(self.images_between))
-        for name in ("batch_size", "log_every", "preview_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if (self.num_images > 0) == (self.epochs > 0):
-            raise ValueError(
-                f"either num_images or epochs must be set, not num_images={self.num_images} and epochs={self.epochs}"
-            )
-        if len(self.images_between) != 2 or self.images_between[0] > self.images_between[1]:
-            raise ValueError(f"images_between must be two rising numbers, not {self.images_between}")
-        if self.export not in ("last", "best"):
-            raise ValueError(f"export must be last or best, not {self.export!r}")
-
-    def num_steps(self, num_samples: int) -> int:
-        """Steps of the whole training, on a set of `num_samples`."""
-        low, high = self.images_between
-        return math.ceil((self.num_images or min(max(self.epochs * num_samples, low), high)) / self.batch_size)
-
-
-def of_weights(config: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that touch its weights."""
-    engine = {name: value for name, value in config["engine"].items() if name not in _FREE_ENGINE}
-    return {name: value for name, value in config.items() if name not in _FREE} | {"engine": engine}
+from nar.training.log import Log, peak_memory
+from nar.training.optim import build_optimizers, learning_rate_factor
+from nar.training.plan import Plan
 
 
 class Task(Protocol):
@@ -108,6 +53,11 @@ class Task(Protocol):
     @property
     def num_samples(self) -> int:
         """Size of the training set."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """What there is to learn from, in a few words for people."""
         ...
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
@@ -160,28 +110,42 @@ def train(
     *,
     config: dict[str, Any],
     workers: Workers,
-    override: bool = False,
+    data: dict[str, str] | None = None,
+    start: str = "",
     metrics: Metrics | None = None,
 ) -> Path | None:
     """Train to the end of the plan; returns the folder of the final model, `run/model`.
 
-    Returns None when SIGTERM came: then the state is saved. `config` is stored in the checkpoint; a resumed run whose
-    config differs in what touches the weights is refused unless `override`.
+    Returns None when SIGTERM, SIGINT or SIGHUP came: then the state is saved. `config`, and `data`, which says what the
+    data were, are stored in checkpoints. A run goes on from its newest checkpoint, or from `start`, such as "step-200".
 
     Raises:
-        ValueError: the config differs from the one that the run was started with, or the batch can't be split.
+        ValueError: the batch can't be split, or no checkpoint can be read.
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
         OSError: a checkpoint can't be written; those before it are kept.
     """
-    run = Path(plan.run)
+    _check(task, plan, workers)
+    run = _Run(task, plan, {"config": config, "data": data or {}}, workers, metrics)
+    run.resume(start)
+    return run.export() if run.finish() else None
+
+
+def share(count: int, size: int, workers: Workers) -> list[slice]:
+    """This process's share of `count` held-out samples, in slices of `size` at most."""
+    starts = range(workers.rank * size, count, workers.count * size)
+    return [slice(start, min(start + size, count)) for start in starts]
+
+
+def _check(task: Task, plan: Plan, workers: Workers) -> None:
+    """Refuse what can't be trained, and warn of what makes little sense."""
     if task.num_samples < 1:
         raise ValueError("the training set is empty")
-    num_steps = plan.num_steps(task.num_samples)
-    if plan.optim.warmup_images > (num_images := num_steps * plan.batch_size) and workers.first:
+    num_images = plan.num_steps(task.num_samples) * plan.batch_size
+    if plan.optim.warmup_images > num_images and workers.first:
         warnings.warn(
             f"the learning rate rises for optim.warmup_images={plan.optim.warmup_images:,} images and the run has "
             f"{num_images:,}: it ends before it gets there; set a shorter warm-up",
-            stacklevel=2,
+            stacklevel=3,
         )
     num_pieces = workers.count * plan.engine.accumulate
     if plan.batch_size % num_pieces:
@@ -189,130 +153,175 @@ def train(
             f"batch_size {plan.batch_size} is not a multiple of {num_pieces}, "
             f"{workers.count} processes times engine.accumulate={plan.engine.accumulate}"
         )
-    state = _State.of(task, plan, workers)
-    checkpoints = Checkpoints(run, plan.keep_last, workers)
-    first_step, seconds, lowest = 0, 0.0, math.inf
-    if found := checkpoints.all():
-        record = read_record(found[-1])
-        changed = difference(*map(of_weights, (record["config"], config)))
-        if changed and not override:
-            raise ValueError(
-                f"{run} was started with other settings: {'; '.join(changed)}; "
-                "use another run=DIR, or --override to go on with the new ones"
+
+
+class _Step(NamedTuple):
+    """What a step has left: means over all processes but for `values`, and whether one of them is asked to stop."""
+
+    loss: float
+    gradient_norm: float
+    values: dict[str, Tensor]
+    stop: bool
+
+
+class _Run:
+    """A run at work: its state, and what is said, saved and logged of it."""
+
+    def __init__(
+        self, task: Task, plan: Plan, record: dict[str, Any], workers: Workers, metrics: Metrics | None
+    ) -> None:
+        self.task, self.plan, self.workers, self.record, self.metrics = task, plan, workers, record, metrics
+        self.folder = Path(plan.run)
+        self.num_steps = plan.num_steps(task.num_samples)
+        self._num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
+        self.state = _State.of(task, plan, workers)
+        self.checkpoints = Checkpoints(self.folder, plan.keep_last, workers)
+        self.first_step, self._lowest, self._heldout = 0, math.inf, dict[str, float]()
+        self._started = time.monotonic()
+
+    def resume(self, start: str) -> None:
+        """Go on from a checkpoint, where there is one."""
+        record = self.checkpoints.resume(self.state.load, start)
+        if record is not None:
+            self.first_step = record["step"]
+            self._started -= record["seconds"]
+            best = self.checkpoints.best()
+            self._lowest = math.inf if best is None else read_record(best)["heldout"]
+
+    def finish(self) -> bool:
+        """Train to the end of the plan; False when a signal stopped it before, and the state is saved."""
+        plan, total = self.plan, self.num_steps * self.plan.batch_size
+        with ExitStack() as stack:
+            stopping = stack.enter_context(_Stopping(at_once=self.workers.count == 1))
+            self.log = stack.enter_context(
+                Log(self.folder, self.first_step, plan.batch_size, quiet=not self.workers.first)
             )
-        state.load(checkpoints, found[-1])
-        first_step, seconds = record["step"], record["seconds"]
-        if (best := checkpoints.best()) is not None:
-            lowest = read_record(best)["heldout"]
-    started = time.monotonic() - seconds
-    heldout: dict[str, float] = {}
-    with ExitStack() as stack:
-        stopping = stack.enter_context(_Stopping())
-        log = _Log(run, first_step, plan.batch_size, stack) if workers.first else None
-        bar = stack.enter_context(
-            tqdm(
-                total=num_steps * plan.batch_size, initial=first_step * plan.batch_size, unit="img",
-                disable=None if workers.first else True,
-            )
-        )  # fmt: skip
-        logged = (first_step, time.monotonic())
-        stack.callback(checkpoints.close)
-        for step, batches, fetched in _ahead(task, plan, workers, range(first_step, num_steps), stack):
-            factor = learning_rate_factor(plan.optim, (step + 1) * plan.batch_size, num_steps * plan.batch_size)
-            for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
-                group["lr"] = group["initial_lr"] * factor
-            loss, values = _backward(state, plan, workers, step, batches, fetched)
-            norm = whole(
-                nn.utils.clip_grad_norm_(
-                    task.module.parameters(), plan.optim.clip_norm if plan.optim.clip_norm > 0 else math.inf
-                )
-            )
-            # One exchange a step: the mean loss, and whether any process is asked to stop.
-            sums = workers.sum(torch.stack([loss / workers.count, loss.new_tensor(float(stopping.asked))]))
-            mean, stop = float(sums[0]), bool(sums[1] > 0)
-            if not math.isfinite(mean) or not torch.isfinite(norm):
-                rows = ", ".join(map(str, _batch(task, plan, step).indices[:8]))
-                raise FloatingPointError(
-                    f"step {step}: the loss is {mean} and the gradient norm {float(norm)} on rows {rows}, ... of the "
-                    "data; stopped before the weights were touched. Lower optim.learning_rate or look at these rows; "
-                    f"the last checkpoint in {run} is intact"
-                )
-            for optimizer in state.optimizers:
-                optimizer.step()
-            warning = task.after_step(step, num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
-            if warning and log is not None:
-                warnings.warn(warning, stacklevel=2)
-                log.record(step + 1, (step + 1) * plan.batch_size, {"warning": warning})
-            update_average(state.average, task.module, step, plan.ema_decay)
-            bar.update(plan.batch_size)
-            checkpoints.check()
+            done = self.first_step * plan.batch_size
+            bar = stack.enter_context(Progress("training", total, "images", done=done, quiet=not self.workers.first))
+            bar.say(self._introduction())
+            stack.callback(self.checkpoints.close)
+            self._since = (self.first_step, time.monotonic())
+            ended = self._steps(stack, stopping, bar)
+            self.checkpoints.wait()
+        self.workers.wait()  # until the first process has renamed the last checkpoint
+        return ended
+
+    def export(self) -> Path:
+        """Write the final model; returns its folder."""
+        plan, step = self.plan, self.num_steps
+        best = self.checkpoints.best() if plan.export == "best" else None
+        if best is not None and best != self.checkpoints.all()[-1]:
+            self.checkpoints.load(best, self.state.load)
+            self._heldout, step = {}, read_record(best)["step"]
+        averaged = self.state.averaged()
+        heldout = self._heldout or self.task.evaluate(averaged)
+        if self.workers.first:
+            training = {
+                "version": __version__,
+                "images_seen": step * plan.batch_size,
+                "hours": round((time.monotonic() - self._started) / 3600, 3),
+                "heldout": {name: round(value, 5) for name, value in heldout.items()},
+                "config": self.record["config"],
+            }
+            self.task.export(averaged, self.folder / "model", training)
+        self.workers.wait()
+        return self.folder / "model"
+
+    def _introduction(self) -> str:
+        engine, device = self.plan.engine, self.workers.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processes = f"{self.workers.count} processes, " if self.workers.count > 1 else ""
+        goes_on = f", goes on after step {self.first_step:,}" if self.first_step else ""
+        return (
+            f"training {self.folder}: {self.task.summary}; {self.num_steps:,} steps of {self.plan.batch_size}{goes_on}"
+            f"; {self._num_parameters:,} parameters; {processes}{name}, {engine.precision}"
+        )
+
+    def _steps(self, stack: ExitStack, stopping: _Stopping, bar: Progress) -> bool:
+        plan = self.plan
+        steps = range(self.first_step, self.num_steps)
+        for step, batches, fetched in _ahead(self.task, plan, self.workers, steps, stack):
+            made = self._step(step, batches, fetched, stopping)
             done = step + 1
-            last = done == num_steps
+            last = done == self.num_steps
+            bar.update(plan.batch_size, loss=f"{made.loss:.4f}")
+            self.checkpoints.check()
             if done % plan.log_every == 0 or last:
-                names = sorted(values)
-                means = workers.sum(torch.stack([values[name].float() for name in names]) / workers.count)
-                scalars = dict(zip(names, means.tolist(), strict=True))
-                scalars |= {
-                    "loss": mean,
-                    "gradient_norm": float(norm),
-                    "learning_rate": plan.optim.learning_rate * factor,
-                    "images_per_second": (done - logged[0]) * plan.batch_size / (time.monotonic() - logged[1]),
-                    **_memory(workers.device),
-                }
-                logged = (done, time.monotonic())
-                if log is not None:
-                    log.scalars(done, done * plan.batch_size, scalars)
-                bar.set_postfix(loss=f"{mean:.4f}")
-            measured = None
-            if done % plan.preview_every == 0 or last:
-                averaged = state.averaged()
-                heldout = task.evaluate(averaged)
-                measured = heldout["loss"]
-                if log is not None:
-                    extra = {f"metric_{name}": value for name, value in (metrics or _none)(averaged, task).items()}
-                    named = {f"heldout_{name}": value for name, value in heldout.items()}
-                    log.scalars(done, done * plan.batch_size, named | extra)
-                    log.picture(done, done * plan.batch_size, task.preview(averaged))
-                logged = (done, time.monotonic())
-            if done % plan.checkpoint_every == 0 or last or stop or (measured is not None and measured < lowest):
-                record = {
-                    "config": config,
-                    "version": __version__,
-                    "torch": torch.__version__,
-                    "processes": workers.count,
-                    "seconds": time.monotonic() - started,
-                    "heldout": measured,
-                }
-                checkpoints.save(done, state.values(), record)
-                lowest = lowest if measured is None else min(lowest, measured)
-            if stop and not last:
-                checkpoints.wait()
-                return None
-        checkpoints.wait()
-    workers.wait()  # until the first process has renamed the last checkpoint
-    images_seen = num_steps * plan.batch_size
-    if plan.export == "best" and (best := checkpoints.best()) is not None and best != checkpoints.all()[-1]:
-        state.load(checkpoints, best)
-        heldout, images_seen = {}, read_record(best)["step"] * plan.batch_size
-    averaged = state.averaged()
-    heldout = heldout or task.evaluate(averaged)
-    if workers.first:
-        training = {
-            "version": __version__,
-            "images_seen": images_seen,
-            "hours": round((time.monotonic() - started) / 3600, 3),
-            "heldout": {name: round(value, 5) for name, value in heldout.items()},
-            "config": config,
+                self._report(done, made)
+            measured = self._measure(done) if done % plan.preview_every == 0 or last else None
+            lowest = measured is not None and measured < self._lowest
+            if done % plan.checkpoint_every == 0 or last or made.stop or lowest:
+                self._save(done, measured)
+            if made.stop and not last:
+                return False
+        return True
+
+    def _step(self, step: int, batches: list[Batch], fetched: list[Any], stopping: _Stopping) -> _Step:
+        """One step of all optimizers, and what follows it: upkeep of the task, averages."""
+        plan, task, workers = self.plan, self.task, self.workers
+        factor = learning_rate_factor(plan.optim, (step + 1) * plan.batch_size, self.num_steps * plan.batch_size)
+        for group in self.state.groups():
+            group["lr"] = group["initial_lr"] * factor
+        loss, values = _backward(self.state, plan, workers, step, batches, fetched)
+        bound = plan.optim.clip_norm if plan.optim.clip_norm > 0 else math.inf
+        norm = whole(nn.utils.clip_grad_norm_(task.module.parameters(), bound))
+        # One exchange a step: the mean loss, and whether any process is asked to stop.
+        sums = workers.sum(torch.stack([loss / workers.count, loss.new_tensor(float(stopping.asked))]))
+        mean, stop = float(sums[0]), bool(sums[1] > 0)
+        if not math.isfinite(mean) or not torch.isfinite(norm):
+            rows = ", ".join(map(str, _batch(task, plan, step).indices[:8]))
+            raise FloatingPointError(
+                f"step {step}: the loss is {mean} and the gradient norm {float(norm)} on rows {rows}, ... of the "
+                "data; stopped before the weights were touched. Lower optim.learning_rate or look at these rows; "
+                f"the last checkpoint in {self.folder} is intact"
+            )
+        for optimizer in self.state.optimizers:
+            optimizer.step()
+        warning = task.after_step(step, self.num_steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
+        if warning and workers.first:
+            warnings.warn(warning, stacklevel=2)
+            self.log.record(step + 1, {"warning": warning})
+        update_average(self.state.average, task.module, step, plan.ema_decay)
+        return _Step(mean, float(norm), values, stop)
+
+    def _report(self, done: int, made: _Step) -> None:
+        """Log what is known of a step after it."""
+        names, workers = sorted(made.values), self.workers
+        means = workers.sum(torch.stack([made.values[name].float() for name in names]) / workers.count)
+        since, moment = self._since
+        seconds = time.monotonic() - moment
+        self._since = (done, time.monotonic())
+        scalars = dict(zip(names, means.tolist(), strict=True)) | {
+            "loss": made.loss,
+            "gradient_norm": made.gradient_norm,
+            **self.state.rates(),
+            "images_per_second": (done - since) * self.plan.batch_size / seconds,
+            **peak_memory(workers.device),
         }
-        task.export(averaged, run / "model", training)
-    workers.wait()
-    return run / "model"
+        self.log.scalars(done, scalars)
 
+    def _measure(self, done: int) -> float:
+        """Log held-out numbers of the averaged weights and a preview; returns the held-out loss."""
+        averaged = self.state.averaged()
+        self._heldout = self.task.evaluate(averaged)
+        if self.workers.first:
+            extra = self.metrics(averaged, self.task) if self.metrics else {}
+            named = {f"heldout_{name}": value for name, value in self._heldout.items()}
+            self.log.scalars(done, named | {f"metric_{name}": value for name, value in extra.items()})
+            self.log.picture(done, self.task.preview(averaged))
+        self._since = (done, time.monotonic())
+        return self._heldout["loss"]
 
-def share(count: int, size: int, workers: Workers) -> list[slice]:
-    """This process's share of `count` held-out samples, in slices of `size` at most."""
-    starts = range(workers.rank * size, count, workers.count * size)
-    return [slice(start, min(start + size, count)) for start in starts]
+    def _save(self, done: int, measured: float | None) -> None:
+        record = self.record | {
+            "version": __version__,
+            "torch": torch.__version__,
+            "processes": self.workers.count,
+            "seconds": time.monotonic() - self._started,
+            "heldout": measured,
+        }
+        self.checkpoints.save(done, self.state.values(), record)
+        self._lowest = self._lowest if measured is None else min(self._lowest, measured)
 
 
 class _State:
@@ -334,7 +343,7 @@ class _State:
         sharded = workers.count > 1 and plan.engine.parallel == "fsdp"
         plain = copy.deepcopy(average) if sharded else None
         step = spread(
-            _Step(task), task.blocks(task.module), (average, task.blocks(average)), plan.engine, workers
+            _Loss(task), task.blocks(task.module), (average, task.blocks(average)), plan.engine, workers
         )  # in place, so the optimizer's parameters are taken afterwards
         return cls(task, step, average, build_optimizers(task.module, plan.optim), plain)
 
@@ -347,13 +356,25 @@ class _State:
             "task": self.task.state(),
         }
 
-    def load(self, checkpoints: Checkpoints, path: Path) -> None:
+    def load(self, read: Callable[[dict[str, Any]], None]) -> None:
+        """Take what `read` fills the tensors of `values` with. Rates and decays stay those of the plan."""
         values = self.values()
-        checkpoints.load(path, values)
+        groups = values["optimizer"].pop("param_groups")
+        read(values)
+        values["optimizer"]["param_groups"] = groups
         set_model_state_dict(self.task.module, values["module"])
         set_model_state_dict(self.average, values["average"])
         set_optimizer_state_dict(self.task.module, self.optimizers, values["optimizer"])
         self.task.load_state(values.get("task", {}))
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates that the optimizers hold, AdamW's and maybe Muon's, to be logged."""
+        names = ("learning_rate", "muon_learning_rate")
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in zip(names, self.optimizers, strict=False)}
 
     def averaged(self) -> nn.Module:
         """The module with averaged weights, in full on every process."""
@@ -364,7 +385,7 @@ class _State:
         return self._plain
 
 
-class _Step(nn.Module):
+class _Loss(nn.Module):
     """A task's loss as a forward pass, where DDP and FSDP hook in."""
 
     def __init__(self, task: Task) -> None:
@@ -427,72 +448,31 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
-def _none(module: nn.Module, task: Task) -> dict[str, float]:  # noqa: ARG001
-    return {}
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """Peak memory: of the GPU, or of this process where the system tells."""
-    if device.type == "cuda":
-        return {"memory_bytes": float(torch.cuda.max_memory_allocated(device))}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory_bytes": float(peak if sys.platform == "darwin" else peak * 1024)}
-
-
 class _Stopping:
-    """Within it, SIGTERM only sets `asked`; the loop stops after the step at hand."""
+    """Within it, SIGTERM, SIGHUP and Ctrl-C only set `asked`: the loop stops after the step at hand.
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+    A second Ctrl-C ends the process at once, where `at_once`: torchrun passes on what the terminal has sent already.
+    """
 
-    def __enter__(self) -> _Stopping:
+    def __init__(self, *, at_once: bool) -> None:
+        self.asked, self._at_once = False, at_once
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):  # the last two are not on every system
+                number = getattr(signal, name, None)
+                if number is not None and not (
+                    name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                ):  # nohup
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-
-class _Log:
-    """`metrics.jsonl` (a line a record), TensorBoard where installed, and preview pictures, all in the run's folder."""
-
-    def __init__(self, run: Path, first_step: int, batch_size: int, stack: ExitStack) -> None:
-        self._previews = run / "previews"
-        self._previews.mkdir(exist_ok=True)
-        path = run / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-        text = "".join(f"{line}\n" for line in kept)  # without what a killed run logged too far
-        atomically(path, lambda staging: staging.write_text(text, encoding="utf-8"))
-        self._file = stack.enter_context(path.open("a", encoding="utf-8"))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step * batch_size + 1)
-            stack.callback(self._board.close)
-
-    def scalars(self, step: int, images_seen: int, values: dict[str, float]) -> None:
-        self.record(step, images_seen, values)
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, images_seen)
-
-    def record(self, step: int, images_seen: int, values: Mapping[str, float | str]) -> None:
-        record = {"step": step, "images_seen": images_seen, "time": round(time.time(), 1), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def picture(self, step: int, images_seen: int, picture: Image.Image) -> None:
-        path = self._previews / f"{step:07d}.png"
-        atomically(path, lambda staging: picture.save(staging, format="png"))
-        if self._board is not None:
-            self._board.add_image("preview", np.asarray(picture), images_seen, dataformats="HWC")
+    def _ask(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.asked and self._at_once:
+            os._exit(128 + number)
+        self.asked = True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition
 from nar.data.codes import Codes
+from nar.data.source import Source
 from nar.likelihood import sample_losses, token_losses
 from nar.media.pixels import as_images, as_pictures
 from nar.media.sheet import contact_sheet, film_strips
@@ -34,6 +35,7 @@ from nar.training.samples import (
     composed_codes,
     extract_given,
     record_held_out,
+    summary,
     without_pairs,
     without_styles,
 )
@@ -45,7 +47,8 @@ TEXT = "text"  # the folder of features, in that of codes or of a run
 class ModelTask:
     """Train a transformer on codes: extracted ones, or those of pictures, which are made at the start of the run."""
 
-    def __init__(self, recipe: Recipe, workers: Workers) -> None:
+    def __init__(self, recipe: Recipe, workers: Workers, sources: Sequence[Source] = ()) -> None:
+        """Prepare to train on codes of `sources`, to learn from and held out; by default those the recipe names."""
         self.recipe, self.workers = recipe, workers
         together = recipe.batch_size // (workers.count * recipe.engine.accumulate)
         if recipe.mixed_context and together < 2:
@@ -62,7 +65,7 @@ class ModelTask:
         if not (recipe.data.codes or recipe.tokenizer_path):
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
         self.tokenizer_folder = find_model(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
-        sources = () if recipe.data.codes else recipe.data.open()
+        sources = () if recipe.data.codes else sources or recipe.data.open()
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
@@ -96,6 +99,7 @@ class ModelTask:
         self.heldout = Samples(heldout, **told)
         self.pairs = None if pairs is None else Samples(pairs, **told)
         self.num_samples = len(train)
+        self.summary = summary(train, heldout)
 
     def _sizes(self, codes: Codes) -> dict[str, Any]:
         """The sizes of the model that follow from data, tokenizer and text encoder."""

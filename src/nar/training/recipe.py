@@ -19,7 +19,7 @@ from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.codebook import CodebookConfig
-from nar.training.loop import Plan
+from nar.training.plan import Plan
 from nar.training.prior import PriorConfig
 
 

@@ -7,6 +7,7 @@ codes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch import Tensor
 from nar.condition import Condition
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
-from nar.data.extract import extract, given_folder
+from nar.data.extract import extract, fingerprint, given_folder
 from nar.data.source import Source
 from nar.data.split import held_out, held_out_pairs
 from nar.metrics.geneval.scenes import composed_source
 from nar.pipeline.continuation import Continuation
+from nar.storage import files
 from nar.storage.files import atomically
 from nar.storage.folder import digest
 from nar.training.distributed import Workers
@@ -210,6 +212,39 @@ def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
         raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
     out = held_out_pairs(train.groups, train.styles, recipe.data.heldout_pairs)
     return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
+
+
+def facts(recipe: Recipe, sources: Sequence[Source]) -> dict[str, str]:
+    """What must stay the same of the data for a run to go on: digests by what they are of."""
+    if not sources:
+        folders = {"data.codes": Path(recipe.data.codes), "data.heldout_codes": Path(recipe.data.heldout_codes or "?")}
+        listed = {key: sorted(folder.glob("*.json")) for key, folder in folders.items()}
+        return {key: files.digest(folders[key], paths)[:16] for key, paths in listed.items() if paths}
+    found: dict[str, str] = {}
+    for part, source in zip(("to learn from", "held out"), sources, strict=True):
+        words = [source.captions, source.tags, source.styles]
+        values = {
+            "number": len(source), "names": list(source.names), "classes": source.class_names,
+            "labels": source.labels.tolist(), "words": words, "groups": source.groups,
+        }  # fmt: skip
+        found |= {f"{name} {part}": _short(value) for name, value in values.items()}
+        found[f"pictures {part}"] = fingerprint(source)
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 16 else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def summary(train: Source | Codes, heldout: Source | Codes) -> str:
+    """How much there is to learn from, and of what, for people."""
+    kind = (
+        "clips" if isinstance(train, ClipSource) or (isinstance(train, Codes) and len(train.grid) == 3) else "pictures"
+    )
+    classes = f" of {len(train.class_names)} classes" if len(train.class_names) > 1 else ""
+    captions = " with captions" if train.captions is not None else ""
+    return f"{len(train):,} {kind}{classes}{captions}, {len(heldout):,} held out"
 
 
 def record_held_out(recipe: Recipe, heldout: Codes, pairs: Codes | None) -> None:

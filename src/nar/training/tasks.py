@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nar.storage.config import load
+from nar.storage.config import difference, load
 from nar.storage.folder import CONFIG, find_model, read_config
+from nar.training.checkpoint import last_record
 from nar.training.distributed import Workers, joined
-from nar.training.loop import Metrics, of_weights, train
+from nar.training.lock import locked
+from nar.training.loop import Metrics, train
 from nar.training.models import ModelTask
+from nar.training.plan import of_weights
 from nar.training.recipe import Recipe
+from nar.training.samples import facts
 from nar.training.tokenizers import TokenizerTask
 
 
 def run_recipe(
-    name: str, overrides: Sequence[str] = (), *, override: bool = False, metrics: Metrics | None = None
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    override: bool = False,
+    start: str = "",
+    metrics: Metrics | None = None,
 ) -> Path | None:
-    """Train what a recipe describes; returns the folder of the result, or None when SIGTERM stopped it before.
+    """Train what a recipe describes; returns the folder of the result, or None when a signal stopped it before.
 
-    Running it again resumes. `metrics` is called with the averaged module whenever previews are drawn.
+    Running it again resumes, from the newest checkpoint or from `start`, such as "step-200"; with `override` also with
+    other settings. `metrics` is called with the averaged module whenever previews are drawn.
     """
     # The short forms of the command line: data=FOLDER, and for pictures of one's own the size that suits the machine.
     overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
@@ -32,27 +44,76 @@ def run_recipe(
         name = "my-pictures-cuda"
     recipe = load(Recipe, name, overrides)
     with joined(recipe.engine.device) as workers:
-        return _run(recipe, workers, override=override, metrics=metrics)
+        return _run(recipe, workers, override=override, start=start, metrics=metrics)
 
 
-def _run(recipe: Recipe, workers: Workers, *, override: bool, metrics: Metrics | None = None) -> Path | None:
-    config = recipe.record()
-    if _finished(Path(recipe.run), config):
-        return Path(recipe.run) / "model"
-    if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
-        recipe = dataclasses.replace(recipe, tokenizer_path=str(find_model(recipe.init) / "tokenizer"))
-    if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
-        first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
-        first = dataclasses.replace(
-            first, seed=recipe.seed, engine=dataclasses.replace(first.engine, device=recipe.engine.device),
-            data=dataclasses.replace(recipe.data, augment=first.data.augment, shift=first.data.shift),
-        )  # fmt: skip
-        folder = _run(first, workers, override=override)
-        if folder is None:
-            return None
-        recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
-    task = TokenizerTask(recipe, workers) if recipe.task == "tokenizer" else ModelTask(recipe, workers)
-    return train(task, recipe, config=config, workers=workers, override=override, metrics=metrics)
+def _run(
+    recipe: Recipe, workers: Workers, *, override: bool, start: str = "", metrics: Metrics | None = None
+) -> Path | None:
+    config, run = recipe.record(), Path(recipe.run)
+    if not start and _finished(run, config):
+        return run / "model"
+    with _held(run, workers):
+        sources = () if recipe.data.codes else recipe.data.open()
+        data = facts(recipe, sources)
+        _refuse_changes(run, config, data, workers, override=override)
+        if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
+            recipe = dataclasses.replace(recipe, tokenizer_path=str(find_model(recipe.init) / "tokenizer"))
+        if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
+            folder = _run(_first(recipe), workers, override=override)
+            if folder is None:
+                return None
+            recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
+        kind = TokenizerTask if recipe.task == "tokenizer" else ModelTask
+        task = kind(recipe, workers, sources)
+        return train(task, recipe, config=config, workers=workers, data=data, start=start, metrics=metrics)
+
+
+def _first(recipe: Recipe) -> Recipe:
+    """What trains the tokenizer of a model's recipe, on the same data."""
+    first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
+    engine = dataclasses.replace(first.engine, device=recipe.engine.device)
+    data = dataclasses.replace(recipe.data, augment=first.data.augment, shift=first.data.shift)
+    return dataclasses.replace(first, seed=recipe.seed, engine=engine, data=data)
+
+
+@contextmanager
+def _held(run: Path, workers: Workers) -> Iterator[None]:
+    """Hold a run's folder, the first process for all."""
+    with ExitStack() as stack:
+        refused = ""
+        if workers.first:
+            try:
+                stack.enter_context(locked(run))
+            except ValueError as error:
+                refused = str(error)
+        if refused := workers.agree(refused):
+            raise ValueError(refused)
+        yield
+
+
+def _refuse_changes(
+    run: Path, config: dict[str, Any], data: dict[str, str], workers: Workers, *, override: bool
+) -> None:
+    """Raise ValueError where a run that would go on was begun with other settings or data, unless `override`.
+
+    Then codes of other data are made anew.
+    """
+    record = last_record(run) or {"config": config}
+    begun = record.get("data", {})
+    changed = difference(*map(of_weights, (record["config"], config)))
+    other = [name for name in data if begun.get(name, data[name]) != data[name]]
+    if not override:
+        for what, named in (("settings", changed), ("data", other)):
+            if named:
+                raise ValueError(
+                    f"{run} was started with other {what}: {'; '.join(named)}; "
+                    "use another run=DIR, or --override to go on with the new ones"
+                )
+    workers.wait()  # until all have looked
+    if other and workers.first:
+        shutil.rmtree(run / "codes", ignore_errors=True)
+    workers.wait()
 
 
 def _finished(run: Path, config: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nar.data.open import load_pictures
-from nar.data.source import BROKEN, check_broken
+from nar.data.source import BROKEN, Source, check_broken
 from nar.media.pixels import as_pictures, as_pixels
 from nar.media.sheet import contact_sheet
 from nar.metrics.networks.perceptual import EfficientNetDistance, Lpips, load_lpips
@@ -31,6 +31,7 @@ from nar.training.distributed import Workers
 from nar.training.loop import share
 from nar.training.prior import Prior
 from nar.training.recipe import Recipe, TokenizerLossConfig
+from nar.training.samples import summary
 
 _HELDOUT = 2000  # held-out samples that are measured
 _IN_MEMORY = 2**31  # bytes of decoded samples that are kept
@@ -42,7 +43,8 @@ _OF_TRAINING = {"stochastic", "temperature"}  # of a tokenizer's settings; the o
 class TokenizerTask:
     """Train a tokenizer to reconstruct pictures or clips: of which kind it is, the recipe's config says."""
 
-    def __init__(self, recipe: Recipe, workers: Workers) -> None:
+    def __init__(self, recipe: Recipe, workers: Workers, sources: Sequence[Source] = ()) -> None:
+        """Prepare to train on `sources`, to learn from and held out; by default those that the recipe names."""
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
         self.module = new_tokenizer(recipe.tokenizer_config)
@@ -53,7 +55,7 @@ class TokenizerTask:
         self.module.to(workers.device)
         half = recipe.engine.precision == "bfloat16"
         self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
-        train, heldout = recipe.data.open()
+        train, heldout = sources or recipe.data.open()
         self.heldout = load_pictures(heldout.take(_spread(len(heldout), _HELDOUT)), size=recipe.data.size)
         sample = self.heldout.images[:1]
         if recipe.data.augment == "loop" and sample.ndim != 5:
@@ -64,6 +66,7 @@ class TokenizerTask:
         self.source = train if fresh or len(train) * sample.nbytes > _IN_MEMORY else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
+        self.summary = summary(train, heldout)
         config = recipe.tokenizer_config
         self.stochastic = bool(getattr(config, "stochastic", False))
         self._grid = self._code_grid() if self.stochastic or recipe.prior.weight else ()

@@ -1,0 +1,129 @@
+"""One process at a time trains in a folder: a file there says which, and goes with it.
+
+Knows processes and machines; does not know what a run is. Needs no locks of the file system, which networked ones may
+lack: a file that can only be made once, and whoever finds it sees whether its owner is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+LOCK = "run.lock"
+_BEAT = 30.0  # seconds between signs of life
+_SILENT = 300.0  # seconds without one, after which a process of another machine counts as gone
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder within the context; a lock that a killed process left is taken over.
+
+    Raises:
+        ValueError: another process holds it: its id, its machine, and since when.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    mine = json.dumps(_myself()) + "\n"
+    while not _make(path, mine):
+        _take_over(path)
+    end = threading.Event()
+    threading.Thread(target=_beat, args=(path, end), daemon=True).start()
+    try:
+        yield
+    finally:
+        end.set()
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == mine:
+                path.unlink()
+            if new:
+                folder.rmdir()  # nothing came of it
+
+
+def _myself() -> dict[str, Any]:
+    pid = os.getpid()
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"pid": pid, "host": platform.node(), "boot": _boot(), "began": _began(pid), "since": since}
+
+
+def _make(path: Path, text: str) -> bool:
+    """Make the lock, unless there is one."""
+    try:
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    os.write(number, text.encode())
+    os.close(number)
+    return True
+
+
+def _take_over(path: Path) -> None:
+    """Remove a lock whose owner is gone; raises ValueError where it is there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        silent = time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # given back just now
+        return
+    try:
+        owner = json.loads(text)
+    except ValueError:  # not written yet
+        owner = {}
+    if _there(owner, silent):
+        raise ValueError(
+            f"{path.parent} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')} since "
+            f"{owner.get('since', '?')}; wait for it, stop it, or use another run=DIR "
+            f"(if there is no such process, delete {path})"
+        )
+    aside = path.with_name(f".{LOCK}-{os.getpid()}")
+    with suppress(FileNotFoundError):  # another process was faster
+        path.replace(aside)
+        if aside.read_text(encoding="utf-8") != text:  # and holds it: give it back
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _there(owner: dict[str, Any], silent: float) -> bool:
+    """Whether the owner of a lock may still be at work."""
+    pid = owner.get("pid")
+    if owner.get("host") != platform.node() or not isinstance(pid, int) or sys.platform == "win32":
+        return silent < _SILENT
+    if owner.get("boot") != _boot():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return owner.get("began") == _began(pid)
+
+
+def _boot() -> str:
+    """What tells this start of the machine from others, "" where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the system's own count: ids are used again. "" where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _beat(path: Path, end: threading.Event) -> None:
+    while not end.wait(_BEAT):
+        with suppress(OSError):
+            os.utime(path)
