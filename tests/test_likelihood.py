@@ -10,20 +10,24 @@ import torch
 from conftest import make_condition, make_model
 from nar import ClassCondition, generate
 from nar.likelihood import bits_per_token, independence_cost
+from nar.model import Transformer
 
 
-@pytest.mark.parametrize("layout", ["nar", "raster", "par"])
-def test_bits_are_those_that_forward_states(layout: str) -> None:
-    model = make_model(layout)
-    grid = model.config.grid
-    codes = torch.randint(24, (7, *grid), generator=torch.Generator().manual_seed(0))
+def test_bits_are_those_that_forward_states_under_any_condition(model: Transformer) -> None:
+    codes = torch.randint(24, (7, *model.config.grid), generator=torch.Generator().manual_seed(0))
     condition = make_condition(model, 7)
     with torch.no_grad():
         logits = model(codes, condition).log_softmax(-1)
-    expected = -logits.gather(-1, codes[..., None]).flatten(1).mean(1) / math.log(2)
-    torch.testing.assert_close(
-        bits_per_token(model, codes, torch.arange(7) % 10, batch_size=3).float(), expected, atol=1e-4, rtol=1e-4
-    )
+    expected = -logits.gather(-1, codes[..., None])[..., 0] / math.log(2)
+    found = bits_per_token(model, codes, condition, batch_size=3)
+    torch.testing.assert_close(found.float(), expected.flatten(1).mean(1), atol=1e-4, rtol=1e-4)
+    if condition.kinds == ("labels",):
+        assert condition.labels is not None
+        torch.testing.assert_close(bits_per_token(model, codes, condition.labels, batch_size=3), found)
+    known = codes.clone()
+    known[:, 1:] = -1  # the first row of the grid is given
+    free = bits_per_token(model, codes, condition, known=known, batch_size=3)
+    torch.testing.assert_close(free.float(), expected[:, 1:].flatten(1).mean(1), atol=1e-4, rtol=1e-4)
 
 
 def test_tokens_that_are_equal_in_a_front_cost_what_they_should() -> None:

@@ -184,7 +184,10 @@ def _held_out(
         kept = {name: trained[name] for name in ("stride", "frame_rate") if name in trained}
         windows = Windows(pipe.pixel_shape[0], kind=trained.get("windows", "centre"), **kept)
     size = pipe.pixel_shape[-1]
-    source = open_part(real, split, size, windows)
+    try:  # of tables the column that the classes were learned from
+        source = open_part(real, split, size, windows=windows, label=trained.get("label", "label"))
+    except ValueError:
+        source = open_part(real, split, size, windows=windows)
     source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good, broken = [], [], [], []

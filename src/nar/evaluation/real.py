@@ -6,6 +6,7 @@ Knows names, splits and where a source's test part lies; does not know what the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from nar.media.video import Windows
 BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are judged at a time
 
 
-def open_part(source: str, split: str, size: int, windows: Windows | None = None) -> Source:
+def open_part(source: str, split: str, size: int, *, windows: Windows | None = None, label: str = "label") -> Source:
     """Pictures, or with `windows` clips, of one split; of a source without splits, all."""
+    opened = partial(open_source, source, size=size, windows=windows, label=label)
     try:
-        return open_source(source, size=size, split=split, windows=windows)
+        return opened(split=split)
     except FileNotFoundError:
         path = Path(source).expanduser()
         if split != "test" or not path.exists() or any(path.glob("train*")):
             raise
-        return open_source(source, size=size, windows=windows)  # "test" is what is asked for by default
+        return opened()  # "test" is what is asked for by default
 
 
 def load_part(source: str, split: str, size: int) -> Pictures:
