@@ -1,9 +1,11 @@
-"""`nar sample` with words, given frames and clips: files of every kind, and mistakes in one line."""
+"""`nar sample` with words, context frames and clips: files of every kind, and mistakes in one line."""
 
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nar import Pipeline, cli
+from nar import Pipeline, Sampling, cli
 from nar.media.clips import as_array
 
 Run = Callable[..., Any]
@@ -172,7 +174,7 @@ def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: 
         ((clips_folder, "--frames", tmp_path / "none.gif", *out), "none.gif"),
         (
             (words_folder, "--prompt", "a", "--geneval", tmp_path / "m", *out),
-            "--geneval says what is drawn: leave out --prompt",
+            "--geneval says what is sampled: leave out --prompt",
         ),
         (
             (
@@ -189,12 +191,12 @@ def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: 
                 "b",
                 *out,
             ),
-            "--labels prompts says what is drawn: leave out --fps, --negative-prompt, --num-frames, -n",
+            "--labels prompts says what is sampled: leave out --fps, --negative-prompt, --num-frames, -n",
         ),
         ((words_folder, "--labels", "prompts", *out), "give --prompts-file FILE"),
         (
             (words_folder, "--labels", "balanced", "--geneval", tmp_path / "m", *out),
-            "--geneval says what is drawn: leave out --labels",
+            "--geneval says what is sampled: leave out --labels",
         ),
         ((toy_folder, "--text-encoder", tmp_path, "--prompt", "a", *out), "reads no words: leave the text encoder out"),
         ((toy_folder, "--fps", 3, *out), "--fps is for clips"),
@@ -226,8 +228,40 @@ def test_missing_packages_are_named(
     assert f"pip install nar-gen[{extra}]" in failed
 
 
-def test_info_says_what_a_model_is_told(run: Run, clips_folder: Path) -> None:
+def test_info_says_what_a_model_is_conditioned_on(run: Run, clips_folder: Path) -> None:
     facts = json.loads(run("info", clips_folder, "--json"))
     assert facts["makes"] == "clips of 5 frames of 8x8 pixels, 5 frames per second"
     assert facts["text"].startswith("10 features of width 16")
     assert facts["given frames"] == "0, 1 or 3"
+
+
+def test_names_do_not_command_the_terminal(run: Run, toy_folder: Path, tmp_path: Path) -> None:
+    """A class name out of a stranger's config.json may hold escape sequences; what is printed holds none."""
+    folder = shutil.copytree(toy_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["class_names"][0] = "\x1b]0;owned\x07red\x9b31m"
+    (folder / "config.json").write_text(json.dumps(config))
+    shown = run("info", folder), run("sample", folder, "--class-label", "nothing", "-o", tmp_path / "a.png", code=2)
+    for text in shown:
+        assert "red" in text
+        assert not set(text) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_every_setting_of_sampling_is_an_option(run: Run, toy_folder: Path, tmp_path: Path) -> None:
+    values = {"guidance_scale": 2.5, "guidance_interval": 3, "guidance_curve": "linear", "temperature": 0.5}
+    values |= {"top_k": 7, "top_p": 0.75}
+    assert list(values) == [field.name for field in dataclasses.fields(Sampling)]
+    options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run("sample", toy_folder, *options, "-n", 1, "-o", tmp_path / "folder")
+    record = json.loads((tmp_path / "folder/samples.json").read_text())[0]
+    assert {name: record[name] for name in values} == values
+
+
+def test_too_much_is_refused_before_any_work(run: Run, toy_folder: Path, tmp_path: Path) -> None:
+    for options, message in (
+        (("-n", 10**9), "'--number' / '-n'"),
+        (("-n", 10**6), "too many for one call"),
+        (("--grid", "3x1000000"), "3,000,000 positions; at most 65,536"),
+        (("--guidance-scale", 1e308), "from 0 to 1000"),
+    ):
+        assert message in run("sample", toy_folder, *options, "-o", tmp_path / "a.png", code=2)

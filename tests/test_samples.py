@@ -87,7 +87,7 @@ def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
         (["--labels", "random", "-o", "a.png"], "must end in .npz"),
         (
             ["--labels", "random", "--class-label", "0", "-o", "a.npz"],
-            "--labels random says what is drawn: leave out --class-label",
+            "--labels random says what is sampled: leave out --class-label",
         ),
     ):
         output = str(tmp_path / options.pop())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import sys
 import warnings
@@ -12,8 +13,8 @@ import typer
 
 from nar import __version__
 
-SETTINGS = ("guidance_scale", "guidance_interval", "guidance_curve", "temperature", "top_k", "top_p")
 _INTERRUPTED = 130
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but tab and newline
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # of torch, for CPU, Windows, GPUs
 app = typer.Typer(
     name="nar",
@@ -37,7 +38,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
-        warnings.showwarning = lambda message, *_, **__: typer.echo(f"nar: {' '.join(str(message).split())}", err=True)
+        warnings.showwarning = lambda message, *_, **__: _say(str(message))
     try:
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -49,11 +50,16 @@ def main() -> None:
         text = described or (
             f"unexpected {type(error).__name__}: {error} (this is a bug; the same command with --debug shows where)"
         )
-        typer.echo(f"nar: {' '.join(text.split())}", err=True)
+        _say(text)
         code = 2 if described else 1
     if code == _INTERRUPTED:  # typer, too, makes this of Ctrl-C
         typer.echo("stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(text: str) -> None:
+    """Print a warning or an error, in one line."""
+    typer.echo(shown(f"nar: {' '.join(text.split())}"), err=True)
 
 
 def _described(error: Exception) -> str:
@@ -106,6 +112,20 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def given_settings(*values: Any) -> dict[str, Any]:
-    """Those of a drawing's settings, in the order of SETTINGS, that were given."""
-    return {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
+def given_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of sampling among a verb's options that were given."""
+    from nar.sampling import settings_among
+
+    return settings_among(options)
+
+
+def setting_names() -> list[str]:
+    """The names of options that are settings of sampling."""
+    from nar.sampling import Sampling
+
+    return [field.name for field in dataclasses.fields(Sampling)]
+
+
+def shown(text: object) -> str:
+    """A text that others wrote, a class name say, without the characters that would command the terminal."""
+    return _COMMANDS.sub("\ufffd", str(text))

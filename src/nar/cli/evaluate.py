@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nar.cli.app import SETTINGS, app, given_settings
+from nar.cli.app import app, given_settings, setting_names
 
 # Options that moved into sub-verbs, those first that were given together with others of them.
 MOVED = {
@@ -162,16 +162,16 @@ def evaluate(
     source = str(model if fake is None else fake)
     samples = model is not None or is_model(source)
     if not samples:
-        _refuse(context, "--fake FOLDER", "labels", "dtype", *SETTINGS, *([] if protocol else ["number"]))
+        _refuse(context, "--fake FOLDER", "labels", "dtype", *setting_names(), *([] if protocol else ["number"]))
     if i3d is None:
         _refuse(context, "judging without --i3d", "i3d_variant")
     if i3d is not None or video:
         _refuse(context, "--i3d" if i3d else "--video", "inception", *(["video"] if i3d else []))
     if calibration and (samples or tokenizer is not None):
         _refuse(context, "judging with a tokenizer", "calibration")
-    sampling = (*SETTINGS, "model", "fake", "labels", "dtype")
+    sampling = (*setting_names(), "model", "fake", "labels", "dtype")
     how = Comparison(**_options(context, *sampling), progress=sys.stderr.isatty())
-    settings = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
+    settings = given_settings(locals())
 
     def judge() -> Report:
         if samples:

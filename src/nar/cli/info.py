@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import app
+from nar.cli.app import app, shown
 
 
 @app.command(epilog="Example: nar info fashion")
@@ -44,7 +44,7 @@ def info(
         return
     width = max(map(len, facts))
     for key, value in facts.items():
-        typer.echo(f"{key:<{width}}  {value}")
+        typer.echo(f"{key:<{width}}  {shown(value)}")
 
 
 def _made(shape: tuple[int, ...], frame_rate: float) -> str:

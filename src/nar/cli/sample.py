@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nar import __version__
 from nar.cli.app import Model, app, given_settings, sizes
-from nar.storage.files import atomically
+from nar.storage.files import atomically, check_output
 
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
+    from nar.training.distributed import Workers
 
 PICTURES, CLIPS = (".png", ".gif", ".npz", ""), (".png", ".gif", ".mp4", ".webp", ".npz", "")
 EACH = 4  # pictures of everything that is asked for, where nothing says how many
@@ -49,7 +52,8 @@ def sample(
         Path | None, typer.Option("--prompts-file", help="A file with one prompt a line; empty lines are left out.")
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="Words that guidance leads away from.")
+        str | None,
+        typer.Option("--negative-prompt", help="Words in place of the null condition in guidance."),
     ] = None,
     frames: Annotated[
         list[Path] | None,
@@ -58,16 +62,20 @@ def sample(
     num_frames: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Length of clips, given frames included. Long ones take several passes, over the last frames."
+            min=1, help="Length of clips, context frames included. Long ones take several passes, over the last frames."
         ),
     ] = None,
     number: Annotated[
         int | None,
         typer.Option(
-            "--number", "-n", min=1, help="Pictures of each class, prompt or clip, by default 4; in all with --labels."
+            "--number",
+            "-n",
+            min=1,
+            max=10_000_000,
+            help="Pictures of each class, prompt or clip, by default 4; in all with --labels.",
         ),
     ] = None,
-    drawn_labels: Annotated[
+    set_labels: Annotated[
         str | None,
         typer.Option(
             "--labels",
@@ -86,7 +94,7 @@ def sample(
         float | None, typer.Option(help="Strength of guidance, 1.0 is off. Default: the model's own.")
     ] = None,
     guidance_interval: Annotated[
-        int | None, typer.Option(help="End guidance once more than this number of tokens are drawn.")
+        int | None, typer.Option(help="End guidance once more than this number of tokens are sampled.")
     ] = None,
     guidance_curve: Annotated[
         str | None, typer.Option(help="constant, linear, cosine or power, over the fronts.")
@@ -94,8 +102,8 @@ def sample(
     temperature: Annotated[
         float | None, typer.Option(help="Divides the logits; 0 takes the most likely token.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens, 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens up to this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens, 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this mass.")] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -120,91 +128,71 @@ def sample(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
 ) -> None:
-    """Draw pictures or clips with a model."""
-    given = given_settings(guidance_scale, guidance_interval, guidance_curve, temperature, top_k, top_p)
-    if drawn_labels is not None or geneval is not None:
-        of_prompts = drawn_labels == "prompts"
+    """Sample pictures or clips with a model."""
+    if set_labels is not None or geneval is not None:
+        of_prompts = set_labels == "prompts"
         unused = {
-            "--class-label": class_label, "--prompt": prompt, "--frames": frames, "--gif": gif or None, "--fps": fps,
-            "--negative-prompt": negative_prompt, "--num-frames": num_frames,
-            "--prompts-file": None if of_prompts else prompts_file, "-n": number if of_prompts else None,
-            "--labels": drawn_labels if geneval else None,
-        }  # fmt: skip
+            "--class-label": class_label,
+            "--prompt": prompt,
+            "--frames": frames,
+            "--gif": gif or None,
+            "--fps": fps,
+            "--negative-prompt": negative_prompt,
+            "--num-frames": num_frames,
+            "--prompts-file": None if of_prompts else prompts_file,
+            "-n": number if of_prompts else None,
+            "--labels": set_labels if geneval else None,
+        }
         if wrong := [name for name, value in unused.items() if value is not None]:
-            told = "--geneval" if geneval else f"--labels {drawn_labels}"
-            raise ValueError(f"{told} says what is drawn: leave out {', '.join(wrong)}")
+            chosen = "--geneval" if geneval else f"--labels {set_labels}"
+            raise ValueError(f"{chosen} says what is sampled: leave out {', '.join(wrong)}")
         if of_prompts and prompts_file is None:
-            raise ValueError("--labels prompts draws one picture of each line of a file: give --prompts-file FILE")
-        _sample_set(
-            model, output, number, drawn_labels or "", _lines(prompts_file) if prompts_file else [], geneval, given,
-            seed, grid, batch_size, device, dtype, text_encoder,
-        )  # fmt: skip
+            raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
+        lines = _lines(prompts_file) if prompts_file else []
+        settings = given_settings(locals())
+        with _joined(model, device, dtype, text_encoder, grid) as (pipe, workers):
+            how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
+            how |= {"batch_size": batch_size, "settings": {"model": model, "dtype": dtype}}
+            _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
     number = number or EACH
     _check_output(output)
-    from time import perf_counter
-
-    from tqdm import tqdm
-
-    from nar.pipeline import Pipeline
     from nar.precision import usable_device
 
-    pipe = Pipeline.from_pretrained(model, device=usable_device(device), dtype=dtype, text_encoder=text_encoder)
-    if grid is not None:
-        pipe = pipe.at_grid(sizes(grid))
-    if output.suffix not in (CLIPS if pipe.makes_clips else PICTURES):
-        raise ValueError(f"this model makes pictures: output {output} must end in .png, .gif or .npz, or be a folder")
-    if fps is not None and not pipe.makes_clips:
-        raise ValueError("--fps is for clips; this model makes pictures")
-    if gif and pipe.makes_clips:
-        raise ValueError("--gif shows pictures growing; for a clip as an animation give an output that ends in .gif")
-    config = pipe.model.config
+    pipe = _pipeline(model, usable_device(device), dtype, text_encoder, grid)
+    _check_kind(pipe, output, fps, gif)
     prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
-    if config.num_classes and not (class_label or prompts or frames):
-        class_label = [pipe.label_name(index) for index in range(min(10, config.num_classes))]
-    fronts: dict[int, list[Any]] = {}
+    if pipe.model.config.num_classes and not (class_label or prompts or frames):
+        class_label = [pipe.label_name(index) for index in range(min(10, pipe.model.config.num_classes))]
+    columns = {"class_label": class_label or [], "prompt": prompts, "frames": [str(path) for path in frames or ()]}
+    settings = given_settings(locals())
+    options: dict[str, Any] = {"negative_prompt": negative_prompt, "num_frames": num_frames, "seed": seed}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
-    started = perf_counter()
-    count = max(len(class_label or ()), len(prompts), len(frames or ())) * number
-    total = None if num_frames else count * pipe.model.layout.schedule.num_steps  # long clips take several passes
-    steps = 0
-    with tqdm(total=total, desc="drawing", unit="step", leave=False, disable=None) as bar:
-
-        def report(_: Pipeline, front: int, codes: Any) -> None:
-            nonlocal steps
-            steps += len(codes)
-            bar.update(len(codes))
-            if growing:
-                fronts.setdefault(front, []).append(codes.cpu())
-
-        result = pipe(
-            class_label or None,
-            prompt=prompts or None,
-            negative_prompt=negative_prompt,
-            frames=[str(path) for path in frames] if frames else None,
-            num_frames=num_frames,
-            num_images_per_prompt=number,
-            seed=seed,
-            batch_size=batch_size,
-            output_type="np" if output.suffix == ".npz" else "pil",
-            callback_on_front_end=report,
-            **given,
-        )
-    seconds = perf_counter() - started
-    settings = {
+    count = max(map(len, columns.values())) * number
+    progress = _Progress(None if num_frames else count * pipe.model.layout.schedule.num_steps, growing)
+    result = pipe(
+        columns["class_label"] or None,
+        prompt=columns["prompt"] or None,
+        frames=columns["frames"] or None,
+        num_images_per_prompt=number,
+        batch_size=batch_size,
+        output_type="np" if output.suffix == ".npz" else "pil",
+        callback_on_front_end=progress.after_front,
+        **options,
+        **settings,
+    )
+    seconds = progress.stop()
+    made: dict[str, Any] = {
         "model": model,
-        "seed": seed,
-        **dataclasses.asdict(dataclasses.replace(pipe.sampling, **given)),
-        "negative_prompt": negative_prompt,
-        "num_frames": num_frames,
+        **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)),
+        **options,
         "text_encoder": text_encoder,
-        "grid": list(config.grid),
+        "grid": list(pipe.model.config.grid),
         "dtype": dtype,
         "version": __version__,
     }
-    columns = {"class_label": class_label, "prompt": prompts, "frames": [str(path) for path in frames or ()]}
     records = [
-        {"label": name, "index": index, **settings}
+        {"label": name, "index": index, **made}
         | {kind: values[index // number % len(values)] for kind, values in columns.items() if values}
         for index, name in enumerate(result.names)
     ]
@@ -215,11 +203,50 @@ def sample(
     written = [output]
     if growing:
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
-        _write_growth(written[-1], pipe, fronts, result)
+        _write_growth(written[-1], pipe, progress.fronts, result)
     kind = "clips" if pipe.makes_clips else "pictures"
-    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {steps / len(result.names):.0f} steps each")
+    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {progress.steps / len(result.names):.0f} steps each")
     for path in written:
         typer.echo(f"wrote {path}")
+
+
+class _Progress:
+    """Counts the steps of a call on a bar, and keeps the codes after each front where growth is shown."""
+
+    def __init__(self, total: int | None, keep: bool) -> None:
+        from tqdm import tqdm
+
+        self.steps, self.fronts = 0, dict[int, list[Any]]()
+        self._keep, self._started = keep, perf_counter()
+        self._bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None)
+
+    def after_front(self, _: Pipeline, front: int, codes: Any) -> None:
+        self.steps += len(codes)
+        self._bar.update(len(codes))
+        if self._keep:
+            self.fronts.setdefault(front, []).append(codes.cpu())
+
+    def stop(self) -> float:
+        """End the bar; returns the seconds since the start."""
+        self._bar.close()
+        return perf_counter() - self._started
+
+
+def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, grid: str | None) -> Pipeline:
+    from nar.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(model, device=device, dtype=dtype, text_encoder=text_encoder)
+    return pipe if grid is None else pipe.at_grid(sizes(grid))
+
+
+def _check_kind(pipe: Pipeline, output: Path, fps: float | None, gif: bool) -> None:
+    """Refuse options for clips where the model makes pictures, and the other way round."""
+    if output.suffix not in (CLIPS if pipe.makes_clips else PICTURES):
+        raise ValueError(f"this model makes pictures: output {output} must end in .png, .gif or .npz, or be a folder")
+    if fps is not None and not pipe.makes_clips:
+        raise ValueError("--fps is for clips; this model makes pictures")
+    if gif and pipe.makes_clips:
+        raise ValueError("--gif shows pictures growing; for a clip as an animation give an output that ends in .gif")
 
 
 def _lines(path: Path) -> list[str]:
@@ -234,45 +261,54 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _sample_set(
-    model: str, output: Path, number: int | None, labels: str, prompts: list[str], geneval: Path | None,
-    given: dict[str, Any], seed: int, grid: str | None, batch_size: int, device: str | None, dtype: str,
-    text_encoder: str | None,
-) -> None:  # fmt: skip
-    from nar.evaluation.real import real_classes
-    from nar.evaluation.sets import LABELS, geneval_set, made_by, sample_set
-    from nar.pipeline import Pipeline
-    from nar.storage.folder import find_model
-    from nar.text import TextEncoder
+@contextmanager
+def _joined(
+    model: str, device: str | None, dtype: str, text_encoder: str | None, grid: str | None
+) -> Iterator[tuple[Pipeline, Workers]]:
+    """The pipeline of one of torchrun's processes, or of this one alone."""
     from nar.training.distributed import joined
 
     with joined(device or "auto") as workers:
-        pipe = Pipeline.from_pretrained(model, device=workers.device, dtype=dtype, text_encoder=text_encoder)
-        pipe = pipe if grid is None else pipe.at_grid(sizes(grid))
-        settings = {"model": model, "dtype": dtype, "grid": list(pipe.model.config.grid), **made_by(find_model(model))}
-        if pipe.model.config.text_dim and (prompts or geneval):
-            encoder = pipe.text_encoder()
-            settings["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
-        number = number or EACH
-        options: dict[str, Any] = {
-            "sampling": dataclasses.replace(pipe.sampling, **given), "seed": seed, "batch_size": batch_size,
-            "rank": workers.rank, "num_processes": workers.count, "wait": workers.wait, "settings": settings,
-        }  # fmt: skip
-        if geneval is not None:
-            drawn = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"
-        elif prompts:
-            drawn = f"a picture of each of {len(prompts)} prompts"
-            sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
-        else:
-            num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
-            try:
-                names = labels if labels in LABELS else real_classes(labels, "test", num_frames, pipe.class_names)
-            except FileNotFoundError as error:
-                raise ValueError(f"--labels is {', '.join(LABELS)}, prompts, or real pictures; {error}") from error
-            drawn = f"{number} pictures, {labels} labels"
-            sample_set(pipe, output, number, names, **options)
-        if workers.first:
-            typer.echo(f"{drawn}\nwrote {output}")
+        yield _pipeline(model, workers.device, dtype, text_encoder, grid), workers
+
+
+def _sample_set(
+    pipe: Pipeline,
+    workers: Workers,
+    output: Path,
+    number: int,
+    labels: str,
+    prompts: list[str],
+    geneval: Path | None,
+    options: dict[str, Any],
+) -> None:
+    """Sample a set for evaluation: of prompts, of GenEval's metadata, or of classes."""
+    from nar.evaluation.real import real_classes
+    from nar.evaluation.sets import LABELS, geneval_set, made_by, sample_set
+    from nar.storage.folder import find_model
+    from nar.text import TextEncoder
+
+    made = options["settings"]
+    made |= {"grid": list(pipe.model.config.grid), **made_by(find_model(made["model"]))}
+    if pipe.model.config.text_dim and (prompts or geneval):
+        encoder = pipe.text_encoder()
+        made["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
+    options |= {"rank": workers.rank, "num_processes": workers.count, "wait": workers.wait}
+    if geneval is not None:
+        said = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"
+    elif prompts:
+        said = f"a picture of each of {len(prompts)} prompts"
+        sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
+    else:
+        num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
+        try:
+            names = labels if labels in LABELS else real_classes(labels, "test", num_frames, pipe.class_names)
+        except FileNotFoundError as error:
+            raise ValueError(f"--labels is {', '.join(LABELS)}, prompts, or real pictures; {error}") from error
+        said = f"{number} pictures, {labels} labels"
+        sample_set(pipe, output, number, names, **options)
+    if workers.first:
+        typer.echo(f"{said}\nwrote {output}")
 
 
 def _check_output(output: Path) -> None:
@@ -284,19 +320,9 @@ def _check_output(output: Path) -> None:
         )
     if output.suffix == ".mp4" and find_spec("av") is None:
         raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
-    if output.suffix and output.is_dir():
-        raise ValueError(f"output {output} is a folder; give a file name")
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output folder {output} must be new or empty")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"output {output} can't be written: {parent} is not a writable folder ({error.strerror})"
-        ) from error
+    check_output(output if output.suffix else output / "samples.json")
 
 
 def _write(output: Path, result: Output, records: list[dict[str, Any]]) -> None:
@@ -349,7 +375,7 @@ def _write_array(output: Path, array: Any, result: Output) -> None:
 
 
 def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
-    """`samples.json`: what each file is, and how it can be drawn again."""
+    """`samples.json`: what each file is, and how it can be sampled again."""
     (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 

@@ -85,8 +85,10 @@ def check_output(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed", str(above))
-    if not os.access(above, os.W_OK):
-        raise PermissionError(errno.EACCES, "its folder can't be written to", str(path))
+    try:
+        tempfile.TemporaryFile(dir=above).close()  # os.access says yes to root, also under /proc
+    except OSError as error:
+        raise PermissionError(errno.EACCES, "its folder can't be written to", str(path)) from error
 
 
 def digest(path: str | Path, files: Iterable[Path] | None = None) -> str:
