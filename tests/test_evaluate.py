@@ -171,6 +171,44 @@ def test_too_few_pictures_are_warned_about() -> None:
         judge(pictures(100, 1), pictures(100, 2), resamplings=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_set_has_no_distance_to_itself() -> None:
+    same = pictures(600, 1)
+    report = judge([same], [same])
+    numbers = [report["FD-Colours"], *report["interval"]["FD-Colours"]]
+    assert numbers == pytest.approx([0, 0, 0], abs=1e-9)
+    assert min(numbers) >= 0
+    assert all(name == "KID-Colours" or report[name] >= 0 for name in metric_names(report))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("num_real", "num_fake"), [(2, 2), (3, 2), (4, 3), (5, 2), (6, 9)])
+def test_few_pictures_give_numbers_or_none(num_real: int, num_fake: int) -> None:
+    report = judge([pictures(num_real, 1)], [pictures(num_fake, 2)])
+    json.dumps(report, allow_nan=False)
+    assert "nan" not in as_table(report)
+    assert ("floor" in report) == (num_real >= 4)
+    said = " ".join(report["warnings"])
+    assert ("no floor" in said) == (num_real < 4)
+    missing = [name for name in ("precision", "density") if f"{name}-Colours" not in report]
+    assert all(name in said for name in missing)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', "[1]", "[", "null"])
+def test_records_that_are_damaged_are_named_before_the_work(tmp_path: Path, text: str) -> None:
+    class Unused(Colours):
+        def __call__(self, images: Tensor) -> Detected:
+            raise AssertionError(f"{len(images)} pictures were judged")
+
+    (tmp_path / "fake").mkdir()
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "fake" / "0.png")
+    (tmp_path / "fake" / "samples.json").write_text(text)
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(4), settings=np.array([{"seed": 1}, None]))
+    for name, file in (("fake", "samples.json"), ("fake.npz", "fake.npz")):
+        with pytest.raises(ValueError, match=rf"{file}.*"):
+            judge([pictures(4)], tmp_path / name, detector=Unused())
+
+
 def test_classes_are_read_in_the_order_of_the_pictures(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,8 @@ def _frechet(
         images, reconstructed, lambda pictures: detector(pictures).pooled, seed=seed, batch_size=batch_size
     )
     distance, count, _ = found["all"]
+    if not math.isfinite(distance):
+        return {"warnings": [f"{name} cannot be computed of {count:,} pictures"]}
     few = f"{name} of {count:,} pictures is too high; compare the reconstructed half with the real half instead"
     part: dict[str, Any] = {name: distance, "warnings": [few] if count < ENOUGH else []}
     for key, of, what in (("floor", "real", "real"), ("at_floor_counts", "reconstructed", "reconstructed")):

