@@ -46,6 +46,18 @@ def test_tokens_that_are_equal_in_a_front_cost_what_they_should() -> None:
     assert float(bits_per_token(model, codes, labels).mean()) == pytest.approx(math.log2(24), rel=1e-5)
 
 
+def test_another_picture_is_never_the_picture_itself() -> None:
+    """Alone in its batch a picture was its own stranger, and all dependence was subtracted."""
+    model = make_model("nar")
+    with torch.no_grad():
+        model.output.weight.zero_()
+    schedule = model.layout.schedule
+    values = torch.randint(24, (80, schedule.num_steps), generator=torch.Generator().manual_seed(0))
+    codes = model.in_raster(values.repeat_interleave(torch.tensor(schedule.fronts), 1))
+    cost = independence_cost(model, codes, torch.zeros(80, dtype=torch.long), batch_size=1)
+    assert float(cost.mean()) > 0.3
+
+
 def test_a_models_own_pictures_and_raster_models_cost_nothing() -> None:
     model = make_model("nar")
     labels = torch.arange(600) % 10

@@ -134,6 +134,9 @@ def independence_cost(
     start = torch.randn(shape, generator=generator)
     start[:, 1] = 0  # the right factors start at 0, so no coupling at all is the first to beat
     embedding, start = embedding.to(device), start.to(device)
+    # The next one in a random circle of all: never the picture itself, whatever the sizes of batches.
+    circle = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
+    another = torch.empty_like(circle).scatter_(0, circle, circle.roll(1))
 
     def losses(rows: Tensor, coupling: Tensor) -> Tensor:
         """Nats (2, B, n) with the two couplings."""
@@ -141,10 +144,10 @@ def independence_cost(
             batch = codes[rows].long().to(device)
             hidden = model.hidden(batch, condition.rows(rows).to(device))
             logits = model.logits(hidden[:, places.to(device)])  # (B, n, V)
-            tokens = model.in_order(batch)
+            tokens, others = model.in_order(batch), model.in_order(codes[another[rows]].long().to(device))
         targets = tokens[:, places]
         coupled = []
-        for (left, right), source in zip(coupling, (tokens, tokens.roll(1, 0)), strict=True):
+        for (left, right), source in zip(coupling, (tokens, others), strict=True):
             changed = logits + (embedding @ left)[source[:, places - 1]] @ (embedding @ right).T
             coupled.append(F.cross_entropy(changed.transpose(1, 2), targets, reduction="none"))
         return torch.stack(coupled)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import warnings
 import zipfile
@@ -25,7 +24,7 @@ import torch
 from nar import __version__
 from nar.metrics.defects import Defect, swapped_patches
 from nar.metrics.detectors import Detector, default_detector
-from nar.metrics.features import FeatureSet
+from nar.metrics.features import SPLIT, FeatureSet
 from nar.metrics.features import gather as gather_features
 from nar.metrics.pictures import Source, digest, extent
 from nar.metrics.reference import ENOUGH, is_reference, read_reference
@@ -163,18 +162,9 @@ class _Judge:
         return gather_features(source, self.detector, name=name, only=places, defect=defect, **self.reading)
 
     def numbers(self, real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
-        """All numbers of two sets that can be computed, with their intervals; Frechet distances from 0 on."""
+        """All numbers of two sets that can be computed, with their intervals."""
         found, intervals = scores(real, fake, self.detector, resamplings=self.resamplings, seed=self.seed)
-        kept = {name: value for name, value in found.items() if math.isfinite(value)}
-        if lost := [name for name in found if name not in kept]:
-            self.warnings.append(
-                f"{', '.join(lost)} cannot be computed of {real.num_images} real and {fake.num_images} other pictures"
-            )
-        spans = {name: ends for name, ends in intervals.items() if name in kept and all(map(math.isfinite, ends))}
-        for name in {self.detector.name("FD"), self.detector.name("sFD")} & kept.keys():  # rounding
-            kept[name] = max(0.0, kept[name])
-            spans |= {name: [max(0.0, end) for end in spans[name]]} if name in spans else {}
-        return {**kept, "interval": spans}
+        return {**found, "interval": intervals}
 
     def row(self, real: FeatureSet, fake: FeatureSet, what: str) -> dict[str, Any]:
         """The numbers of two sets that stand beside the report's own."""
@@ -252,6 +242,11 @@ def _few(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
                 f"{name} of {pictures.num_images:,} {kind} pictures is biased upwards, compare it with the floor at "
                 f"the same counts only; {ENOUGH:,} are recommended, and KID is not biased"
             )
+    if fake.score is not None and fake.num_images > SPLIT and (last := fake.num_images % SPLIT):
+        found.append(
+            f"{detector.name('IS')} is the mean of splits of {SPLIT:,} pictures, as ADM's is, and the last one has "
+            f"{last:,}: its score, lower for being of fewer, counts as much; take a multiple of {SPLIT:,} pictures"
+        )
     return found
 
 

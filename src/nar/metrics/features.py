@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector
-from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, inception_score
+from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, score_of_splits, split_score
 from nar.metrics.pictures import Source, batches, count, fingerprint
 from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
 SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID
-_CACHE_FORMAT = 4
+_CACHE_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class FeatureSet:
 
     `rows` (n, D) float32 are the features of at most `keep` pictures, drawn at random, `indices` (n,) their places in
     the source; `spatial_rows` and `spatial_indices` the same of at most SPATIAL_ROWS. `score` is the Inception Score,
-    `score_influence` (N,) what each picture contributes to it. `motion` (n,) is, of clips, the mean absolute difference
-    of neighbouring frames, in levels of 0..255.
+    `score_influence` (N,) how each picture moves it, see `score_of_splits`. `motion` (n,) is, of clips, the mean
+    absolute difference of neighbouring frames, in levels of 0..255.
     """
 
     num_images: int
@@ -105,17 +105,13 @@ def gather(
     pooled, spatial = RunningStatistics(), RunningStatistics()
     rows, spatial_rows = Reservoir(keep, seed), Reservoir(min(keep, SPATIAL_ROWS), seed)
     probabilities: list[Tensor] = []
-    scores: list[float] = []
-    influence: list[np.ndarray] = []
+    splits: list[tuple[float, np.ndarray]] = []
     motion: list[np.ndarray] = []
     pixels = hashlib.sha256()
     shape: tuple[int, ...] | None = None
 
     def finish_split() -> None:
-        part = torch.cat(probabilities[:SPLIT]).double()
-        scores.append(inception_score(part, split_size=len(part)))
-        single = (torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(0))).sum(1)
-        influence.append(scores[-1] * single.cpu().numpy())
+        splits.append(split_score(torch.cat(probabilities[:SPLIT])))
         del probabilities[:SPLIT]
 
     stream = batches(source, batch_size, size=size, num_frames=num_frames)
@@ -153,6 +149,7 @@ def gather(
         raise ValueError(f"the {name} source has {pooled.count} pictures{cut}; at least 2 are needed for a covariance")
     if probabilities:
         finish_split()
+    score, influence = score_of_splits(splits) if splits else (None, None)
     if only is not None and pooled.count != len(only):
         raise ValueError(f"place {only[-1]} was asked for, but the {name} source has fewer pictures")
     places, spatial_places = (
@@ -168,8 +165,8 @@ def gather(
         spatial=spatial.result() if spatial.count else None,
         spatial_rows=torch.from_numpy(np.stack(spatial_rows.items)) if spatial.count else None,
         spatial_indices=spatial_places if spatial.count else None,
-        score=float(np.mean(scores)) if scores else None,
-        score_influence=np.concatenate(influence) if influence else None,
+        score=score,
+        score_influence=influence,
         motion=np.concatenate(motion)[rows.indices] if motion else None,
         ddof=detector.ddof,
     )

@@ -5,7 +5,9 @@ It knows features only; it does not know pictures, networks or reports. Dimensio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,30 +33,38 @@ MOTION = "frame difference"  # of clips, in levels of 0..255
 def scores(
     real: FeatureSet, fake: FeatureSet, detector: Detector, *, resamplings: int = 0, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Every number that two sets allow, by its name, and where it is wanted its 95 % interval."""
+    """Every number that two sets allow, by its name, and where it is wanted its 95 % interval.
+
+    What can't be computed of so few pictures is left out.
+    """
     generator = np.random.default_rng(seed)
     numbers: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
 
-    def put(name: str, value: float, contributions: Iterable[Callable[[], tuple[np.ndarray, int]]] = ()) -> None:
-        """A number, and what pictures contribute to it: of each side those that were kept, and how many there are."""
+    def put(
+        name: str,
+        value: float,
+        sides: Iterable[Callable[[], tuple[np.ndarray, int]]] = (),
+        least: float = -math.inf,
+    ) -> None:
+        """A number, and how pictures move it: of each side those that were kept, and how many there are."""
         numbers[detector.name(name)] = float(value)
-        sides = list(contributions)
-        if resamplings and sides:
-            moves = np.zeros(resamplings)
-            for side in sides:
-                values, of = side()
-                spread = _resampled_means(values, resamplings, generator) - values.mean()
-                moves += spread * (len(values) / max(of, len(values))) ** 0.5
-            low, high = np.quantile(value + moves, (0.025, 0.975))
-            intervals[detector.name(name)] = [float(low), float(high)]
+        if not resamplings or not sides:
+            return
+        moves = np.zeros(resamplings)
+        for side in sides:
+            values, count = side()
+            spread = _resampled_means(values, resamplings, generator) - values.mean()
+            moves += spread * (len(values) / max(count, len(values))) ** 0.5
+        ends = np.quantile(value + moves, (0.025, 0.975))
+        intervals[detector.name(name)] = [max(least, float(end)) for end in ends]
 
     def put_frechet(name: str, left: Statistics, right: Statistics, left_rows: Tensor, right_rows: Tensor) -> None:
+        def side(first: Statistics, second: Statistics, rows: Tensor, count: int) -> tuple[np.ndarray, int]:
+            return frechet_influence(first, second, rows), count
+
         sides = [(left, right, right_rows, fake.num_images), (right, left, left_rows, real.num_images)]
-        put(name, frechet_distance(left, right), [
-            lambda first=first, second=second, rows=rows, of=of: (frechet_influence(first, second, rows), of)  # type: ignore[misc]
-            for first, second, rows, of in sides if len(rows)
-        ])  # fmt: skip
+        put(name, frechet_distance(left, right), [partial(side, *each) for each in sides if len(each[2])], least=0.0)
 
     def put_mean(name: str, rows: Tensor) -> None:
         values = rows.double().cpu().numpy()
@@ -80,11 +90,12 @@ def scores(
     if not resamplings:
         numbers[kernel] = kernel_distance(some_real, some_fake)
     else:
-        weights = [_drawn(len(rows), KERNEL_RESAMPLINGS, generator) for rows in (some_real, some_fake)]
-        drawn = resampled_kernel_distance(some_real, some_fake, (weights[0], weights[1]))
-        numbers[kernel] = float(drawn[0])
-        spread = 1.96 * float(drawn[1:].std())
-        intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
+        weights = [_counts(len(rows), KERNEL_RESAMPLINGS, generator) for rows in (some_real, some_fake)]
+        distances = resampled_kernel_distance(some_real, some_fake, (weights[0], weights[1]))
+        numbers[kernel] = float(distances[0])
+        if min(len(some_real), len(some_fake)) > 2:  # of two, half of the resamplings hold one row twice: no pair
+            spread = 1.96 * float(distances[1:][distances[1:].isfinite()].std())
+            intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
     if min(len(real.rows), len(fake.rows)) > 3:
         for name, rows in zip(("precision", "recall"), precision_recall_rows(real.rows, fake.rows), strict=True):
             put_mean(name, rows)
@@ -108,7 +119,7 @@ def _resampled_means(values: np.ndarray, resamplings: int, generator: np.random.
     return np.concatenate([values[places].mean(1) for places in draws])
 
 
-def _drawn(num_rows: int, resamplings: int, generator: np.random.Generator) -> Tensor:
+def _counts(num_rows: int, resamplings: int, generator: np.random.Generator) -> Tensor:
     """How often each row is drawn (n, 1 + R): once each in the first column, then in R resamplings."""
     counts = [np.ones(num_rows, np.int64)]
     counts += [np.bincount(generator.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(resamplings)]

@@ -1,0 +1,158 @@
+"""Numbers of two sets: what is 0 is 0, what few pictures do not allow is left out, intervals are as wide as true."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nar.metrics import evaluate
+from nar.metrics.detectors import Detected
+from nar.metrics.features import SPLIT, FeatureSet
+from nar.metrics.frechet import (
+    Statistics,
+    density_coverage,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    nearest,
+    precision_recall,
+    score_of_splits,
+    split_score,
+)
+from nar.metrics.reconstruction import frechet_distances
+from nar.metrics.scores import mean_interval, scores
+
+
+class Projections:
+    """Features, spatial ones and probabilities that are linear in the pixels."""
+
+    label, digest, num_features, ddof = "Projections", "projections", 6, 1
+
+    def name(self, metric: str) -> str:
+        return metric
+
+    def __call__(self, images: Tensor) -> Detected:
+        pixels = images.float().flatten(1) / 255
+        weight = torch.randn(pixels.shape[1], 20, generator=torch.Generator().manual_seed(0))
+        rows = pixels @ weight
+        return Detected(rows[:, :6], rows[:, 6:10], rows[:, 10:].softmax(1))
+
+
+def features(rows: Tensor, **more: object) -> FeatureSet:
+    return FeatureSet(len(rows), (8, 8), feature_statistics([rows]), rows, np.arange(len(rows)), **more)
+
+
+def pictures(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def numbers(report: dict[str, object]) -> Iterator[tuple[str, float]]:
+    for name, value in report.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", number) for inner, number in numbers(value))
+        elif isinstance(value, list):
+            yield from ((name, number) for number in value if isinstance(number, float))
+        elif isinstance(value, float):
+            yield name, value
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 320), (50, 320), (600, 320), (40, 3)])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_a_set_is_at_no_distance_from_itself(count: int, width: int, shift: float) -> None:
+    """In any order and cut into any batches, whatever the rank; and another set is, the same from either side."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(count, width, generator=generator) * 0.3 + shift).relu()
+    first, shuffled = feature_statistics(rows.split(64)), feature_statistics(rows.flip(0).split(7))
+    assert frechet_distance(first, first) == frechet_distance(first, shuffled) == frechet_distance(shuffled, first) == 0
+    other = feature_statistics([rows + 1e-3])
+    assert frechet_distance(first, other) == pytest.approx(1e-6 * width, rel=1e-3)
+    assert frechet_distance(other, first) == pytest.approx(frechet_distance(first, other), rel=1e-9)
+    _, intervals = scores(features(rows), features(rows.flip(0)), Projections(), resamplings=50)
+    assert intervals["FD"][0] == 0
+    assert 0 <= intervals["FD"][1] < 1e-6
+
+
+def test_what_comes_back_unchanged_is_at_no_distance() -> None:
+    found = frechet_distances(pictures(30, 1), pictures(30, 1), lambda images: Projections()(images).pooled)
+    assert found["all"] == (0, 30, 30)
+    assert found["reconstructed"] == found["real"]
+    assert found["real"][0] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("other", [2, 3, 5])
+def test_few_pictures_give_no_nan(count: int, other: int) -> None:
+    report = evaluate([pictures(count, 1)], [pictures(other, 2)], detector=Projections(), progress=False)
+    assert all(math.isfinite(number) for _, number in numbers(report))
+    assert {"FD", "sFD", "IS", "KID"} <= report.keys()
+    assert ("KID" in report["interval"]) == (min(count, other) > 2)
+
+
+def test_every_split_of_the_inception_score_counts_the_same() -> None:
+    """The interval against the spread over repeated sets: 20 and 400 pictures, of which the few decide half."""
+    generator = torch.Generator().manual_seed(0)
+    found, widths = [], []
+    for _ in range(200):
+        rows = (2 * torch.randn(420, 10, generator=generator)).softmax(1)
+        score, influence = score_of_splits([split_score(rows[:400]), split_score(rows[400:])])
+        assert score == pytest.approx(inception_score(rows, split_size=400))
+        assert influence.mean() == pytest.approx(0, abs=1e-12)
+        found.append(score)
+        widths.append(influence.std() / len(influence) ** 0.5)
+    assert np.mean(widths) == pytest.approx(np.std(found), rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:FD")
+def test_a_short_last_split_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nar.metrics.features.SPLIT", 20)
+    monkeypatch.setattr(sys.modules["nar.metrics.evaluate"], "SPLIT", 20)  # whose name the function has
+    real, reports = pictures(30, 1), {}
+    with pytest.warns(
+        UserWarning, match="IS is the mean of splits of 20 pictures, as ADM's is, and the last one has 1"
+    ):
+        reports[41] = evaluate([real], [pictures(41, 2)], detector=Projections(), progress=False, calibration=0)
+    for count in (15, 40):
+        reports[count] = evaluate([real], [pictures(count, 2)], detector=Projections(), progress=False, calibration=0)
+        assert not [text for text in reports[count]["warnings"] if "IS is the mean" in text]
+    assert reports[41]["IS"] == pytest.approx((2 * reports[40]["IS"] + 1) / 3)  # one picture's own score is 1
+    low, high = np.array(reports[41]["interval"]["IS"]) - reports[41]["IS"]
+    assert [low, high] == pytest.approx(np.array(reports[40]["interval"]["IS"]) - reports[40]["IS"], rel=0.6)
+    assert SPLIT == 5000
+
+
+def test_neighbours_of_known_rows() -> None:
+    """Rows on a line: 0, 1, 3, 7, 15 and what lies between. Balls reach to the k-th nearest other row."""
+    real = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0])[:, None]
+    fake = torch.tensor([0.5, 10.0, 30.0, 31.0, 33.0])[:, None]
+    # k = 2: radii 3, 2, 3, 6, 12 of the real rows, 29.5, 20, 3, 2, 3 of the fake ones.
+    assert precision_recall(real, fake, k=2) == (2 / 5, 5 / 5)
+    density, coverage = density_coverage(real, fake, k=2)
+    assert density == pytest.approx((3 + 2 + 0 + 0 + 0) / 2 / 5)  # 0.5 lies in 0..3, -1..3, 0..6; 10 in 1..13, 3..27
+    assert coverage == 5 / 5
+    distances, places = nearest(fake, real)
+    assert places.tolist() == [0, 3, 4, 4, 4]
+    assert distances.tolist() == [0.5, 3, 15, 16, 18]
+
+
+def test_the_divisor_of_a_covariance_is_the_count_less_ddof() -> None:
+    rows = torch.tensor([[0.0], [2.0], [4.0]])
+    assert [float(feature_statistics([rows], ddof=ddof).covariance[0, 0]) for ddof in (0, 1)] == pytest.approx(
+        [8 / 3, 4]
+    )
+    assert frechet_distance(Statistics(np.zeros(1), np.eye(1), 9), Statistics(np.ones(1), 4 * np.eye(1), 9)) == 2
+
+
+def test_intervals_of_means_hold_19_of_20() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        low, high = mean_interval(generator.normal(size=80), resamplings=200, seed=seed)
+        held += low < 0 < high
+    assert 180 <= held <= 198
