@@ -25,7 +25,7 @@ ALLOWED = {
     "tokenizer": {"storage", "attention", "media"},
     "text": {"storage", "progress"},
     "likelihood": {"model", "condition"},
-    "sampling": {"model", "order", "attention", "condition", "precision"},
+    "sampling": {"model", "order", "attention", "condition", "precision", "storage"},
     "convert": {"model", "tokenizer", "storage"},
     "data": {"progress", "tokenizer", "text", "media", "storage"},
     "metrics": {"data", "text", "media", "storage"},

@@ -251,3 +251,36 @@ def test_conditions_combine() -> None:
     for wrong in (torch.tensor([1, 2]), ()):
         with pytest.raises(ValueError, match="a condition is nar"):
             model(codes, wrong)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("text_encoder", None, "text_encoder must be keys and values, not None"),
+        ("training", -1, "training must be keys and values, not -1"),
+        ("class_names", [1], "class_names must be text, not 1"),
+        ("class_names", "cat", "class_names must be a list, not 'cat'"),
+        ("given_frames", -1, "given_frames must be a list, not -1"),
+        ("given_frames", [-1], "given_frames must be at least 0 and at most 1048576, not -1"),
+        ("frame_rate", "x", "frame_rate must be a finite number, above 0, or null, not 'x'"),
+        ("sampling", [], r"sampling must be keys and values, not \[\]"),
+        ("model.norm_eps", "x", "norm_eps must be a finite number, above 0, not 'x'"),
+        ("model.num_classes", math.nan, "num_classes must be a whole number, .*, not nan"),
+        ("model.dim", True, "dim must be a whole number, .*, not True"),
+        ("model.dim", 32.0, "dim must be a whole number, .*, not 32.0"),
+        ("model.vocab_size", 10**18, "vocab_size must be at least 1 and at most 2147483648"),
+        ("model.prefix_grid", [2**20, 2**20], "prefix_grid .* must have at most 65,536 codes"),
+        ("model", [1], r"model must be keys and values, not \[1\]"),
+    ],
+)
+def test_damaged_configs_are_named(tmp_path: Path, section: str, value: object, message: str) -> None:
+    make_model("nar").save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    inside, _, key = section.rpartition(".")
+    (config[inside] if inside else config)[key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as refused:
+        Transformer.from_pretrained(tmp_path / "m")
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -176,7 +176,7 @@ def test_errors_say_what_to_do(wrong: Any, message: str) -> None:
     ("changes", "message"),
     [
         ({"grid": (2, 2, 2)}, "has 8 places for num_tokens 6"),
-        ({"norm": "group"}, "choose one of none, layer"),
+        ({"norm": "group"}, "norm must be one of none, layer"),
         ({"l2_norm": False}, "set l2_norm to true, or stochastic to false"),
         ({"num_encoder_heads": 3}, "must be a multiple of 4 and of num_encoder_heads 3"),
         ({"patch_size": 3}, "image_size 8 is not a multiple of patch_size 3"),

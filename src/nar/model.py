@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations
 from nar.condition import Condition, PrefixCodes, TextFeatures
-from nar.order import Schedule, build
+from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
+from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check
 from nar.storage.folder import Weights, check_shapes, find_model, from_dict, read_config, without_weights, write_folder
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
@@ -56,42 +57,32 @@ class ModelConfig:
         null_mask: padding of a dropped caption: that of the "caption" (published), or its "own", none.
     """
 
-    grid: tuple[int, ...] = (16, 16)
-    vocab_size: int = 16384
-    dim: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    hidden_dim: int = 0
+    grid: tuple[Size, ...] = (16, 16)
+    vocab_size: Annotated[int, Range(1, 2**31)] = 16384
+    dim: Size = 768
+    num_layers: Size = 12
+    num_heads: Size = 12
+    hidden_dim: Length = 0
     schedule: str = "manhattan"
-    regions: tuple[int, ...] = ()
-    head_depths: tuple[int, ...] = ()
-    axis_heads: tuple[int, ...] = ()
-    positions: str = "rope"
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    num_classes: int = 0
+    regions: tuple[Size, ...] = ()
+    head_depths: tuple[Length, ...] = ()
+    axis_heads: tuple[Length, ...] = ()
+    positions: Annotated[str, OneOf("rope", "learned", "sincos")] = "rope"
+    rope_base: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    num_classes: Length = 0
     null_class: bool = True
-    text_dim: int = 0
-    text_length: int = 120
-    prefix_grid: tuple[int, ...] = ()
-    condition_rotation: str = "identity"
-    prefix_attention: str = "causal"
-    null_mask: str = "own"
+    text_dim: Length = 0
+    text_length: Length = 120
+    prefix_grid: tuple[Size, ...] = ()
+    condition_rotation: Annotated[str, OneOf("zero", "identity")] = "identity"
+    prefix_attention: Annotated[str, OneOf("causal", "full")] = "causal"
+    null_mask: Annotated[str, OneOf("caption", "own")] = "own"
 
     def __post_init__(self) -> None:
-        for name in ("grid", "regions", "head_depths", "axis_heads", "prefix_grid"):
-            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
-        for name, allowed in {
-            "positions": ("rope", "learned", "sincos"),
-            "condition_rotation": ("zero", "identity"),
-            "prefix_attention": ("causal", "full"),
-            "null_mask": ("caption", "own"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
+        if math.prod(self.prefix_grid) > MOST_POSITIONS:
+            raise ValueError(f"prefix_grid {self.prefix_grid} must have at most {MOST_POSITIONS:,} codes")
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
         if not (self.num_classes or self.text_dim or self.prefix_grid):
@@ -135,9 +126,12 @@ class Dropout:
     """Rates of training-time dropout: of embedding elements, of branch elements, of whole branches at the last
     block."""
 
-    token: float = 0.0
-    residual: float = 0.0
-    path: float = 0.0
+    token: Share = 0.0
+    residual: Share = 0.0
+    path: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, "dropout.")
 
 
 @dataclass(frozen=True, eq=False)

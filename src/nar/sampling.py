@@ -13,8 +13,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar, cast
+from numbers import Integral
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from nar.condition import Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
+from nar.storage.fields import NotNegative, OneOf, Range, check
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
@@ -51,30 +52,15 @@ class Sampling:
         top_p: keep the most likely tokens up to this mass, the one that crosses it included; 1.0 keeps all.
     """
 
-    guidance_scale: float = 1.0
-    guidance_interval: int | None = None
-    guidance_curve: str = "constant"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    guidance_scale: Annotated[float, Range(0, LARGEST_GUIDANCE)] = 1.0
+    guidance_interval: Annotated[int, Range(0)] | None = None
+    guidance_curve: Annotated[str, OneOf(*CURVES)] = "constant"
+    temperature: NotNegative = 1.0
+    top_k: Annotated[int, Range(0)] = 0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
 
     def __post_init__(self) -> None:
-        fields: tuple[tuple[str, Any, float, str], ...] = (
-            ("guidance_scale", Real, LARGEST_GUIDANCE, "a finite number from 0 to 1000 (1.0 is off)"),
-            ("guidance_interval", Integral, math.inf, "a number of tokens of at least 0, or None"),
-            ("temperature", Real, math.inf, "a finite number of at least 0 (0 is greedy)"),
-            ("top_k", Integral, math.inf, "at least 0 (0 keeps all), a whole number"),
-            ("top_p", Real, 1.0, "in (0, 1]"),
-        )
-        for name, kind, high, allowed in fields:
-            value = getattr(self, name)
-            if name == "guidance_interval" and value is None:
-                continue
-            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 <= value <= high
-            if not fits or math.isinf(value) or (name == "top_p" and value == 0):
-                raise ValueError(f"{name} must be {allowed}, not {value!r}")
-        if self.guidance_curve not in CURVES:
-            raise ValueError(f"guidance_curve must be one of {', '.join(CURVES)}, not {self.guidance_curve!r}")
+        check(self)
 
     def guidance_at(self, front: int, num_fronts: int) -> float:
         """The guidance scale of one front."""

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,17 +31,21 @@ class Range:
     above: float | None = None
     below: float | None = None
 
-    def refuses(self, value: Any) -> str:
-        """What is allowed, where `value` isn't; else nothing."""
-        bounds = (
+    def allows(self, value: Any) -> bool:
+        """Whether a number is within the bounds."""
+        return all(bound is None or within(value, bound) for _, bound, within in self._bounds())
+
+    def allowed(self) -> str:
+        """The bounds in words."""
+        return " and ".join(f"{words} {bound}" for words, bound, _ in self._bounds() if bound is not None)
+
+    def _bounds(self) -> tuple[tuple[str, float | None, Callable[[Any, Any], bool]], ...]:
+        return (
             ("at least", self.least, ge),
             ("above", self.above, gt),
             ("at most", self.most, le),
             ("below", self.below, lt),
         )
-        if all(bound is None or within(value, bound) for _, bound, within in bounds):
-            return ""
-        return " and ".join(f"{words} {bound}" for words, bound, _ in bounds if bound is not None)
 
 
 class OneOf:
@@ -50,9 +54,20 @@ class OneOf:
     def __init__(self, *words: str) -> None:
         self.words = words
 
-    def refuses(self, value: Any) -> str:
-        """What is allowed, where `value` isn't; else nothing."""
-        return "" if value in self.words else f"one of {', '.join(self.words)}"
+    def allows(self, value: Any) -> bool:
+        """Whether a word is one of them."""
+        return value in self.words
+
+    def allowed(self) -> str:
+        """The words."""
+        return f"one of {', '.join(self.words)}"
+
+
+Size = Annotated[int, Range(1, 2**20)]  # of a tensor's axis
+Length = Annotated[int, Range(0, 2**20)]  # the same, where 0 means none
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
 
 
 def check(config: Any, group: str = "") -> None:
@@ -186,17 +201,22 @@ def _checked(value: Any, kind: Any, key: str, text: bool = False) -> Any:
             raise ValueError(f"{key} must be a list of {len(items)}, not {_shown(value)}")
         made = tuple(_checked(item, part, key, text) for item, part in zip(value, items, strict=True))
         return value if type(value) is tuple and all(new is old for new, old in zip(made, value, strict=True)) else made
+    if get_origin(plain) is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be keys and values, not {_shown(value)}")
+        return value
     if plain in _WORDS:
         converted = _converted(value, plain) if text else value
         if not _fits(converted, plain):
-            allowed = _WORDS[plain] + (" or null" if optional else "")
+            allowed = ", ".join([_WORDS[plain], *(limit.allowed() for limit in limits), *(["or null"] * optional)])
             raise ValueError(f"{key} must be {allowed}, not {_shown(value)}")
         value = int(converted) if plain is int and type(converted) is not int else converted
     elif isinstance(plain, type) and get_origin(plain) is None and not isinstance(value, plain):
         raise ValueError(f"{key} must be of type {plain.__name__}, not {_shown(value)}")
     for limit in limits:
-        if allowed := limit.refuses(value):
-            raise ValueError(f"{key} must be {allowed}{', or null' if optional else ''}, not {_shown(value)}")
+        if not limit.allows(value):
+            allowed = limit.allowed() + (", or null" if optional else "")
+            raise ValueError(f"{key} must be {allowed}, not {_shown(value)}")
     return value
 
 

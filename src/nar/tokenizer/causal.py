@@ -9,15 +9,15 @@ grid, `D` code_dim, `C` channels, `g` frames_per_code, `p` pixels folded a side.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block, RMSNorm, rotations
+from nar.storage.fields import Length, Range, Size, check
 from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
 from nar.tokenizer.quantize import Quantized, build_quantizer, check_quantizer
 
@@ -36,31 +36,27 @@ class CausalTokenizerConfig:
     layers.
     """
 
-    vocab_size: int = 4096
-    code_dim: int = 8
-    frames_per_code: int = 5
-    patch_size: int = 8
-    fold: int = 4
-    channels: int = 96
-    num_blocks: int = 2
-    dim: int = 192
-    num_encoder_blocks: int = 2
-    num_memory_blocks: int = 1
-    num_decoder_blocks: int = 2
-    num_decoder_layers: int = 1
-    num_heads: int = 4
-    hidden_dim: int = 192
+    vocab_size: Annotated[int, Range(1, 2**31)] = 4096
+    code_dim: Size = 8
+    frames_per_code: Size = 5
+    patch_size: Size = 8
+    fold: Size = 4
+    channels: Size = 96
+    num_blocks: Length = 2
+    dim: Size = 192
+    num_encoder_blocks: Size = 2
+    num_memory_blocks: Size = 1
+    num_decoder_blocks: Size = 2
+    num_decoder_layers: Size = 1
+    num_heads: Size = 4
+    hidden_dim: Size = 192
     l2_norm: bool = True
     quantizer: str = "vq"
-    levels: tuple[int, ...] = ()
+    levels: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        check(self)
         check_quantizer(self.quantizer, self.vocab_size, self.code_dim, self.levels)
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int(field.name != "num_blocks")
-            if field.type == "int" and value < least:
-                raise ValueError(f"{field.name} must be at least {least}, not {value}")
         if self.patch_size % self.fold:
             raise ValueError(f"patch_size {self.patch_size} is not a multiple of fold {self.fold}")
         if self.dim % (2 * self.num_heads):

@@ -7,12 +7,13 @@ Knows pixels and codes; does not know how codes are generated. Legend: `B` batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar.storage.fields import Range, Size, check
 from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
@@ -33,25 +34,20 @@ class ImageTokenizerConfig:
     last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
     """
 
-    vocab_size: int = 16384
-    code_dim: int = 8
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    latent_channels: int = 256
+    vocab_size: Annotated[int, Range(1, 2**31)] = 16384
+    code_dim: Size = 8
+    channels: Size = 128
+    channel_multipliers: tuple[Annotated[int, Range(1, 2**10)], ...] = (1, 1, 2, 2, 4)
+    num_blocks: Size = 2
+    latent_channels: Size = 256
     l2_norm: bool = True
-    norm_groups: int = NORM_GROUPS
-    pixel_shuffle: int = 1
+    norm_groups: Size = NORM_GROUPS
+    pixel_shuffle: Size = 1
     quantizer: str = "vq"
-    levels: tuple[int, ...] = ()
+    levels: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        object.__setattr__(self, "levels", tuple(self.levels))
-        sizes = ("vocab_size", "code_dim", "channels", "num_blocks", "latent_channels", "norm_groups", "pixel_shuffle")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
         if not self.channel_multipliers:
             raise ValueError("channel_multipliers must name at least one resolution, such as [1, 2, 4]")
         for multiplier in self.channel_multipliers:

@@ -7,15 +7,15 @@ model reads them in, row by row. Knows pixels and codes; does not know how codes
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar.storage.fields import OneOf, Positive, Range, Size, check
 from nar.tokenizer.base import Reconstruction, Tokenizer
 from nar.tokenizer.quantize import VectorQuantizer, sample_codes
 
@@ -34,24 +34,24 @@ class VideoTokenizerConfig:
     are sines and cosines otherwise, `*_type` adds one learned vector to all rows of a table.
     """
 
-    num_frames: int = 16
-    image_size: int = 128
-    patch_size: int = 8
-    temporal_patch_size: int = 4
-    encoder_dim: int = 768
-    num_encoder_layers: int = 12
-    num_encoder_heads: int = 12
-    decoder_dim: int = 768
-    num_decoder_layers: int = 12
-    num_decoder_heads: int = 12
-    num_tokens: int = 1024
-    grid: tuple[int, ...] = (4, 16, 16)
-    vocab_size: int = 8192
-    code_dim: int = 16
-    norm: str = "none"
+    num_frames: Size = 16
+    image_size: Size = 128
+    patch_size: Size = 8
+    temporal_patch_size: Size = 4
+    encoder_dim: Size = 768
+    num_encoder_layers: Size = 12
+    num_encoder_heads: Size = 12
+    decoder_dim: Size = 768
+    num_decoder_layers: Size = 12
+    num_decoder_heads: Size = 12
+    num_tokens: Size = 1024
+    grid: tuple[Size, ...] = (4, 16, 16)
+    vocab_size: Annotated[int, Range(1, 2**31)] = 8192
+    code_dim: Size = 16
+    norm: Annotated[str, OneOf(*NORMS)] = "none"
     l2_norm: bool = True
     stochastic: bool = True
-    temperature: float | None = 0.03
+    temperature: Positive | None = 0.03
     learned_patch_positions: bool = False
     learned_queries: bool = True
     learned_code_positions: bool = False
@@ -60,14 +60,10 @@ class VideoTokenizerConfig:
     query_type: bool = False
     code_type: bool = False
     pixel_query_type: bool = True
-    position_base: float = 10000.0
+    position_base: Positive = 10000.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {value}")
+        check(self)
         if math.prod(self.grid) != self.num_tokens:
             raise ValueError(
                 f"grid {self.grid} has {math.prod(self.grid)} places for num_tokens {self.num_tokens}; they must agree"
@@ -83,14 +79,8 @@ class VideoTokenizerConfig:
                 raise ValueError(
                     f"{dim} {getattr(self, dim)} must be a multiple of 4 and of {heads} {getattr(self, heads)}"
                 )
-        if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if self.stochastic and not self.l2_norm:
             raise ValueError("a stochastic quantiser compares directions: set l2_norm to true, or stochastic to false")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be above 0, not {self.temperature}; null takes the one stored with the weights"
-            )
 
     @property
     def patch_grid(self) -> tuple[int, int, int]:
