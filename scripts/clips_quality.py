@@ -15,6 +15,7 @@ How the motion is distributed, FD-TransNetV2 beside its floor, is measured by `n
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 
 from nar import Pipeline
+from nar.data.config import SKIN_TONES
 from nar.data.open import load_pictures, open_source
+from nar.data.split import families
 from nar.media.pixels import as_images, as_pixels
 from nar.media.video import Windows
 from nar.metrics.reconstruction import psnr
@@ -73,6 +76,7 @@ def main() -> None:
     given = parser.parse_args()
 
     source = open_source(given.data, size=SIZE, group="hexcode", windows=Windows())
+    source = dataclasses.replace(source, groups=families(source.groups, SKIN_TONES))
     if source.groups is None or source.captions is None:
         raise SystemExit(f"{given.data} has no column `hexcode` or `caption`")
     out = set(json.loads(given.held_out.read_text())["groups"])

@@ -18,6 +18,7 @@ drawing than 99 % of the unseen vendor's drawings are, and the same of these aft
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 
 from nar import Pipeline
+from nar.data.config import SKIN_TONES
 from nar.data.open import load_pictures, open_source
+from nar.data.split import families
 from nar.media.pixels import as_images, as_pixels
 from nar.metrics.text_image import RetrievalScorer, near_copies
 
@@ -73,6 +76,7 @@ def main() -> None:
     if given.vendor not in held["styles"]:
         raise SystemExit(f"{given.vendor} was not held out: {held['styles']}")
     source = open_source(given.data, size=SIZE, group="hexcode")
+    source = dataclasses.replace(source, groups=families(source.groups, SKIN_TONES))
     if source.groups is None or source.styles is None or source.captions is None:
         raise SystemExit(f"{given.data} has no column `hexcode`, `style` or `caption`")
     styles, captions = source.styles, source.captions

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from nar.data.config import SKIN_TONES, DataConfig
 from nar.data.open import load_pictures
+from nar.data.split import families, held_out
 from nar.model import ModelConfig, Transformer
 from nar.storage.config import load, recipe_names
 from nar.storage.presets import PRESETS
+from nar.training import tasks
 from nar.training.optim import learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
-from training_runs import nar
+from training_runs import equal, nar, tokenizer_recipe, weights
+
+MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
 
 PUBLISHED = {
     **{f"c2i-{size}": f"NAR-{size}" for size in ("B", "M", "L", "XL", "XXL")},
@@ -152,6 +159,74 @@ def test_own_pictures_in_one_command(tmp_path: Path) -> None:
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
     nar("sample", run / "model", "--class-label", "cats", "-n", "2", "-o", tmp_path / "out.npz")
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 32, 32, 3)
+
+
+def test_a_part_of_a_group_may_count_for_nothing() -> None:
+    assert families(["1F44B-1F3FB", "1F44B", "1f44b-1f3ff-200D"], SKIN_TONES) == ["1F44B", "1F44B", "1f44b-200D"]
+    assert families(None, SKIN_TONES) is None
+
+
+def toned(folder: Path) -> tuple[Path, list[str | None]]:
+    """The drawings of MINI twice, the second time in skin tones; and their code points."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(MINI)
+    codes = table.column("hexcode").to_pylist()
+    codes += [code and f"{code}-1F3F{'BCDEF'[row % 5]}" for row, code in enumerate(codes)]
+    table = pa.concat_tables([table, table])
+    pq.write_table(table.set_column(table.column_names.index("hexcode"), "hexcode", [codes]), folder / "toned.parquet")
+    return folder / "toned.parquet", codes
+
+
+@pytest.mark.parametrize(("recipe", "share"), [("emoji", 0.03), ("emoji-tokenizer", 0.05)])
+def test_recipes_hold_out_the_drawings_that_they_always_did(tmp_path: Path, recipe: str, share: float) -> None:
+    path, codes = toned(tmp_path)
+    # As it was decided by the column's name.
+    keys = [
+        f"row {row}" if code is None else re.sub(r"-1F3F[B-F]\b", "", code, flags=re.IGNORECASE)
+        for row, code in enumerate(codes)
+    ]
+    loaded = load(Recipe, recipe, [f"data.source={path}"])
+    train, out = loaded.data.open()
+    expected = held_out(keys, share)
+    assert len(set(keys)) < len(set(codes))
+    assert train.groups == [key for key, held in zip(keys, expected, strict=True) if not held]
+    assert out.groups == [key for key, held in zip(keys, expected, strict=True) if held]
+
+
+def test_group_without_must_be_an_expression() -> None:
+    with pytest.raises(ValueError, match=r"data\.group_without '\(' is no regular expression: missing \)"):
+        DataConfig(source="toy", group="kind", group_without="(")
+
+
+def test_a_run_begun_before_group_without_keeps_its_split(tmp_path: Path) -> None:
+    data = {"source": str(toned(tmp_path)[0]), "size": 16, "group": "hexcode"}
+    path, run = tokenizer_recipe(tmp_path, data=data), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", "num_images=64", f"data.group_without={SKIN_TONES}"])
+    whole = run_recipe(str(path), [f"run={tmp_path / 'whole'}", f"data.group_without={SKIN_TONES}"])
+    for record in [*(run / "checkpoints").glob("*/run.json")]:
+        kept = json.loads(record.read_text())
+        del kept["config"]["data"]["group_without"], kept["digest"]
+        record.write_text(json.dumps(kept))
+    assert run_recipe(str(path), [f"run={run}", "num_images=128"], override=True)
+    assert whole is not None
+    assert equal(weights(run), weights(whole.parent))
+
+
+def test_a_recipe_names_another_for_machines_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tasks, "joined", lambda _: nullcontext())
+    monkeypatch.setattr(tasks, "_run", lambda recipe, *_, **__: taken.append(recipe.tokenizer_recipe))
+    (tmp_path / "mine.yaml").write_text("base: my-pictures\ntokenizer_recipe: mine\n")
+    for name, overrides in (
+        ("my-pictures", ()),
+        ("my-pictures", ["engine.device=cpu"]),
+        (str(tmp_path / "mine.yaml"), ()),
+    ):
+        run_recipe(name, overrides)
+    assert taken == ["my-pictures-cuda-tokenizer", "my-pictures-tokenizer", "mine"]
 
 
 @pytest.mark.slow

@@ -260,16 +260,6 @@ def test_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "flat", size=8, label="knid")
 
 
-def test_skin_tones_count_except_in_a_column_of_hexcodes(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    codes = ["1F44B-1F3FB", "1F44B", "1f44b-1f3ff-200D"]
-    pq.write_table(pa.table({"image": [png(1)] * 3, "hexcode": codes, "lot": codes}), tmp_path / "a.parquet")
-    assert open_source(tmp_path / "a.parquet", size=8, group="lot").groups == codes
-    assert open_source(tmp_path / "a.parquet", size=8, group="hexcode").groups == ["1F44B", "1F44B", "1f44b-200D"]
-
-
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -64,6 +64,9 @@ def extract(
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     label: Annotated[str, typer.Option(help="Column of a table that holds the class.")] = "label",
     group: Annotated[str, typer.Option(help="Column of a table: samples of one group are held out together.")] = "",
+    group_without: Annotated[
+        str, typer.Option(help="A regular expression; what it finds in a group does not count.")
+    ] = "",
     text_encoder: Annotated[
         str,
         typer.Option(help="Encode the captions too: with a folder, a hub id, or the word minilm."),
@@ -84,6 +87,7 @@ def extract(
     from nar.data import extract as extraction
     from nar.data.clips import ClipSource
     from nar.data.open import open_source
+    from nar.data.split import families
     from nar.media.video import Windows
     from nar.storage.folder import find_model, read_config
     from nar.tokenizer import load_tokenizer
@@ -104,6 +108,8 @@ def extract(
     clips = Windows(frames, stride, frame_rate, windows) if frames else None
     with joined(device or "auto") as workers:
         source = open_source(data, size=size, split=split, label=label, group=group, windows=clips)
+        if group_without:
+            source = replace(source, groups=families(source.groups, group_without))
         wanted = [(source, output)]
         for given in given_frames or ():
             if not isinstance(source, ClipSource):

@@ -5,19 +5,22 @@ Knows keys and what they ask for; does not know how a source is read.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
 from nar.data.open import open_source
 from nar.data.source import Source
-from nar.data.split import held_out
+from nar.data.split import families, held_out
 from nar.data.wording import WORDINGS
 from nar.media.crops import VIEWS
 from nar.media.video import Windows
 
 TEXT_FEATURES = ("cached", "on-the-fly")
+SKIN_TONES = r"(?i)-1F3F[B-F]\b"  # in code points such as 1F44B-1F3FB
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class DataConfig:
         validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
             `heldout_share` of the pictures, by `group`.
         label, group: columns of tables; samples of one group are held out together.
+        group_without: a regular expression; what it finds in a group does not count. For emoji, of which drawings that
+            differ in skin tone are one thing: SKIN_TONES.
         views: of each picture that a model learns codes of: "centre", "flip", "shift" (moved a little in eight
             directions) or "ten-crop"; of clips that are loops also "loop", eight starts and their mirror images.
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
@@ -61,6 +66,7 @@ class DataConfig:
     heldout_share: float = 0.05
     label: str = "label"
     group: str = ""
+    group_without: str = ""
     views: str = "centre"
     augment: str = "none"
     shift: int = 0
@@ -87,6 +93,10 @@ class DataConfig:
                 f"data.shift {self.shift} must be from 0 to {self.size - 1} (data.size), and 0 unless data.augment is "
                 "flip or loop"
             )
+        try:
+            re.compile(self.group_without)
+        except re.error as error:
+            raise ValueError(f"data.group_without {self.group_without!r} is no regular expression: {error}") from error
         if self.wording not in WORDINGS:
             raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
         if self.text_features not in TEXT_FEATURES:
@@ -112,12 +122,10 @@ class DataConfig:
         """The pictures to learn from, and those held out."""
         if not self.source:
             raise ValueError("this recipe needs pictures: data.source=FOLDER (or a .parquet or .tar file, or a hub id)")
-        opened = partial(
-            open_source, self.source, size=self.size, label=self.label, group=self.group, windows=self.clip_windows
-        )
+        opened = self._opened
         train, split = opened(), "test" if self.validation == "auto" else self.validation
         try:
-            return train, opened(split=split)
+            return train, opened(split)
         except FileNotFoundError:
             if self.validation != "auto":
                 raise
@@ -125,3 +133,19 @@ class DataConfig:
             raise ValueError(f"{self.source} has {len(train)} pictures; at least two are needed, one to be held out")
         out = held_out(train.groups or train.names, self.heldout_share)
         return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
+
+    def _opened(self, split: str = "train") -> Source:
+        source = open_source(
+            self.source, size=self.size, split=split, label=self.label, group=self.group, windows=self.clip_windows
+        )
+        if not self.group_without:
+            return source
+        return dataclasses.replace(source, groups=families(source.groups, self.group_without))
+
+
+def recorded(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings `data` of a run or model as they would be recorded now.
+
+    Before there was `group_without`, skin tones did not count in a column named `hexcode`.
+    """
+    return {"group_without": SKIN_TONES if data.get("group") == "hexcode" else ""} | data

@@ -6,6 +6,7 @@ Knows keys; does not know what they stand for. Legend: `N` samples.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,11 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     ranked = sorted(digests, key=lambda key: digests[key])
     chosen = {key for key in ranked[1:-1] if digests[key] < share} | set(ranked[:1] if len(ranked) > 1 else ())
     return np.array([key in chosen for key in keys], dtype=bool)
+
+
+def families(groups: Sequence[str] | None, without: str) -> list[str] | None:
+    """Groups without what the regular expression `without` finds in them: what differs in nothing else is one group."""
+    return None if groups is None else [re.sub(without, "", group) for group in groups]
 
 
 def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -257,20 +256,10 @@ def _words(columns: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def _groups(columns: dict[str, list[Any]], group: str) -> list[str] | None:
-    """What each row belongs to; a row without a value belongs to itself.
-
-    In a column named `hexcode`, which holds code points of emoji, and in no other, those of skin tones don't count:
-    drawings that differ in nothing else are held out together.
-    """
+    """What each row belongs to; a row without a value belongs to itself."""
     if not group:
         return None
-    keys = [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
-    return [_family(key) for key in keys] if group == "hexcode" else keys
-
-
-def _family(key: str) -> str:
-    """An emoji's code points without those of skin tones."""
-    return re.sub(r"-1F3F[B-F]\b", "", key, flags=re.IGNORECASE)
+    return [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
 
 
 def _schema_names(metadata: dict[bytes, bytes], label: str) -> list[str]:

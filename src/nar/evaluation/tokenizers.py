@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nar import __version__
-from nar.data.config import DataConfig
+from nar.data.config import DataConfig, recorded
 from nar.data.open import load_pictures
 from nar.data.source import Source
 from nar.evaluation.real import BATCH, CLIP_BATCH, facts
@@ -125,14 +125,19 @@ def _opened(
     folder: str, tokenizer: Any, real: str, size: int | None, group: str | None, num_frames: int | None
 ) -> tuple[DataConfig, Source, Source, list[str]]:
     """The data as the tokenizer was trained with them, the parts that were learned and held out, and warnings."""
-    trained = read_config(folder).get("training", {}).get("config", {}).get("data", {})
+    made_with = read_config(folder).get("training", {}).get("config", {}).get("data", {})
+    trained = recorded(made_with) if made_with else {}
     size = size or trained.get("size") or getattr(tokenizer.config, "image_size", None)
     if size is None:
         raise ValueError(f"{folder} does not say at which size it was trained; give --size PIXELS")
     kept = {name: trained[name] for name in _KEPT if name in trained}
     kept |= {} if trained else {"num_frames": getattr(tokenizer.config, "num_frames", 0)}
     kept |= {} if num_frames is None else {"num_frames": num_frames}
-    data = DataConfig(source=real, size=size, group=trained.get("group", "") if group is None else group, **kept)
+    if group in (None, trained.get("group")):
+        kept |= {name: trained[name] for name in ("group", "group_without") if name in trained}
+    else:
+        kept["group"] = group
+    data = DataConfig(source=real, size=size, **kept)
     try:
         return data, *data.open(), []
     except ValueError:

@@ -77,7 +77,8 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path.name}: base must be the name of a recipe, or a YAML file, not {type(base).__name__}")
     beside = path.parent / base
     below = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else find_recipe(base)
-    return _merged(_read(below, (*readers, path.resolve())), values)
+    inherited = _read(below, (*readers, path.resolve()))
+    return _merged({key: value for key, value in inherited.items() if key not in _OWN}, values)
 
 
 def _parse(text: Any, origin: str) -> Any:
@@ -103,6 +104,7 @@ def _parse(text: Any, origin: str) -> Any:
         raise ValueError(f"{origin} is not valid YAML: nested too deeply") from None
 
 
+_OWN = ("cuda_recipe",)  # keys that speak of a recipe itself, and not of those that it is the base of
 _TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 
 

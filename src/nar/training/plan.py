@@ -12,9 +12,8 @@ from typing import Any
 from nar.training.distributed import Engine
 from nar.training.optim import OptimConfig
 
-_FREE = {  # settings that touch no weights
-    "about", "run", "prompts", "keep_last", "log_every", "checkpoint_every"
-}  # fmt: skip
+# Settings that touch no weights.
+_FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every", "cuda_recipe"}
 _FREE_ENGINE = {"device", "workers"}
 
 

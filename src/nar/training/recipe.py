@@ -62,6 +62,9 @@ class Recipe(Plan):
     A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
     trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
 
+    `cuda_recipe` names the recipe that is taken in place of this one where there is a GPU, with the same overrides; it
+    is no part of what `base` hands on.
+
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
 
@@ -86,6 +89,7 @@ class Recipe(Plan):
     train_encoder: bool = True
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
+    cuda_recipe: str = ""
     lora_rank: int = 0
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)

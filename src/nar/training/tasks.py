@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nar.data.config import recorded
 from nar.storage.config import difference, load
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.checkpoint import last_record
@@ -38,11 +39,11 @@ def run_recipe(
     Running it again resumes, from the newest checkpoint or from `start`, such as "step-200"; with `override` also with
     other settings. `metrics` is called with the averaged module whenever previews are drawn.
     """
-    # The short forms of the command line: data=FOLDER, and for pictures of one's own the size that suits the machine.
+    # The short form of the command line: data=FOLDER.
     overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
-    if name == "my-pictures" and torch.cuda.is_available() and "engine.device=cpu" not in overrides:
-        name = "my-pictures-cuda"
     recipe = load(Recipe, name, overrides)
+    if recipe.cuda_recipe and recipe.engine.device in ("auto", "cuda") and torch.cuda.is_available():
+        recipe = load(Recipe, recipe.cuda_recipe, overrides)
     with joined(recipe.engine.device) as workers:
         return _run(recipe, workers, override=override, start=start, metrics=metrics)
 
@@ -50,7 +51,8 @@ def run_recipe(
 def _run(
     recipe: Recipe, workers: Workers, *, override: bool, start: str = "", metrics: Metrics | None = None
 ) -> Path | None:
-    config, run = recipe.record(), Path(recipe.run)
+    recipe, run = _as_begun(recipe), Path(recipe.run)
+    config = recipe.record()
     if not start and _finished(run, config):
         return run / "model"
     with _held(run, workers):
@@ -67,6 +69,16 @@ def _run(
         kind = TokenizerTask if recipe.task == "tokenizer" else ModelTask
         task = kind(recipe, workers, sources)
         return train(task, recipe, config=config, workers=workers, data=data, start=start, metrics=metrics)
+
+
+def _as_begun(recipe: Recipe) -> Recipe:
+    """A recipe with the split of the run that it goes on with, if that was begun before `data.group_without` was."""
+    record = last_record(Path(recipe.run))
+    data = record["config"].get("data", {}) if record else {}
+    if not data or "group_without" in data or recipe.data.group_without:
+        return recipe
+    without = recorded(data)["group_without"]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, group_without=without))
 
 
 def _first(recipe: Recipe) -> Recipe:
@@ -101,7 +113,7 @@ def _refuse_changes(
     """
     record = last_record(run) or {"config": config}
     begun = record.get("data", {})
-    changed = difference(*map(of_weights, (record["config"], config)))
+    changed = difference(of_weights(_known(record["config"])), of_weights(config))
     other = [name for name in data if begun.get(name, data[name]) != data[name]]
     if not override:
         for what, named in (("settings", changed), ("data", other)):
@@ -121,4 +133,9 @@ def _finished(run: Path, config: dict[str, Any]) -> bool:
     if not (run / "model" / CONFIG).is_file():
         return False
     made_with = read_config(run / "model").get("training", {}).get("config")
-    return made_with is not None and of_weights(made_with) == of_weights(json.loads(json.dumps(config)))
+    return made_with is not None and of_weights(_known(made_with)) == of_weights(json.loads(json.dumps(config)))
+
+
+def _known(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the settings that came later."""
+    return {**config, "data": recorded(config["data"])} if "data" in config else config
