@@ -17,7 +17,6 @@ from nar.metrics.geneval.judge import (
     Found,
     Mask2FormerJudge,
     Rules,
-    as_table,
     judge_folder,
     judge_picture,
     kept,
@@ -35,6 +34,7 @@ from nar.metrics.geneval.prompts import (
     plural_of,
     write_prompts,
 )
+from nar.metrics.tables import as_table
 
 PICTURE = Image.new("RGB", (100, 100), "white")
 LEFT, RIGHT, TOP, BOTTOM = (5, 40, 25, 60), (75, 40, 95, 60), (40, 5, 60, 25), (40, 75, 60, 95)
@@ -194,7 +194,7 @@ def test_summary_by_hand() -> None:
     assert report["prompts"] == 2 / 5
     low, high = report["interval"]["counting"]
     assert low == 0 < 0.25 < high < 1
-    assert "| counting | 0.250 |" in as_table(report)
+    assert "| counting | 0.25 |" in as_table(report, "share right")
 
 
 def test_a_folder(tmp_path: Path) -> None:

@@ -167,7 +167,9 @@ def evaluate(
         _refuse(context, "judging without --i3d", "i3d_variant")
     if i3d is not None or video:
         _refuse(context, "--i3d" if i3d else "--video", "inception", *(["video"] if i3d else []))
-    if calibration and (samples or tokenizer is not None):
+    if not calibration:
+        _refuse(context, "--calibration 0", "tokenizer")
+    elif samples or tokenizer is not None:
         _refuse(context, "judging with a tokenizer", "calibration")
     sampling = (*setting_names(), "model", "fake", "labels", "dtype")
     how = Comparison(**_options(context, *sampling), progress=sys.stderr.isatty())

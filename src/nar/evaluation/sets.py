@@ -253,8 +253,8 @@ def geneval_set(
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
             places = [index * count + row for row in rows]
-            made = pipe.sample([request] * len(rows), places, sampling, seed=seed)
-            images.extend(as_images(torch.stack(made)))
+            sampled = pipe.sample([request] * len(rows), places, sampling, seed=seed)
+            images.extend(as_images(torch.stack(sampled)))
         atomically(folder, partial(_write_prompt, lines[index], images))
     wait()
     return len(prompts)

@@ -217,15 +217,6 @@ def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, resamplings: in
     return report
 
 
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report as a Markdown table: tasks, their mean, and the share of prompts with a right picture."""
-    names = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}
-    lines = ["| | share right | 95 % |", "|---|---|---|"]
-    for name, (low, high) in report["interval"].items():
-        lines.append(f"| {names.get(name, name)} | {report[name]:.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
-
-
 class Mask2FormerJudge:
     """Objects by a Mask2Former, colours by a CLIP model, both local `transformers` folders.
 
