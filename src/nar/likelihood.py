@@ -113,17 +113,10 @@ def independence_cost(
     condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
     if len(codes) < 4:
         raise ValueError(f"{len(codes)} pictures; at least 4 are needed to fit a coupling and to measure it")
-    schedule = model.layout.schedule
-    sizes = torch.tensor(schedule.fronts)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)[:-1]])
-    has_neighbour = torch.ones(schedule.num_positions, dtype=torch.bool)
-    has_neighbour[starts] = False
-    free = torch.ones_like(has_neighbour) if known is None else model.in_order(known[:1].cpu())[0] < 0
-    has_neighbour &= free
     half = len(codes) // 2
-    if not has_neighbour.any():
+    places, num_free = _after_another(model, known)
+    if not len(places):
         return torch.zeros(len(codes) - half, dtype=torch.float64)
-    places = has_neighbour.nonzero()[:, 0]
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     # Factors are linear in the model's own token embeddings: a free row for each token would need far more pictures
@@ -173,5 +166,17 @@ def independence_cost(
                 best = torch.where(better, found, best)
                 best_coupling[better] = coupling.detach()[better]
     true, strange = measured(torch.arange(half, len(codes)), best_coupling)
-    cost: Tensor = (strange - true).sum(1).cpu().double() / int(free.sum()) / math.log(2)
+    cost: Tensor = (strange - true).sum(1).cpu().double() / (num_free * math.log(2))
     return cost
+
+
+def _after_another(model: Transformer, known: Tensor | None) -> tuple[Tensor, int]:
+    """The places (n,) in generation order of tokens that follow another of their front, and how many tokens are free.
+
+    What `known` decides of the first sample is neither.
+    """
+    sizes = torch.tensor(model.layout.schedule.fronts)
+    free = torch.ones(int(sizes.sum()), dtype=torch.bool) if known is None else model.in_order(known[:1].cpu())[0] < 0
+    follows = free.clone()
+    follows[sizes.cumsum(0) - sizes] = False
+    return follows.nonzero()[:, 0], int(free.sum())

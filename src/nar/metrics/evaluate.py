@@ -81,29 +81,15 @@ def evaluate(
     Raises:
         ValueError: pictures or a reference that do not fit; the reason is named.
     """
-    if isinstance(calibration, int | float) and not 0 <= calibration < 1:
-        raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
-    if keep < 2:
-        raise ValueError(f"keep {keep} must be at least 2")
-    for source in (real, fake, floor):  # before the first hour of work
-        if isinstance(source, str | Path) and not Path(source).expanduser().exists():
-            raise FileNotFoundError(f"{source} does not exist; give a folder of pictures, an .npz or a .parquet file")
+    _check(real, fake, floor, calibration=calibration, keep=keep, chosen=only_real is not None)
     made_with = {"real": _made_with(real), "fake": settings or _made_with(fake)}
     detector = default_detector(inception, device) if detector is None else detector
-    reading = {
-        "size": size,
-        "num_frames": num_frames,
-        "keep": keep,
-        "batch_size": batch_size,
-        "seed": seed,
-        "progress": progress,
-        "cache": None if cache is None else Path(cache).expanduser(),
-    }
+    folder = None if cache is None else Path(cache).expanduser()
+    names = ("size", "num_frames", "keep", "batch_size", "seed", "progress", "cache")
+    reading = dict(zip(names, (size, num_frames, keep, batch_size, seed, progress, folder), strict=True))
     judge = _Judge(detector, reading, resamplings, seed)
-    reference = is_reference(real)
-    if reference and only_real is not None:
-        raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
-    real_set = read_reference(str(real), detector, judge.gather) if reference else judge.gather(real, "real", only_real)
+    known = is_reference(real)
+    real_set = read_reference(str(real), detector, judge.gather) if known else judge.gather(real, "real", only_real)
     fake_set = judge.gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         raise ValueError(
@@ -113,35 +99,35 @@ def evaluate(
     judge.warnings += _few(real_set, fake_set, detector)
     report = judge.numbers(real_set, fake_set)
     if len(real_set.rows) and (few := [name for name in NEIGHBOURS if detector.name(name) not in report]):
-        judge.warnings.append(
-            f"too few pictures for {', '.join(few)}: these need some neighbours, of real ones at least 6"
-        )
+        judge.warnings.append(f"too few pictures for {', '.join(few)}, which look at neighbours: take at least 6")
     report |= _beside(judge, real, real_set, fake_set, floor, calibration)
     report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
     report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
-    report["settings"] = {
-        "num_real": real_set.num_images or None,
-        "num_fake": fake_set.num_images,
-        "rows_real": len(real_set.rows),
-        "rows_fake": len(fake_set.rows),
-        "picture_size": list(fake_set.size or ()),
-        "resized_to": size,
-        "cut_to_frames": num_frames,
+    report["settings"] = _settings(judge, real_set, fake_set) | {
         "chosen_real": None if only_real is None else len(only_real),
-        "covariance_ddof": detector.ddof,
-        "seed": seed,
-        "resamplings": resamplings,
         "calibration": calibration if isinstance(calibration, int | float) else [part.name for part in calibration],
-        "network": detector.label,
-        "network_sha256": detector.digest,
         "real": _provenance(real, real_set, made_with["real"]),
         "fake": _provenance(fake, fake_set, made_with["fake"]),
-        "versions": _versions(),
     }
     for text in report["warnings"]:
         warnings.warn(text, stacklevel=2)
     return report
+
+
+def _check(
+    real: Source, fake: Source, floor: Source | None, *, calibration: float | Sequence[Defect], keep: int, chosen: bool
+) -> None:
+    """Refuse what can't be, before the first hour of work."""
+    if isinstance(calibration, int | float) and not 0 <= calibration < 1:
+        raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
+    if keep < 2:
+        raise ValueError(f"keep {keep} must be at least 2")
+    for source in (real, fake, floor):
+        if isinstance(source, str | Path) and not Path(source).expanduser().exists():
+            raise FileNotFoundError(f"{source} does not exist; give a folder of pictures, an .npz or a .parquet file")
+    if chosen and is_reference(real):
+        raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
 
 
 @dataclass
@@ -248,6 +234,25 @@ def _few(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
             f"{last:,}: its score, lower for being of fewer, counts as much; take a multiple of {SPLIT:,} pictures"
         )
     return found
+
+
+def _settings(judge: _Judge, real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
+    """How two sets were compared."""
+    return {
+        "num_real": real.num_images or None,
+        "num_fake": fake.num_images,
+        "rows_real": len(real.rows),
+        "rows_fake": len(fake.rows),
+        "picture_size": list(fake.size or ()),
+        "resized_to": judge.reading["size"],
+        "cut_to_frames": judge.reading["num_frames"],
+        "covariance_ddof": judge.detector.ddof,
+        "seed": judge.seed,
+        "resamplings": judge.resamplings,
+        "network": judge.detector.label,
+        "network_sha256": judge.detector.digest,
+        "versions": _versions(),
+    }
 
 
 def _provenance(source: Source, found: FeatureSet, made_with: dict[str, Any] | None) -> dict[str, Any]:
