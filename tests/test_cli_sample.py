@@ -262,6 +262,6 @@ def test_too_much_is_refused_before_any_work(run: Run, toy_folder: Path, tmp_pat
         (("-n", 10**9), "'--number' / '-n'"),
         (("-n", 10**6), "too many for one call"),
         (("--grid", "3x1000000"), "3,000,000 positions; at most 65,536"),
-        (("--guidance-scale", 1e308), "from 0 to 1000"),
+        (("--guidance-scale", 1e308), "at least 0 and at most 1000"),
     ):
         assert message in run("sample", toy_folder, *options, "-o", tmp_path / "a.png", code=2)

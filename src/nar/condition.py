@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,18 +103,15 @@ class Condition:
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `function` to every tensor (moving, slicing, repeating along the batch)."""
 
-        def each(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
+        def each(part: Any) -> Any:
+            if part is None or isinstance(part, Tensor):
+                return part if part is None else function(part)
+            return type(part)(*map(each, vars(part).values()))
 
-        text, prefix = self.text, self.prefix
-        return Condition(
-            each(self.labels),
-            text and TextFeatures(function(text.features), function(text.mask), each(text.null)),
-            prefix and PrefixCodes(function(prefix.codes), each(prefix.mask)),
-        )
+        return cast(Condition, each(self))
 
     def to(self, device: torch.device | str) -> Condition:
-        """The same condition on another device."""
+        """The same on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def rows(self, rows: slice | Tensor) -> Condition:
@@ -126,19 +124,19 @@ class Condition:
 
         A prefix stays: guidance compares with other words, not with other context frames.
         """
-        labels, words = self.labels, self.text
-        if labels is not None:
-            labels = torch.where(null, NULL_CLASS, labels)
+        words, without = self.text, null if text is None else text
         if words is not None:
-            without = null if text is None else text
             words = replace(words, null=without if words.null is None else words.null | without)
+        labels = None if self.labels is None else torch.where(null, NULL_CLASS, self.labels)
         return Condition(labels, words, self.prefix)
 
     def _tensors(self) -> list[Tensor]:
         """One tensor of each kind, with the batch as its first axis."""
-        text = None if self.text is None else self.text.features
-        prefix = None if self.prefix is None else self.prefix.codes
-        return [tensor for tensor in (self.labels, text, prefix) if tensor is not None]
+        first = (self.labels, self.text and self.text.features, self.prefix and self.prefix.codes)
+        return [tensor for tensor in first if isinstance(tensor, Tensor)]
+
+
+AnyCondition = Condition | Iterable[Condition]  # several, of different kinds, are combined
 
 
 def ClassCondition(labels: Tensor) -> Condition:  # noqa: N802 one of the constructors of a condition

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations
-from nar.condition import Condition, PrefixCodes, TextFeatures
+from nar.condition import AnyCondition, Condition, PrefixCodes, TextFeatures
 from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
 from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check
@@ -87,27 +86,23 @@ class ModelConfig:
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
         if not (self.num_classes or self.text_dim or self.prefix_grid):
             raise ValueError("a model needs a condition: set num_classes, text_dim or prefix_grid")
-        heads, rows = self._axis_heads, build(self.schedule, self.grid, self.regions).num_rows
-        if len(heads) != rows or set(heads) != set(range(len(self._head_depths))):
+        rows, (heads, depths) = build(self.schedule, self.grid, self.regions).num_rows, self._heads
+        if len(heads) != rows or set(heads) != set(range(len(depths))):
             raise ValueError(
-                f"axis_heads {heads} must name one of the {len(self._head_depths)} heads of head_depths "
+                f"axis_heads {heads} must name one of the {len(depths)} heads of head_depths "
                 f"for each of the {rows} rows of {self.schedule}, and leave none out"
             )
 
     def complete(self) -> ModelConfig:
         """The same with every size written out, as a model and its `config.json` have it."""
-        hidden_dim = self.hidden_dim or 256 * math.ceil(int(8 * self.dim / 3) / 256)
-        return dataclasses.replace(
-            self, hidden_dim=hidden_dim, head_depths=self._head_depths, axis_heads=self._axis_heads
-        )
+        hidden_dim, (heads, depths) = self.hidden_dim or 256 * math.ceil(int(8 * self.dim / 3) / 256), self._heads
+        return dataclasses.replace(self, hidden_dim=hidden_dim, head_depths=depths, axis_heads=heads)
 
     @property
-    def _axis_heads(self) -> tuple[int, ...]:
-        return self.axis_heads or tuple(range(build(self.schedule, self.grid, self.regions).num_rows))
-
-    @property
-    def _head_depths(self) -> tuple[int, ...]:
-        return self.head_depths or (0,) + (1,) * max(self._axis_heads)
+    def _heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`axis_heads` and `head_depths`: by default each row has a head, and each but the first a block."""
+        heads = self.axis_heads or tuple(range(build(self.schedule, self.grid, self.regions).num_rows))
+        return heads, self.head_depths or (0,) + (1,) * max(heads)
 
     @property
     def num_condition(self) -> int:
@@ -118,7 +113,7 @@ class ModelConfig:
     @property
     def num_blocks(self) -> int:
         """Blocks of the whole chain, the heads' extra ones included."""
-        return self.num_layers + sum(self._head_depths)
+        return self.num_layers + sum(self._heads[1])
 
 
 @dataclass(frozen=True)
@@ -240,9 +235,7 @@ class Transformer(nn.Module):
         smaller = isinstance(layer, PackedLinear) and layer.precision in ("float16", "int8")
         return torch.float16 if smaller else self.dtype
 
-    def forward(
-        self, codes: Tensor, condition: Condition | Iterable[Condition], *, dropout: Dropout | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, condition: AnyCondition, *, dropout: Dropout | None = None) -> Tensor:
         """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
         logits = self.logits(self.hidden(codes, condition, dropout=dropout))
         raster = torch.empty_like(logits)
@@ -250,12 +243,7 @@ class Transformer(nn.Module):
         return raster.view(len(raster), *self.config.grid, -1)
 
     def hidden(
-        self,
-        codes: Tensor,
-        condition: Condition | Iterable[Condition],
-        *,
-        dropout: Dropout | None = None,
-        flex: bool | None = None,
+        self, codes: Tensor, condition: AnyCondition, *, dropout: Dropout | None = None, flex: bool | None = None
     ) -> Tensor:
         """What the vocabulary projection reads, (B, N, H * d) in generation order; see `logits`.
 
@@ -345,7 +333,7 @@ class Transformer(nn.Module):
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
         return self._readout(states, positions, slots.start + 1)
 
-    def embed(self, condition: Condition | Iterable[Condition]) -> tuple[Tensor, Tensor | None]:
+    def embed(self, condition: AnyCondition) -> tuple[Tensor, Tensor | None]:
         """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
         config, condition = self.config, Condition.of(condition)
         sizes = {"labels": config.num_classes, "text": config.text_dim, "prefix": config.prefix_grid}
@@ -558,12 +546,8 @@ class Transformer(nn.Module):
 
         A model folder that is there is replaced whole; one with a tokenizer only when a `tokenizer` is given.
         """
-        config = {
-            "kind": "transformer",
-            "model": dataclasses.asdict(self.config),
-            "class_names": list(class_names),
-            **extra,
-        }
+        model, names = dataclasses.asdict(self.config), list(class_names)
+        config = {"kind": "transformer", "model": model, "class_names": names, **extra}
         state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
         write_folder(folder, config, state, parts={"tokenizer": tokenizer} if tokenizer else None)
 

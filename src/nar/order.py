@@ -170,14 +170,7 @@ def par(grid: Sequence[int], regions: Sequence[int]) -> Schedule:
         return raster(grid)
     fronts = (1,) * num_regions + (num_regions,) * (per_region - 1)
     special = num_regions - 1
-    slots = torch.cat(
-        [
-            torch.arange(num_regions - 1),
-            -1 - torch.arange(special),
-            torch.tensor([num_regions - 1]),
-            torch.arange(num_regions, n),
-        ]
-    )
+    slots = torch.cat([torch.arange(special), -1 - torch.arange(special), torch.arange(special, n)])
     # The transition slots are fed with the last first token: a front of `num_regions` slots, in order of region.
     slot_fronts = (1,) * (num_regions - 1) + (num_regions,) * per_region
     places = torch.cat([order[: num_regions - 1], order[:special], order[num_regions - 1 :]])

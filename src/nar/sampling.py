@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Annotated, Any, NamedTuple, TypeVar, cast
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nar.attention import Block
-from nar.condition import Condition
+from nar.condition import AnyCondition, Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
@@ -35,6 +35,14 @@ LARGEST_GUIDANCE = 1000  # far above what helps (20), far below what overflows
 NUM_SEEDS = 2**64
 MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # sampled from at once, which takes a few copies
 SEQUENTIAL_SUMS = ("cpu",)  # devices whose cumsum adds number after number, and is flat where nothing is kept
+
+
+CURVES: dict[str, Curve] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "power": lambda progress: progress**3,
+}
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,6 @@ def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: arguments[field.name] for field in fields(Sampling) if arguments[field.name] is not None}
 
 
-CURVES: dict[str, Curve] = {
-    "constant": lambda _: 1.0,
-    "linear": lambda progress: progress,
-    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    "power": lambda progress: progress**3,
-}
-
-
 class Front(NamedTuple):
     """What one step gives: its number, and all codes (B, *grid) so far, -1 where nothing is decided yet."""
 
@@ -90,10 +90,10 @@ class Front(NamedTuple):
 
 def generate(
     model: Transformer,
-    condition: Condition | Iterable[Condition],
+    condition: AnyCondition,
     sampling: Sampling | None = None,
     *,
-    negative: Condition | Iterable[Condition] | None = None,
+    negative: AnyCondition | None = None,
     seed: int | Sequence[int] = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
@@ -108,10 +108,10 @@ def generate(
 
 def generate_fronts(
     model: Transformer,
-    condition: Condition | Iterable[Condition],
+    condition: AnyCondition,
     sampling: Sampling | None = None,
     *,
-    negative: Condition | Iterable[Condition] | None = None,
+    negative: AnyCondition | None = None,
     seed: int | Sequence[int] = 0,
     indices: Sequence[int] | None = None,
     known: Tensor | None = None,
@@ -261,9 +261,9 @@ def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[t
 @torch.inference_mode()
 def _steps(
     model: Transformer,
-    condition: Condition | Iterable[Condition],
+    condition: AnyCondition,
     sampling: Sampling,
-    negative: Condition | Iterable[Condition] | None,
+    negative: AnyCondition | None,
     seed: int | Sequence[int],
     indices: Sequence[int] | None,
     known: Tensor | None,
