@@ -18,7 +18,7 @@ from nar import Pipeline, Sampling, Transformer, generate, generate_fronts
 from nar.attention import flex_takes
 from nar.condition import Condition
 from nar.precision import PRECISIONS, PackedLinear, convert
-from nar.sampling import Session, step
+from nar.sampling import Session, last_guided, step
 
 # How far logits may move when nothing but the order of sums differs, and against float32 weights.
 ROUNDING = {"float32": 2e-5, "float16": 3e-3, "int8": 0.25, "bfloat16": 0.3}  # float16: that of cached keys and values
@@ -162,8 +162,7 @@ def test_the_unconditional_half_is_fed_while_it_is_needed(sampling: Sampling, fe
     model = make_model("nar")
     session, rows_fed = Session(model), []
     for _ in generate_fronts(model, make_condition(model, 2), sampling, session=session):
-        (buffers,) = session._buffers.values()
-        rows_fed.append(buffers.cache.batch_size)
+        rows_fed.append(session.buffers(2, fed[0], False).cache.batch_size)
     assert rows_fed == fed
 
 
@@ -241,7 +240,8 @@ def test_the_step_can_be_recorded(layout: str) -> None:
     expected = generate(model, condition, sampling)
     session = Session(model)
     generate(model, condition, sampling, session=session)
-    (buffers,) = session._buffers.values()
+    rows = 4 if last_guided(sampling, model.layout.schedule) >= 0 else 2
+    buffers = session.buffers(2, rows, model.embed(condition)[1] is not None)
     with torch.inference_mode(), Operators() as ran:
         buffers.tokens.fill_(-1)
         for front in range(model.layout.schedule.num_steps):

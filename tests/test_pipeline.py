@@ -143,7 +143,7 @@ def test_what_one_call_may_ask_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPat
         ({"class_labels": [0], "num_images_per_prompt": 10**9}, "1,000,000,000 are too many for one call"),
         ({"class_labels": [0], "batch_size": 0.5}, "batch_size must be a whole number of at least 1, not 0.5"),
         ({"class_labels": [0], "guidance_scale": 1e308}, "guidance_scale must be at least 0 and at most 1000"),
-        ({"class_labels": [0], "top_k": math.nan}, "top_k must be a whole number, not nan"),
+        ({"class_labels": [0], "top_k": math.nan}, "top_k must be a whole number, at least 0, not nan"),
         ({"class_labels": [0], "seed": [1, 2]}, "2 seeds for 1 results"),
         ({"class_labels": [0], "seed": ["1"]}, "seed must be a whole number, or a list .* not '1'"),
         ({"class_labels": [0], "known": torch.zeros(2, 4, 4).long()}, "known has 2 rows for 1 results"),

@@ -67,13 +67,19 @@ def test_features_do_not_depend_on_what_shares_the_call(folders: dict[str, Path]
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
 
 
-def test_weights_are_dropped_and_come_back(folders: dict[str, Path]) -> None:
+def test_weights_are_dropped_and_come_back(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
+    read: list[str] = []
+    monkeypatch.setattr(
+        "nar.text.encoder.load_pretrained", lambda name, *a, **b: read.append(name) or load_pretrained(name, *a, **b)
+    )
+    assert read == [], "no weights before the first caption"
     before = encoder.encode(["a red apple"])[0]
-    assert encoder._module is not None
+    encoder.encode(["blue"])
+    assert len(read) == 1
     encoder.close()
-    assert encoder._module is None
     assert torch.equal(encoder.encode(["a red apple"])[0], before)
+    assert len(read) == 2
 
 
 def test_a_long_prompt_is_cut_and_says_where(folders: dict[str, Path]) -> None:

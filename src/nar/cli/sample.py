@@ -182,7 +182,7 @@ def sample(
         **settings,
     )
     seconds = progress.stop()
-    made: dict[str, Any] = {
+    how = {
         "model": model,
         **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)),
         **options,
@@ -192,7 +192,7 @@ def sample(
         "version": __version__,
     }
     records = [
-        {"label": name, "index": index, **made}
+        {"label": name, "index": index, **how}
         | {kind: values[index // number % len(values)] for kind, values in columns.items() if values}
         for index, name in enumerate(result.names)
     ]
@@ -288,11 +288,11 @@ def _sample_set(
     from nar.storage.folder import find_model
     from nar.text import TextEncoder
 
-    made = options["settings"]
-    made |= {"grid": list(pipe.model.config.grid), **made_by(find_model(made["model"]))}
+    settings = options["settings"]
+    settings |= {"grid": list(pipe.model.config.grid), **made_by(find_model(settings["model"]))}
     if pipe.model.config.text_dim and (prompts or geneval):
         encoder = pipe.text_encoder()
-        made["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
+        settings["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
     options |= {"rank": workers.rank, "num_processes": workers.count, "wait": workers.wait}
     if geneval is not None:
         said = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"

@@ -32,8 +32,8 @@ def prefix_grid(tokenizer: Tokenizer, grid: tuple[int, ...], counts: Sequence[in
     allowed = range(1, shape[0], tokenizer.config.frames_per_code if isinstance(tokenizer, CausalTokenizer) else 1)
     wrong = [count for count in counts if count and count not in allowed]
     if wrong or not any(counts) or len(set(counts)) != len(counts):
-        shown = ", ".join(map(str, [0, *allowed][:12])) + (", ..." if len(allowed) > 11 else "")
-        raise ValueError(f"given_frames {list(counts)} must be different ones of {shown}, and not 0 alone")
+        listed = ", ".join(map(str, [0, *allowed][:12])) + (", ..." if len(allowed) > 11 else "")
+        raise ValueError(f"given_frames {list(counts)} must be different ones of {listed}, and not 0 alone")
     return (1 + allowed.index(max(counts)), *grid[1:]) if isinstance(tokenizer, CausalTokenizer) else grid
 
 

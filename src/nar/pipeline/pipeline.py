@@ -210,7 +210,7 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_front_end: Callback | None = None,
     ) -> Output:
-        """Sample `num_images_per_prompt` pictures, or clips, of each label, prompt or given clip, in that order.
+        """Sample `num_images_per_prompt` pictures, or clips, of each label, prompt or clip, in that order.
 
         Settings that are None take the model's own defaults; see `Sampling`. Number i depends on (seed, i) and on its
         condition, not on `batch_size` or its neighbours; without `seed` or `generator` the seed is new, and returned.
@@ -221,7 +221,7 @@ class Pipeline:
             frames: a clip to continue, or a list with one for each result: a file, Pillow pictures, or uint8
                 (T, H, W, 3). Its last frames are the condition; the result begins with all of them, as given (cut and
                 resized to the model's size where they have another). Files are read at the model's frame rate.
-            num_frames: length of the clips, those given included. By default what one pass of the model adds. Longer
+            num_frames: length of the clips, context included. By default what one pass of the model adds. Longer
                 ones are sampled in several passes, each of which sees only the last frames of what is there.
             seed: one for all, or a list with one for each result, which then is the first one of that seed.
             generator: the seed is its next number, so that the next call with it makes others.
@@ -260,11 +260,11 @@ class Pipeline:
                 results.extend(self._codes(batch, indices, sampling, **options))
             else:
                 results.extend(self.sample(batch, indices, sampling, num_frames=num_frames, exact=True, **options))
-        made = torch.stack(results) if output_type == "codes" else _as_output(results, output_type)
+        output = torch.stack(results) if output_type == "codes" else _as_output(results, output_type)
         labels = [request.label for request in requests]
         return Output(
-            None if self.makes_clips else made,
-            made if self.makes_clips else None,
+            None if self.makes_clips else output,
+            output if self.makes_clips else None,
             [request.prompt or ("" if request.label < 0 else self.label_name(request.label)) for request in requests],
             labels,
             seed,
@@ -308,8 +308,8 @@ class Pipeline:
             codes = self._codes(asked, streams, sampling, seed=seed, known=known, callback=callback)
             known = None
             longer = []
-            for clip, made in zip(clips, self.decode(codes, exact=exact), strict=True):
-                added = made[:, self.continuation.num_context(clip) :]
+            for clip, decoded in zip(clips, self.decode(codes, exact=exact), strict=True):
+                added = decoded[:, self.continuation.num_context(clip) :]
                 longer.append(added if clip is None else torch.cat([clip, added], 1))
             if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
                 break
@@ -375,7 +375,7 @@ class Pipeline:
         lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
         self.continuation.check(lengths, num_frames)
         if num_frames is None and len(lengths) > 1 and output_type in ("np", "pt"):
-            raise ValueError(f"clips of {sorted(lengths)} given frames grow to several lengths: set num_frames")
+            raise ValueError(f"clips of {sorted(lengths)} context frames grow to several lengths: set num_frames")
 
     def _read(self, frames: Frames) -> Tensor:
         """A clip as float -1..1 (3, T, H, W) of the model's size."""

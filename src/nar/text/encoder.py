@@ -1,6 +1,6 @@
 """Captions to token states, by any encoder of `transformers` or the text half of CLIP, or a decoder's hidden states.
 
-Knows strings, tokenizers and encoders; does not know the transformer that draws, nor how features enter it.
+Knows strings, tokenizers and encoders; does not know the model that samples, nor how features enter it.
 Dimensions: B captions, T = max_length token positions, C feature channels.
 """
 
@@ -109,7 +109,7 @@ class TextEncoder:
         """Open a folder, a hub id (which is downloaded), or "minilm". `device` defaults to a GPU where there is one.
 
         T5 (the encoder half), CLIP (the text half), BERT and MiniLM, Gemma and other decoders (their last hidden
-        states) are told apart by their own `config.json`. `dtype` is that of the computation, float32 by default;
+        states) are recognised by their own `config.json`. `dtype` is that of the computation, float32 by default;
         features are float32 in any case.
 
         Raises:
@@ -182,12 +182,12 @@ class TextEncoder:
 
     def states(self, captions: Sequence[str]) -> list[Tensor]:
         """The same without padding: (tokens, C) float32 of each caption."""
-        made: list[Tensor] = [torch.empty(0, self.dim, device=self.device)] * len(captions)
+        states: list[Tensor] = [torch.empty(0, self.dim, device=self.device)] * len(captions)
         with torch.no_grad():
-            for rows, states in self._states(self._tokens(captions)):
-                for row, state in zip(rows, states, strict=True):
-                    made[row] = state
-        return made
+            for rows, piece in self._states(self._tokens(captions)):
+                for row, state in zip(rows, piece, strict=True):
+                    states[row] = state
+        return states
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         if not captions:
@@ -209,10 +209,10 @@ class TextEncoder:
 
     def _cut(self, text: str) -> tuple[list[int], str]:
         """The tokens of the beginning of a text, the special ones among them, and where the lost part begins."""
-        given: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        options: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
         if not self._tokenizer.is_fast:
-            return self._tokenizer(text, **given)["input_ids"], "there on"
-        encoded = self._tokenizer(text, **given, return_offsets_mapping=True)
+            return self._tokenizer(text, **options)["input_ids"], "there on"
+        encoded = self._tokenizer(text, **options, return_offsets_mapping=True)
         end = max(int(stop) for _, stop in encoded["offset_mapping"])
         return encoded["input_ids"], f"{_abbreviated(text[end:].strip())} on (character {end})"
 

@@ -13,12 +13,12 @@ from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 __all__ = ["KINDS", "Reconstruction", "Tokenizer", "TokenizerConfig", "load_tokenizer", "new_tokenizer"]
 
 TokenizerConfig = ImageTokenizerConfig | VideoTokenizerConfig | CausalTokenizerConfig
-KINDS: dict[str, type[Tokenizer]] = {made.kind: made for made in (ImageTokenizer, VideoTokenizer, CausalTokenizer)}
+KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (ImageTokenizer, VideoTokenizer, CausalTokenizer)}
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """A tokenizer of the kind that its config is of, with random weights."""
-    return next(made for made in KINDS.values() if made.config_class is type(config))(config)
+    return next(kind for kind in KINDS.values() if kind.config_class is type(config))(config)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

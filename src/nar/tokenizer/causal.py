@@ -111,9 +111,9 @@ class CausalTokenizer(Tokenizer):
 
     def forward(self, clips: Tensor) -> Reconstruction:
         """Reconstruct `clips` (B, 3, T, H, W) in -1..1, with the quantiser's losses."""
-        latents, made, memories = self._encode(clips)
-        losses = (torch.stack(parts).mean() for parts in list(zip(*made, strict=True))[2:])
-        codes = torch.stack([quantized.codes for quantized in made], 1)
+        latents, quantized, memories = self._encode(clips)
+        losses = (torch.stack(parts).mean() for parts in list(zip(*quantized, strict=True))[2:])
+        codes = torch.stack([grid.codes for grid in quantized], 1)
         return Reconstruction(self._decode(memories), codes, latents, *losses)
 
     @property
@@ -123,10 +123,9 @@ class CausalTokenizer(Tokenizer):
 
     def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
         """What decides the codes of a clip; its memory of codes is the decoder's as well."""
-        return (
-            self.first_in, self.group_in, self.pixel_blocks, self.down, self.known, self.encoder_blocks,
-            self.encoder_norm, self.to_code, self.quantizer, self.nothing, self.from_code, self.memory_blocks,
-        )  # fmt: skip
+        seeing = (self.first_in, self.group_in, self.pixel_blocks, self.down, self.known, self.encoder_blocks)
+        coding = (self.encoder_norm, self.to_code, self.quantizer)
+        return *seeing, *coding, self.nothing, self.from_code, self.memory_blocks
 
     def latents(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) to continuous latents (B, D, t, h, w), not yet of unit length.
@@ -137,7 +136,7 @@ class CausalTokenizer(Tokenizer):
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W), float in -1..1, to codes (B, t, h, w) int64; T = 1 + (t - 1) * g."""
-        return torch.stack([quantized.codes for quantized in self._encode(clips)[1]], 1)
+        return torch.stack([grid.codes for grid in self._encode(clips)[1]], 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, t, h, w) to clips (B, 3, T, H, W), about -1..1 and not clamped; T = 1 + (t - 1) * g.
@@ -159,7 +158,7 @@ class CausalTokenizer(Tokenizer):
         return 1 + (time - 1) * self.config.frames_per_code, height * patch, width * patch
 
     def _encode(self, clips: Tensor) -> tuple[Tensor, list[Quantized], list[Tensor]]:
-        """Latents (B, D, t, h, w); and for every grid of codes what the quantiser made, and the memory after it."""
+        """Latents (B, D, t, h, w); and for every grid of codes the quantiser's result, and the memory after it."""
         self.check_pixels(clips)
         config = self.config
         first = self.first_in(_fold(clips[:, :, :1], 1, config.fold))
@@ -167,14 +166,14 @@ class CausalTokenizer(Tokenizer):
         x = self.pixel_blocks(torch.cat((first, groups), dim=1).to(self.nothing.dtype))  # (B, t, H/p, W/p, C)
         seen = self.down(_fold_channels(x, config.patch_size // config.fold))
         memory: Tensor = self.nothing
-        latents, made, memories = [], [], []
+        latents, quantized, memories = [], [], []
         for grid in seen.unbind(1):  # (B, h, w, dim)
             x = self.encoder_norm(self.encoder_blocks(grid + self.known(memory)))
             latents.append(self.to_code(x).movedim(-1, 1))
-            made.append(self.quantizer(latents[-1]))
-            memory = self._remember(memory, made[-1].latents)
+            quantized.append(self.quantizer(latents[-1]))
+            memory = self._remember(memory, quantized[-1].latents)
             memories.append(memory)
-        return torch.stack(latents, 2), made, memories
+        return torch.stack(latents, 2), quantized, memories
 
     def _remember(self, memory: Tensor, latents: Tensor) -> Tensor:
         """The memory (B, h, w, dim) after one more grid of quantised latents (B, D, h, w)."""

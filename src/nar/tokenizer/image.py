@@ -131,13 +131,13 @@ class ImageTokenizer(Tokenizer):
         weights = torch.zeros(height * patch, width * patch, device=codes.device)
         for top in _starts(height, tile, overlap):
             for left in _starts(width, tile, overlap):
-                made = self.decode(codes[:, top : top + tile, left : left + tile])
-                rows, columns = (_ramp(size // patch, overlap, patch, made) for size in made.shape[-2:])
+                decoded = self.decode(codes[:, top : top + tile, left : left + tile])
+                rows, columns = (_ramp(size // patch, overlap, patch, decoded) for size in decoded.shape[-2:])
                 weight = rows[:, None] * columns
                 if total is None:
-                    total = made.new_zeros(*made.shape[:2], *weights.shape)
+                    total = decoded.new_zeros(*decoded.shape[:2], *weights.shape)
                 area = (slice(top * patch, top * patch + len(rows)), slice(left * patch, left * patch + len(columns)))
-                total[..., area[0], area[1]] += made * weight
+                total[..., area[0], area[1]] += decoded * weight
                 weights[area] += weight
         assert total is not None
         return total / weights

@@ -169,10 +169,8 @@ class VideoTokenizer(Tokenizer):
         return self.to_pixels.weight
 
     def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        return (
-            self.patch_embed, self.patch_positions, self.queries, self.encoder, self.to_code, self.code_norm,
-            self.quantizer,
-        )  # fmt: skip
+        reading = (self.patch_embed, self.patch_positions, self.queries, self.encoder)
+        return *reading, self.to_code, self.code_norm, self.quantizer
 
     def latents(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) to continuous latents (B, D, *grid), not yet of unit length."""
@@ -245,8 +243,8 @@ class VideoTokenizer(Tokenizer):
                 raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
             scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
             scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature
-            drawn = sample_codes(scores * scale, uniforms.to(scores.device).flatten())
-            return points, drawn.reshape(len(points), *self.config.grid)
+            sampled = sample_codes(scores * scale, uniforms.to(scores.device).flatten())
+            return points, sampled.reshape(len(points), *self.config.grid)
 
     def _check_size(self, *size: int) -> None:
         config, side = self.config, self.config.image_size

@@ -1,7 +1,7 @@
 """Better codes for given pixels: descent through the decoder, from what the encoder proposes.
 
 An encoder answers at once, for all pictures in the same way; which codes decode closest to *this* picture it only
-estimates. Here they are searched: a code is relaxed to a mixture of the entries near it, the mixture is drawn with
+estimates. Here they are searched: a code is relaxed to a mixture of the entries near it, the mixture is sampled with
 noise and sharpened until one entry is left (stochastic Gumbel annealing: Yang, Bamler and Mandt 2020, arXiv
 2006.04240). Knows any tokenizer with one quantiser; weights and vocabulary stay what they are. Legend: `B` batch,
 `N` codes a sample, `D` code_dim, `V` vocab_size, `K` candidates.
@@ -61,21 +61,21 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
             near = table[_nearest(points.detach(), table)]  # (B, N, K, D)
         temperature = _HOT * (_COLD / _HOT) ** (step / steps) * spacing**2
         scores = (points[..., None, :] - near).square().sum(-1) / (-2 * temperature)  # (B, N, K)
-        draws = torch.empty(scores.shape[1:], device=scores.device).exponential_(generator=noise)
-        shares = (scores - draws.clamp_min(1e-20).log()).softmax(-1)  # Gumbel noise; a draw may be 0
+        exponentials = torch.empty(scores.shape[1:], device=scores.device).exponential_(generator=noise)
+        shares = (scores - exponentials.clamp_min(1e-20).log()).softmax(-1)  # Gumbel noise; one may be 0
         mixed = (shares[..., None, :] @ near).squeeze(-2).mT.unflatten(-1, first.shape[1:])
         error = _error(tokenizer.decode_latents(mixed, **options), pixels)
         (points.grad,) = torch.autograd.grad(error.log().sum(), points)
         optimizer.step()
     with torch.no_grad():
-        found = quantizer.nearest(points).view_as(first)
-        better = _error(tokenizer.decode(found, **options), pixels) < _error(tokenizer.decode(first, **options), pixels)
-    return torch.where(better.view(-1, *[1] * (first.ndim - 1)), found, first)
+        refined = quantizer.nearest(points).view_as(first)
+        after, before = (_error(tokenizer.decode(codes, **options), pixels) for codes in (refined, first))
+    return torch.where((after < before).view(-1, *[1] * (first.ndim - 1)), refined, first)
 
 
-def _error(made: Tensor, pixels: Tensor) -> Tensor:
+def _error(decoded: Tensor, pixels: Tensor) -> Tensor:
     """Mean squared error (B,) of what a picture can show: values outside -1..1 are cut off."""
-    return (made.float().clamp(-1.0, 1.0) - pixels).square().flatten(1).mean(1).clamp_min(1e-12)
+    return (decoded.float().clamp(-1.0, 1.0) - pixels).square().flatten(1).mean(1).clamp_min(1e-12)
 
 
 def _nearest(points: Tensor, table: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ def _nearest(points: Tensor, table: Tensor) -> Tensor:
     squares = table.square().sum(-1)
     pieces = points.flatten(0, 1).split(max(1, _CHUNK // len(table)))
     count = min(_CANDIDATES, len(table))
-    found = [torch.addmm(squares, piece, table.T, alpha=-2.0).topk(count, largest=False).indices for piece in pieces]
-    return cast(Tensor, torch.cat(found).unflatten(0, points.shape[:2]))
+    nearest = [torch.addmm(squares, piece, table.T, alpha=-2.0).topk(count, largest=False).indices for piece in pieces]
+    return cast(Tensor, torch.cat(nearest).unflatten(0, points.shape[:2]))
 
 
 def _spacing(table: Tensor) -> float:
