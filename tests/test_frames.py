@@ -225,6 +225,23 @@ def test_longer_clips_slide_the_window(partly: Pipeline) -> None:
     assert len(free) == 9
 
 
+def test_every_pass_has_random_numbers_of_its_own() -> None:
+    """A model that takes all codes for equally likely samples what its random numbers say, and nothing else."""
+    model = make_model("frames", grid=(3, 2, 2), prefix_grid=(1, 2, 2), num_classes=10)
+    torch.nn.init.zeros_(model.output.weight)
+    passes: list[torch.Tensor] = []
+
+    def note(pipe: Pipeline, front: int, codes: torch.Tensor) -> None:  # noqa: ARG001
+        if bool((codes >= 0).all()):
+            passes.append(codes.clone())
+
+    clip = random_clip(1)
+    Pipeline(model, causal())([1, 1], frames=clip, num_frames=13, seed=1, callback_on_front_end=note)
+    assert len(passes) == 3
+    rows = torch.cat(passes)[:, 1:].flatten(1)  # of two clips in three passes; first codes are those of the clip
+    assert len(rows.unique(dim=0)) == 6
+
+
 def test_exactly_the_codes_of_the_frames() -> None:
     """With a tokenizer that loses nothing: known codes are the frames, predictions are what the model says."""
     model = make_model("frames", grid=(3, 2, 3), prefix_grid=(2, 2, 3))

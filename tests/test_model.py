@@ -93,6 +93,20 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(alone, together[2:3], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_dropped_caption_is_seen_whole_or_with_the_padding_of_the_caption() -> None:
+    """`null_mask` "own" makes every dropped caption the same; "caption" (published) leaves the padding of each."""
+    for layout, settings in (("text", {}), ("text-published", {}), ("text", {"null_mask": "caption"})):
+        model = make_model(layout, **settings)
+        condition = make_condition(model, 4)  # captions of one to four words
+        assert condition.text is not None
+        assert len(condition.text.mask.unique(dim=0)) == 4
+        codes = torch.randint(model.config.vocab_size, (1, *model.config.grid)).expand(4, -1, -1)
+        logits = model(codes, condition.drop(torch.ones(4, dtype=torch.bool)))
+        alike = float((logits - logits[:1]).abs().max()) < 1e-5
+        assert alike == (model.config.null_mask == "own")
+
+
 def test_first_loss_is_uniform() -> None:
     model = Transformer(ModelConfig(grid=(4, 4), vocab_size=50, dim=32, num_layers=1, num_heads=2, num_classes=3))
     logits = model(torch.zeros(1, 4, 4, dtype=torch.long), ClassCondition(torch.tensor([1])))

@@ -30,9 +30,13 @@ SIZES = {
     "bsq": {"vocab_size": 256, "code_dim": 8},
 }
 BODY = {
-    "channels": 16, "channel_multipliers": [1], "pixel_shuffle": 4, "num_blocks": 1, "latent_channels": 32,
+    "channels": 16,
+    "channel_multipliers": [1],
+    "pixel_shuffle": 4,
+    "num_blocks": 1,
+    "latent_channels": 32,
     "norm_groups": 4,
-}  # fmt: skip
+}
 ALONE = Workers(0, 1, torch.device("cpu"))
 
 
@@ -48,11 +52,18 @@ def quantizer(kind: str) -> VectorQuantizer | ScalarQuantizer | BinaryQuantizer:
 def short_recipe(folder: Path, kind: str, tokenizer: dict[str, object], loss: dict[str, object], steps: int) -> Path:
     """A recipe of a tiny tokenizer on the small emoji, 32x32 pixels to 8x8 codes."""
     return tokenizer_recipe(
-        folder, tokenizer={**BODY, **SIZES[kind], "quantizer": kind, **tokenizer}, tokenizer_loss=loss,
-        data={"source": str(EMOJI), "size": 32, "group": "hexcode"}, batch_size=16, num_images=16 * steps,
-        log_every=50, preview_every=1000, checkpoint_every=1000, ema_decay=0.9,
+        folder,
+        tokenizer={**BODY, **SIZES[kind], "quantizer": kind, **tokenizer},
+        tokenizer_loss=loss,
+        data={"source": str(EMOJI), "size": 32, "group": "hexcode"},
+        batch_size=16,
+        num_images=16 * steps,
+        log_every=50,
+        preview_every=1000,
+        checkpoint_every=1000,
+        ema_decay=0.9,
         optim={"learning_rate": 4e-3, "warmup_images": 160, "weight_decay": 0.0, "curve": "cosine"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,7 @@ def test_falling_usage_is_told() -> None:
     said = []
     for step in range(300):
         codes = torch.arange(64) if step < 140 else torch.arange(64) % 20
-        book.see(torch.randn(1, 4, 64), codes[None])
+        book.observe(torch.randn(1, 4, 64), codes[None])
         said.append(book.update(step, 300, torch.Generator()))
     assert [step for step, text in enumerate(said) if text] == [199]
     assert "usage has fallen from 100.0% to 31.2% after 200 steps, 20 of 64 codes in the last 50" in str(said[199])
@@ -117,7 +128,7 @@ def test_a_trained_codebook_is_gone_on_from(tmp_path: Path) -> None:
     latents = made.decode(torch.arange(128)[None])  # half of the codes
     for step in range(9):
         assert torch.equal(made.embedding.weight, before)
-        book.see(latents, made.encode(latents))
+        book.observe(latents, made.encode(latents))
         book.update(step, 100, torch.Generator())
         if step == 4:  # the others were idle for as long as it takes
             assert torch.equal(made.embedding.weight[:128], before[:128])
@@ -132,12 +143,25 @@ def test_a_trained_codebook_is_gone_on_from(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, weights(tmp_path / "first")[name], atol=1e-6, rtol=0)
 
 
-def test_advice_names_the_group_of_the_tokenizer() -> None:
-    book = Codebook(VectorQuantizer(64, 4, l2_norm=False), CodebookConfig(), ALONE, group="causal_tokenizer")
-    assert "set causal_tokenizer.l2_norm=true" in book._advice()
-    config = CodebookConfig(restart_every=1, kmeans_steps=1)
-    full = Codebook(VectorQuantizer(64, 4), config, ALONE, group="causal_tokenizer")
-    assert "a smaller causal_tokenizer.vocab_size" in full._advice()
+@pytest.mark.parametrize(
+    ("l2_norm", "config", "advice"),
+    [
+        (False, CodebookConfig(), "set causal_tokenizer.l2_norm=true, tokenizer_loss.kmeans_steps=10"),
+        (
+            True,
+            CodebookConfig(restart_every=1000, kmeans_steps=1),
+            "set a smaller causal_tokenizer.vocab_size, or lower",
+        ),
+    ],
+)
+def test_advice_names_the_group_of_the_tokenizer(l2_norm: bool, config: CodebookConfig, advice: str) -> None:
+    book = Codebook(VectorQuantizer(64, 4, l2_norm=l2_norm), config, ALONE, group="causal_tokenizer")
+    said = []
+    for step in range(100):
+        book.observe(torch.ones(1, 4, 8), torch.zeros(1, 8, dtype=torch.long))
+        said.append(book.update(step, 1000, torch.Generator()) or "")
+    assert advice in said[-1]
+    assert not any(said[:-1])
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -260,7 +284,7 @@ def test_kmeans_finds_separated_clusters_and_sums_over_processes() -> None:
     config = CodebookConfig(kmeans_steps=3)
     book = Codebook(made, config, ALONE)
     for step in range(3):
-        book.see(latents, made.encode(latents))
+        book.observe(latents, made.encode(latents))
         book.update(step, 10, generator)
     points = made.points(latents).flatten(0, 1)
     apart = torch.cdist(points, made.codebook()).amin(1).mean()
@@ -315,7 +339,7 @@ def test_a_moving_average_follows_its_latents() -> None:
     made.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     book = Codebook(made, CodebookConfig(codebook_decay=0.5), ALONE)
     latents = torch.tensor([[2.0, 4.0, -3.0], [1.0, 1.0, 1.0]])[None]
-    book.see(latents, made.encode(latents))
+    book.observe(latents, made.encode(latents))
     book.update(0, 10, torch.Generator())
     # Halfway from one latent at each entry to the two at (2, 1) and (4, 1) and the one at (-3, 1).
     torch.testing.assert_close(made.embedding.weight.data, torch.tensor([[7 / 3, 2 / 3], [-2.0, 0.5]]))

@@ -107,6 +107,30 @@ def test_the_map_learns_what_is_linear(tmp_path: Path) -> None:
         CaptionMap.load(tmp_path / "no.safetensors")
 
 
+def test_ranks_are_counted_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that are like seven captions in their order; the own one is the first, second, fifth and sixth."""
+    captions = tuple("abcdefg")
+    fitted = CaptionMap(torch.zeros(7), torch.ones(7), torch.eye(7), torch.zeros(7), torch.eye(7), captions)
+    rows = torch.arange(7.0, 0, -1).square()
+
+    class Network:
+        def to(self, device: str) -> Network:  # noqa: ARG002
+            return self
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return rows.expand(len(images), -1)
+
+    home = "nar.metrics.text_image."
+    monkeypatch.setattr(CaptionMap, "load", lambda path: fitted)  # noqa: ARG005
+    monkeypatch.setattr(f"{home}load_efficientnet", Network)
+    monkeypatch.setattr(
+        f"{home}SentenceEncoder", lambda: lambda texts: torch.eye(7)[[captions.index(text) for text in texts]]
+    )
+    report = RetrievalScorer().score(noise(4, 64), ["a", "b", "e", "f"])
+    assert (report["R@1"], report["R@5"], report["concept accuracy"]) == (1 / 4, 3 / 4, 1 / 4)
+    assert (report["num_candidates"], report["num_known"]) == (7, 4)
+
+
 def real_emoji() -> tuple[list[Image.Image], list[str]]:
     """Drawings with captions, of the small set that the repository holds."""
     import io

@@ -48,20 +48,25 @@ class CodebookConfig:
 
 
 class Codebook:
-    """Upkeep of `quantizer` after every step, the same on all processes, from what `see` was shown in it.
+    """Upkeep of `quantizer` after every step, the same on all processes, from what was observed in it.
 
     `fresh` says whether its entries are random and have to be brought to the data first, or trained already. `group` is
     that of the recipe which has the tokenizer's sizes, for advice.
     """
 
     def __init__(
-        self, quantizer: Quantizer, config: CodebookConfig, workers: Workers, *, fresh: bool = True,
+        self,
+        quantizer: Quantizer,
+        config: CodebookConfig,
+        workers: Workers,
+        *,
+        fresh: bool = True,
         group: str = "tokenizer",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.quantizer, self.config, self._workers = quantizer, config, workers
         self._fresh, self._group = fresh, group
         self._vectors = quantizer if isinstance(quantizer, VectorQuantizer) else None
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._observed: list[tuple[Tensor, Tensor]] = []
         self._warned = False
         state = {
             # Steps since a code was used.
@@ -76,19 +81,19 @@ class Codebook:
             state |= {"mean_counts": torch.ones(len(weight)), "mean_sums": weight.detach().clone()}
         self._state = {name: tensor.to(workers.device) for name, tensor in state.items()}
 
-    def see(self, latents: Tensor, codes: Tensor) -> None:
-        """Remember latents (B, D, ...) and codes (B, ...) of this process until the step ends."""
-        self._seen.append((latents.detach(), codes.detach()))
+    def observe(self, latents: Tensor, codes: Tensor) -> None:
+        """Note latents (B, D, ...) and codes (B, ...) of this process until the step ends."""
+        self._observed.append((latents.detach(), codes.detach()))
 
     def update(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
         """Look after the codebook, after optimizer step number `step`; returns a warning when it first collapses."""
-        seen, self._seen = self._seen, []
-        tokens = sum(codes.numel() for _, codes in seen) * self._workers.count
+        observed, self._observed = self._observed, []
+        tokens = sum(codes.numel() for _, codes in observed) * self._workers.count
         # Long enough for each of equally frequent codes to occur, all but 1 in 50.
         window = max(_WINDOW, math.ceil(4 * self.quantizer.vocab_size / tokens))
-        self._count(torch.cat([codes.flatten() for _, codes in seen]), window)
+        self._count(torch.cat([codes.flatten() for _, codes in observed]), window)
         if self._vectors is not None:
-            self._tend(self._vectors, seen, step, num_steps, generator)
+            self._keep_in_use(self._vectors, observed, step, num_steps, generator)
         return self._warning(step, window)
 
     def scalars(self) -> dict[str, Tensor]:
@@ -118,26 +123,31 @@ class Codebook:
         recent.mul_(1 - 1 / window).add_(counts)
         self._state["window"].fill_(window)
 
-    def _tend(
-        self, quantizer: VectorQuantizer, seen: list[tuple[Tensor, Tensor]], step: int, num_steps: int,
+    def _keep_in_use(
+        self,
+        quantizer: VectorQuantizer,
+        observed: list[tuple[Tensor, Tensor]],
+        step: int,
+        num_steps: int,
         generator: torch.Generator,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """Average, restart and cluster the entries, as the config asks for at this step."""
         config = self.config
         restarts = config.restart_every and step % config.restart_every == 0
         restarts = restarts and step <= config.restart_until * num_steps
         clusters = self._fresh and step < config.kmeans_steps
         first = self._fresh and step == 0  # all of them: a start on the data
         if config.codebook_decay:
-            self._average(quantizer, seen)
+            self._average(quantizer, observed)
         if not (restarts or clusters):
             return
         # In the order of the batch, whatever number of processes and pieces computed it.
-        latents = torch.stack([self._workers.gather(piece) for piece, _ in seen]).flatten(0, 1)
+        latents = torch.stack([self._workers.gather(piece) for piece, _ in observed]).flatten(0, 1)
         moved = torch.ones_like(self._state["idle"]) > 0 if first else self._state["idle"] >= config.restart_every
         if first or not clusters:
             quantizer.restart(latents, moved, generator)
         if clusters:
-            own = torch.cat([piece for piece, _ in seen])
+            own = torch.cat([piece for piece, _ in observed])
             for _ in range(_ITERATIONS):
                 counts = quantizer.cluster(own, self._workers.sum)
                 quantizer.restart(latents, counts == 0, generator)
@@ -147,9 +157,11 @@ class Codebook:
             self._state["mean_sums"][moved] = quantizer.embedding.weight.detach()[moved]
 
     @torch.no_grad()
-    def _average(self, quantizer: VectorQuantizer, seen: list[tuple[Tensor, Tensor]]) -> None:
+    def _average(self, quantizer: VectorQuantizer, observed: list[tuple[Tensor, Tensor]]) -> None:
         """Move entries to the moving averages of their latents; one whose average is of almost nothing stays."""
-        found = quantizer.members(torch.cat([piece for piece, _ in seen]), torch.cat([codes for _, codes in seen]))
+        found = quantizer.members(
+            torch.cat([piece for piece, _ in observed]), torch.cat([codes for _, codes in observed])
+        )
         means = self._state["mean_counts"], self._state["mean_sums"]
         for mean, now in zip(means, found, strict=True):
             mean.lerp_(self._workers.sum(now), 1 - self.config.codebook_decay)

@@ -173,7 +173,7 @@ class TokenizerTask:
             single, joint = quantizer.entropies(made.latents, weights.entropy_sharpness, self.workers.mean)
             loss = loss + weights.entropy * (single - weights.entropy_diversity * joint)
             values |= {"entropy_single": single.detach(), "entropy_mean": joint.detach()}
-        self.codebook.see(made.latents, made.codes)
+        self.codebook.observe(made.latents, made.codes)
         return loss, values | {"commitment": made.commitment_loss.detach()}
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
