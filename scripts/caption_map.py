@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nar.data.split import held_out
-from nar.media.crops import to_rgb
+from nar.media.pictures import to_rgb
 from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import batches
 from nar.metrics.text_image import PICTURE_SIZE, CaptionMap, SentenceEncoder, retrieval

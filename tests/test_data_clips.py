@@ -140,7 +140,7 @@ def test_what_is_no_source_of_clips(tmp_path: Path, clips: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no clips"):
         open_source(tmp_path / "empty", size=16, windows=Windows(2))
-    with pytest.raises(FileNotFoundError, match=r"a folder, or a .parquet, .tar or .csv file of clips"):
+    with pytest.raises(FileNotFoundError, match=r"a folder, or a .parquet, .tar, .npz or .csv file of clips"):
         open_source(tmp_path / "nowhere", size=16, windows=Windows(2))
     source = open_source(clips, size=16, windows=Windows(2))
     with pytest.raises(ValueError, match="clips have the views centre, flip and loop"):
@@ -165,7 +165,7 @@ def test_a_broken_clip_is_listed_and_left_out(tmp_path: Path, tokenizer: Path) -
         write(tmp_path / "clips" / f"{index:03d}.mkv", 1, size=(16, 16))
     (tmp_path / "clips" / "007.mkv").write_bytes(b"broken")
     source = open_source(tmp_path / "clips", size=16, windows=Windows(1))
-    with pytest.warns(UserWarning, match=r"1 of 120 pictures cannot be read: 007.mkv"):
+    with pytest.warns(UserWarning, match=r"1 of 120 clips cannot be read: 007.mkv"):
         folder = extract(tokenizer, source, tmp_path / "codes", size=16, threads=1, quiet=True)
     assert len(Codes.open(folder)) == 119
     assert "007.mkv" in (folder / "broken.txt").read_text()

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar.cli import main
+from nar.data.open import open_source
 from nar.evaluation.models import resample_tokens
 from nar.evaluation.sets import paired_places
 from nar.metrics import evaluate
@@ -34,7 +35,7 @@ from nar.metrics.frechet import (
     precision_recall,
     resampled_kernel_distance,
 )
-from nar.metrics.pictures import batches, classes
+from nar.metrics.pictures import batches
 from nar.metrics.reference import write_reference
 from nar.metrics.tables import as_table, metric_names
 from nar.tokenizer import load_tokenizer
@@ -216,18 +217,18 @@ def test_classes_are_read_in_the_order_of_the_pictures(tmp_path: Path) -> None:
     for place, name in enumerate(("b/2.png", "b/10.png", "a/x/3.png")):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((4, 4, 3), place, np.uint8)).save(tmp_path / "folder" / name)
-    assert classes(tmp_path / "folder") == ["a", "b", "b"]
+    assert open_source(tmp_path / "folder").classes() == ["a", "b", "b"]
     assert next(batches(tmp_path / "folder", 3))[:, 0, 0, 0].tolist() == [2, 0, 1]  # 2 before 10
     np.savez(tmp_path / "some.npz", arr_0=pictures(3), labels=[2, 0, 1])
-    assert classes(tmp_path / "some.npz") == ["2", "0", "1"]
+    assert open_source(tmp_path / "some.npz").classes() == [2, 0, 1]
     pq.write_table(pa.table({"image": [b"", b""], "label": [3, 4]}), tmp_path / "some.parquet")
-    assert classes(tmp_path / "some.parquet") == ["3", "4"]
+    assert open_source(tmp_path / "some.parquet").classes() == ["3", "4"]
     np.savez(tmp_path / "none.npz", arr_0=pictures(3))
     for source in (tmp_path / "none.npz", tmp_path / "folder" / "b"):
         with pytest.raises(ValueError, match="names no classes"):
-            classes(source)
+            open_source(source).classes()
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        classes(tmp_path / "nothing")
+        open_source(tmp_path / "nothing").classes()
 
 
 @pytest.mark.filterwarnings("ignore:FD-Colours")
@@ -594,7 +595,7 @@ def test_the_command_resamples_tokens_and_pairs_classes(
     options = ["--real", tmp_path / "real", "--cache", tmp_path / "cache", "--resamplings", 0]
     run("eval", toy_folder, "--labels", "real", "--json", tmp_path / "report.json", *options)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["real"]["name"] == "test"
+    assert report["settings"]["real"]["name"] == "real"
     assert (report["settings"]["num_real"], report["settings"]["num_fake"]) == (9, 9)
     assert report["settings"]["fake"]["made_with"]["labels"] == "real"
     names = ["encoded and decoded", *(f"{share} % of tokens resampled" for share in (2, 5, 10))]

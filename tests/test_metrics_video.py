@@ -20,7 +20,7 @@ from nar.metrics import evaluate
 from nar.metrics.defects import motion_defects
 from nar.metrics.detectors import Detected, I3DDetector, TransNetDetector
 from nar.metrics.networks.transnet import transnet_file
-from nar.metrics.pictures import batches, classes
+from nar.metrics.pictures import batches, opened
 from nar.metrics.tables import as_table, metric_names
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 
@@ -201,7 +201,12 @@ def test_clips_come_from_animations_strips_and_arrays(tmp_path: Path) -> None:
         cells.append({"bytes": (tmp_path / "strip.png").read_bytes(), "path": None})
     pq.write_table(pa.table({"strip": cells}), tmp_path / "clips.parquet")
     np.savez(tmp_path / "clips.npz", arr_0=clips)
-    for source in (tmp_path / "folder", tmp_path / "clips.parquet", tmp_path / "clips.npz", [clips]):
+    for source in (
+        opened(tmp_path / "folder", clips=True),
+        tmp_path / "clips.parquet",
+        tmp_path / "clips.npz",
+        [clips],
+    ):
         np.testing.assert_array_equal(np.concatenate(list(batches(source, 2))), clips)
     pieces = np.concatenate(list(batches(tmp_path / "clips.npz", 2, num_frames=5)))
     np.testing.assert_array_equal(pieces, clips[:, :10].reshape(6, 5, 32, 32, 3))
@@ -226,15 +231,15 @@ def test_folders_of_frames_and_video_files_are_cut_into_pieces(tmp_path: Path) -
         file.mux(stream.encode())
     found = np.concatenate(list(batches(tmp_path / "set", 4, num_frames=5)))
     assert found.shape == (8, 5, 32, 32, 3)  # two whole pieces of 12 frames each
-    assert classes(tmp_path / "set", 5) == ["a"] * 4 + ["b"] * 4
+    assert opened(tmp_path / "set", num_frames=5).classes() == ["a"] * 4 + ["b"] * 4
     assert abs(found[:2].astype(int) - clips[0, :10].reshape(2, 5, 32, 32, 3)).mean() < 8  # lossy
     np.testing.assert_array_equal(found[4:6], clips[0, :10].reshape(2, 5, 32, 32, 3))
     np.testing.assert_array_equal(found[6:], clips[1, :10].reshape(2, 5, 32, 32, 3))
     Image.new("RGB", (16, 16)).save(tmp_path / "set/b/one/frame4.png")
-    with pytest.raises(ValueError, match=r"one has frames of 16x16 pixels and 32x32 pixels"):
+    with pytest.raises(ValueError, match=r"one has frames of 16x16 and 32x32 pixels"):
         list(batches(tmp_path / "set", 4, num_frames=5))
     (tmp_path / "set/a/four.mp4").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"four\.mp4 can't be read as a video"):
+    with pytest.raises(ValueError, match=r"four\.mp4 is damaged or not a clip"):
         list(batches(tmp_path / "set", 4, num_frames=5))
 
 

@@ -336,13 +336,14 @@ def reference(
     device: Device = None,
 ) -> None:
     """Write the statistics of real pictures as ADM's files hold them, for --real."""
-    from nar.evaluation.real import BATCH, real_pictures
+    from nar.evaluation.sets import BATCH
+    from nar.metrics.pictures import opened
     from nar.metrics.reference import write_reference
     from nar.precision import usable_device
 
     options = _options(context, "real", "split", "output")
     options |= {"batch_size": batch_size or BATCH, "device": usable_device(device), "progress": sys.stderr.isatty()}
-    pictures = real_pictures(real, split, size)
+    pictures = opened(real, split=split, size=size)
     _written(lambda path: write_reference(path, pictures, **options), output)
 
 

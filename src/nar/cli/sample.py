@@ -283,8 +283,9 @@ def _sample_set(
     options: dict[str, Any],
 ) -> None:
     """Sample a set for evaluation: of prompts, of GenEval's metadata, or of classes."""
-    from nar.evaluation.real import real_classes
+    from nar.data.open import open_source
     from nar.evaluation.sets import LABELS, geneval_set, made_by, sample_set
+    from nar.media.video import Windows
     from nar.storage.folder import find_model
     from nar.text import TextEncoder
 
@@ -300,9 +301,11 @@ def _sample_set(
         said = f"a picture of each of {len(prompts)} prompts"
         sample_set(pipe, output, len(prompts), "prompts", prompts=prompts, **options)
     else:
-        num_frames = pipe.pixel_shape[0] if pipe.makes_clips else None
+        windows = Windows(pipe.pixel_shape[0], kind="all", whole=True) if pipe.makes_clips else None
         try:
-            names = labels if labels in LABELS else real_classes(labels, "test", num_frames, pipe.class_names)
+            names: Any = labels
+            if labels not in LABELS:
+                names = open_source(labels, split="test", whole=True, windows=windows).classes(pipe.class_names)
         except FileNotFoundError as error:
             raise ValueError(f"--labels is {', '.join(LABELS)}, prompts, or real pictures; {error}") from error
         said = f"{number} pictures, {labels} labels"

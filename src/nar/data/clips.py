@@ -1,12 +1,13 @@
-"""Sources of clips: folders of files, strips in tables, and the lists of UCF-101 and Kinetics-600.
+"""Sources of clips: which frames of each are taken, and the lists of UCF-101 and Kinetics-600.
 
-Knows where clips lie and which window of each is taken; does not know how a file is decoded. Legend: `T` frames.
+Knows windows and lists; does not know how a file is decoded. Legend: `T` frames.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,28 +16,37 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from nar.data.source import Source
+from nar.data.source import BROKEN, Source, some
 from nar.media.crops import VIEWS, random_crop
 from nar.media.video import Windows, read_clip, squared, timeline
+from nar.storage.text import read_text
 
 
 @dataclass(frozen=True)
 class ClipSource(Source):
-    """Clips that are decoded when asked for: `open(i)` gives a file, its bytes, or a picture.
+    """Clips that are decoded when asked for: `open(i)` gives a file, its bytes, files of frames, an array, or a strip.
 
-    A picture is a strip: square frames stacked top to bottom. `starts` says where each row's window begins, for rows
-    that are windows; None leaves that to `windows`. With `given`, all frames after so many first ones are the last of
-    these: what a tokenizer that needs whole clips reads of given frames.
+    A strip is a picture: square frames below or beside one another.
+
+    Attributes:
+        windows: what is taken of each clip.
+        starts: where each row's window begins, for rows that are windows; None leaves that to `windows`.
+        given: all frames after so many first ones are the last of these: what a tokenizer that needs whole clips reads
+            of context frames; 0 is off.
+        short: names of the clips that were found to have fewer frames than a window takes; reading fills it.
     """
 
     windows: Windows = field(default_factory=Windows)
     starts: Sequence[int] | None = None
     given: int = 0
+    short: set[str] = field(default_factory=set, compare=False)
+
+    noun = "clip"
 
     def array(
-        self, index: int, size: int, draws: Mapping[str, float] | None = None, *, crop: bool = False
+        self, index: int, size: int | None, draws: Mapping[str, float] | None = None, *, crop: bool = False
     ) -> np.ndarray:
-        """Decode a window of clip `index` to (T, size, size, 3) uint8.
+        """Decode a window of clip `index` to (T, size, size, 3) uint8; None leaves its own size (T, H, W, 3).
 
         Of `draws`, numbers in [0, 1) by name, `window_start` picks the place of a "random" window; with `crop` others
         pick one square for all frames (see `random_crop`).
@@ -47,24 +57,32 @@ class ClipSource(Source):
         """Clips ([v,] T, size, size, 3) that stop after the `given` frames."""
         return clips.take(np.arange(clips.shape[-4]).clip(max=self.given - 1), -4) if self.given else clips
 
-    def _window(self, index: int, size: int, draws: Mapping[str, float] | None = None, *, crop: bool) -> np.ndarray:
-        opened, windows = self.open(index), self.windows
-        strip = _strip(opened)
-        shown = np.arange(len(strip)) if strip is not None else timeline(opened).rows(windows.frame_rate)
+    def _file(self, index: int) -> Any:
+        opened = self.open(index)
+        return unstacked(opened) if isinstance(opened, Image.Image) else opened
+
+    def _window(
+        self, index: int, size: int | None, draws: Mapping[str, float] | None = None, *, crop: bool
+    ) -> np.ndarray:
+        file, windows = self._file(index), self.windows
+        count = len(timeline(file).rows(windows.frame_rate))
+        if windows.is_short(count):
+            self.short.add(self.names[index])
         if self.starts is not None:
             start = self.starts[index]
         else:
-            start = windows.drawn(len(shown), 0.5 if draws is None else draws["window_start"])
-        if strip is not None:
-            clip = strip[windows.rows(len(strip), start)]
-        else:
-            clip = read_clip(
-                opened, num_frames=windows.num_frames, start=start, stride=windows.stride,
-                frame_rate=windows.frame_rate, size=0 if crop else size,
-            )  # fmt: skip
-        if crop and draws is not None:
-            return np.stack([np.asarray(random_crop(Image.fromarray(frame), size, draws)) for frame in clip])
-        return np.stack([squared(frame, size) for frame in clip])
+            start = windows.drawn(count, 0.5 if draws is None else draws["window_start"])
+        clip = read_clip(
+            file,
+            num_frames=windows.num_frames,
+            start=start,
+            stride=windows.stride,
+            frame_rate=windows.frame_rate,
+            size=0 if crop else size or 0,
+        )
+        if crop and draws is not None and size is not None:
+            clip = np.stack([np.asarray(random_crop(Image.fromarray(frame), size, draws)) for frame in clip])
+        return clip if size is None else np.stack([squared(frame, size) for frame in clip])
 
     def views(self, index: int, size: int, kind: str) -> np.ndarray:
         """What codes are made of, (v, T, size, size, 3): the window, with "flip" and mirrored.
@@ -82,29 +100,69 @@ class ClipSource(Source):
     def unrolled(self) -> Self:
         """One row a window, when `windows` asks for all; windows of one clip are held out together.
 
-        Looks into every file for its number of frames.
+        Looks into every file for its number of frames. Clips without a window are left out; those that can't be read
+        keep a row, which is then found broken.
         """
         if self.windows.kind != "all":
             return self
-        starts, rows = list[int](), list[int]()
-        for row in range(len(self)):
-            opened = self.open(row)
-            strip = _strip(opened)
-            count = len(strip) if strip is not None else len(timeline(opened).rows(self.windows.frame_rate))
-            found = self.windows.starts(count)
+        starts, rows, short = list[int](), list[int](), list[str]()
+        for row, name in enumerate(self.names):
+            try:
+                count = len(timeline(self._file(row)).rows(self.windows.frame_rate))
+            except BROKEN:
+                found = [0]
+            else:
+                found = self.windows.starts(count)
+                if self.windows.is_short(count):
+                    short.append(name)
             starts += found
             rows += [row] * len(found)
-        many = self.take(np.array(rows))
+        whole, length = self.windows.whole, self.windows.num_frames
+        many = self.take(np.array(rows, np.int64))
         names = [f"{name} from frame {start}" for name, start in zip(many.names, starts, strict=True)]
-        return dataclasses.replace(many, names=names, groups=many.groups or many.names, starts=starts)
+        left_out = {**many.left_out} | ({f"of fewer than {length} frames": short} if whole and short else {})
+        many = dataclasses.replace(
+            many, names=names, groups=many.groups or many.names, starts=starts, left_out=left_out, short=set()
+        )
+        many.short.update([] if whole else short)
+        return many
 
     def take(self, rows: np.ndarray) -> Self:
         """The source with only these rows, in this order."""
         starts = None if self.starts is None else [self.starts[int(row)] for row in rows]
         return dataclasses.replace(super().take(rows), starts=starts)
 
+    def counts(self) -> dict[str, Any]:
+        """What a report says of the source."""
+        return super().counts() | ({"num_short": len(self.short)} if self.short else {})
 
-def open_list(paths: Sequence[Path], windows: Windows) -> ClipSource:
+    def short_clips(self) -> str:
+        """Say in one line how many clips were found too short, if any were."""
+        if not self.short:
+            return ""
+        length = self.windows.num_frames
+        return (
+            f"{len(self.short)} clips have fewer frames than the {length} asked for, and their last one is repeated: "
+            f"{some(sorted(self.short))}"
+        )
+
+
+def unstacked(strip: Image.Image) -> np.ndarray:
+    """The frames (T, side, side, 3) of a strip, which lie below or beside one another.
+
+    Raises:
+        ValueError: they are not whole squares.
+    """
+    side = min(strip.size)
+    if max(strip.size) % side:
+        raise ValueError(f"a strip of {strip.width}x{strip.height} pixels is not a whole number of square frames")
+    pixels = np.asarray(strip.convert("RGB"))
+    if strip.height >= strip.width:
+        return pixels.reshape(-1, side, side, 3)
+    return pixels.reshape(side, -1, side, 3).swapaxes(0, 1)
+
+
+def open_list(paths: Sequence[Path]) -> ClipSource:
     """Clips named by csv files with the columns `path`, and maybe `label`, `action` and `caption`.
 
     This is the protocol of UCF-101 and Kinetics-600 as LARP's and NAR's trainers have it. Paths are relative to the
@@ -118,8 +176,7 @@ def open_list(paths: Sequence[Path], windows: Windows) -> ClipSource:
     """
     files, actions, numbers, captions = list[Path](), list[str](), list[str](), list[str]()
     for path in paths:
-        with path.open(newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
         if not rows or "path" not in rows[0]:
             raise ValueError(f"{path} must be a csv file with a header that names `path`, and at least one row")
         for row in rows:
@@ -140,7 +197,6 @@ def open_list(paths: Sequence[Path], windows: Windows) -> ClipSource:
         tuple(names[key] or key for key in ordered) if named else ("clip",),
         lambda index: files[index],
         captions if any(captions) else None,
-        windows=windows,
     )
 
 
@@ -151,13 +207,3 @@ def _found(listing: Path, name: str) -> Path:
     raise FileNotFoundError(
         f"{listing} names the clip {name}, which is neither beside the list nor below a folder above it"
     )
-
-
-def _strip(opened: Any) -> np.ndarray | None:
-    """The frames (T, side, side, 3) of a strip; None for a file."""
-    if not isinstance(opened, Image.Image):
-        return None
-    side = opened.width
-    if opened.height % side:
-        raise ValueError(f"a strip of {opened.height}x{side} pixels is not a whole number of square frames")
-    return np.asarray(opened.convert("RGB")).reshape(-1, side, side, 3)

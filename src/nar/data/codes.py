@@ -37,6 +37,7 @@ class Codes:
     rows: np.ndarray | None = None
     tags: tuple[tuple[str, ...], ...] | None = None
     styles: tuple[str, ...] | None = None
+    rewordings: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Codes:
@@ -59,7 +60,7 @@ class Codes:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         width = manifest["num_views"] * int(np.prod(manifest["grid"]))
         shards, labels, groups, captions = [], [], list[str](), list[str]()
-        tags, styles = list[tuple[str, ...]](), list[str]()
+        tags, styles, rewordings = list[tuple[str, ...]](), list[str](), list[tuple[str, ...]]()
         for name in manifest["shards"]:
             try:
                 with pa.memory_map(str(folder / name)) as source:
@@ -71,6 +72,8 @@ class Codes:
                 captions += table.column("caption").to_pylist()
                 if "tags" in table.column_names:
                     tags += [tuple(found) for found in table.column("tags").to_pylist()]
+                if "rewordings" in table.column_names:
+                    rewordings += [tuple(found) for found in table.column("rewordings").to_pylist()]
                 if "style" in table.column_names:
                     styles += table.column("style").to_pylist()
             except (OSError, pa.ArrowException, ValueError, KeyError) as error:
@@ -87,7 +90,7 @@ class Codes:
         written = tuple(captions) if manifest["captions"] else None
         return cls(
             folder, manifest, np.concatenate(labels).astype(np.int64), tuple(groups), written, tuple(shards), ends,
-            tags=tuple(tags) or None, styles=tuple(styles) or None,
+            tags=tuple(tags) or None, styles=tuple(styles) or None, rewordings=tuple(rewordings) or None,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -131,6 +134,7 @@ class Codes:
             rows=rows if self.rows is None else self.rows[rows],
             tags=None if self.tags is None else tuple(self.tags[row] for row in rows),
             styles=None if self.styles is None else tuple(self.styles[row] for row in rows),
+            rewordings=None if self.rewordings is None else tuple(self.rewordings[row] for row in rows),
         )
 
     def beside(self, folder: str | Path) -> Codes:
@@ -152,7 +156,7 @@ class Codes:
         )
 
     def wordings(self, kind: str) -> list[tuple[str, ...]]:
-        """What may be said of each sample: the caption ("plain"), or several forms of it ("varied").
+        """What may be said of each sample: its captions ("plain"), or several forms of each ("varied").
 
         Raises:
             ValueError: there are no captions, or `kind` is unknown.
@@ -161,7 +165,12 @@ class Codes:
             raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, not {kind!r}")
         if self.captions is None:
             raise ValueError(f"the codes in {self.folder} have no captions; extract them from a source that has some")
+        further = self.rewordings or [()] * len(self)
+        said = [(caption, *more) for caption, more in zip(self.captions, further, strict=True)]
         if kind == "plain":
-            return [(caption,) for caption in self.captions]
+            return said
         tags, styles = self.tags or [()] * len(self), self.styles or [""] * len(self)
-        return [wordings(*words) for words in zip(self.captions, tags, styles, strict=True)]
+        return [
+            tuple(dict.fromkeys(form for caption in captions for form in wordings(caption, tag, style)))
+            for captions, tag, style in zip(said, tags, styles, strict=True)
+        ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nar.data.open import open_source
-from nar.data.source import Source
+from nar.data.source import BROKEN_POLICIES, Source
 from nar.data.split import families, held_out
 from nar.data.wording import WORDINGS
 from nar.media.crops import VIEWS
@@ -30,13 +31,15 @@ class DataConfig:
     Attributes:
         source: pictures, see `nar.data.open.open_source`.
         size: pixels a side.
-        validation: the split that is held out; "auto" takes the source's own "test" split, or else holds out
-            `heldout_share` of the pictures, by `group`.
+        validation: the split that is held out: "val" or "test", either of which stands for the other where one is
+            missing. "auto" takes the source's own test split, or its val split, or else holds out `heldout_share` of
+            the pictures, by `group`.
         label, group: columns of tables; samples of one group are held out together.
         group_without: a regular expression; what it finds in a group does not count. For emoji, of which drawings that
             differ in skin tone are one thing: SKIN_TONES.
         views: of each picture that a model learns codes of: "centre", "flip", "shift" (moved a little in eight
             directions) or "ten-crop"; of clips that are loops also "loop", eight starts and their mirror images.
+        broken: what is done with pictures that can't be decoded: "skip" them, up to 1 %, or "refuse".
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
@@ -67,6 +70,7 @@ class DataConfig:
     label: str = "label"
     group: str = ""
     group_without: str = ""
+    broken: str = "skip"
     views: str = "centre"
     augment: str = "none"
     shift: int = 0
@@ -84,6 +88,8 @@ class DataConfig:
     heldout_codes: str = ""
 
     def __post_init__(self) -> None:
+        if self.broken not in BROKEN_POLICIES:
+            raise ValueError(f"data.broken must be {' or '.join(BROKEN_POLICIES)}, not {self.broken!r}")
         if self.views not in VIEWS:
             raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
         if self.augment not in ("none", "flip", "crop", "loop"):
@@ -125,7 +131,14 @@ class DataConfig:
         opened = self._opened
         train, split = opened(), "test" if self.validation == "auto" else self.validation
         try:
-            return train, opened(split)
+            heldout = opened(split)
+            used = ("train", split if split in heldout.splits else next(iter({*heldout.splits} - {"train"}), ""))
+            if unused := [name for name in heldout.splits if name not in used]:
+                warnings.warn(
+                    f"the split {unused[0]} is not used: {used[1]} is held out; data.validation={unused[0]} takes it",
+                    stacklevel=2,
+                )
+            return train, heldout
         except FileNotFoundError:
             if self.validation != "auto":
                 raise
@@ -136,7 +149,13 @@ class DataConfig:
 
     def _opened(self, split: str = "train") -> Source:
         source = open_source(
-            self.source, size=self.size, split=split, label=self.label, group=self.group, windows=self.clip_windows
+            self.source,
+            size=self.size,
+            split=split,
+            label=self.label,
+            group=self.group,
+            windows=self.clip_windows,
+            broken=self.broken,
         )
         if not self.group_without:
             return source

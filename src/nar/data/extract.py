@@ -6,28 +6,26 @@ Knows sources, tokenizers and the files of `nar.data.codes`; does not know model
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from nar import __version__
 from nar.data.clips import ClipSource
 from nar.data.codes import MANIFEST
-from nar.data.source import BROKEN, BROKEN_SHARE, Source, check_broken
+from nar.data.source import BROKEN, Source, content_of
 from nar.media.crops import VIEWS
 from nar.media.pixels import as_pixels, pad_to_multiple
 from nar.media.video import Windows
-from nar.storage.files import atomically
+from nar.storage.files import atomically, claim, read_json, write_json, write_text
 from nar.storage.folder import digest
 from nar.tokenizer import load_tokenizer
 
@@ -56,89 +54,137 @@ def extract(
 
     Process `rank` of `count` makes every `count`-th shard; `wait` must return once all processes have called it, and
     then the first one writes the manifest. The tokenizer is copied into the folder, which so needs nothing else.
-    With `pad` the edges of pictures are repeated, below and right, up to a multiple of the tokenizer's patch.
+    With `pad` the edges of pictures are repeated, below and right, up to a multiple of the tokenizer's patch. Where an
+    earlier version began the folder, samples keep the order and the classes that they have there.
 
     Raises:
-        ValueError: the folder holds codes of another tokenizer, source or setting, or more than 1 % of the pictures are
-            broken.
+        ValueError: the folder holds codes of another tokenizer, source or setting, the pictures do not fit the
+            tokenizer, or more than 1 % of them are broken. Nothing is left in a folder that held nothing.
     """
     if kind not in VIEWS:
         raise ValueError(f"views must be one of {', '.join(VIEWS)}, not {kind!r}")
     if not len(source):
         raise ValueError("there are no pictures to extract codes from")
     folder = Path(folder)
+    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    encoder = _Encoder(tokenizer, size, kind, batch_size, threads, pad, device)
+    source, named = _as_begun(source, folder / _SETTINGS)
+    if not (folder / _SETTINGS).is_file():
+        encoder.try_one(source)  # before anything is written
     settings = {
         "tokenizer": digest(tokenizer_folder),
         "size": size,
         "views": kind,
-        "source": fingerprint(source),
+        "source": named,
         "shard_size": SHARD_SIZE,
         "padding": pad,
         "given_frames": getattr(source, "given", 0),
     }
-    _claim(folder, settings)
-    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    claim(folder, settings, record=_SETTINGS, empty=True)
     starts = range(0, len(source), SHARD_SIZE)
     names = [f"data-{index:05d}-of-{len(starts):05d}.arrow" for index in range(len(starts))]
     mine = [index for index in range(rank, len(starts), count) if not (folder / names[index]).is_file()]
-    ends = {index: min(starts[index] + SHARD_SIZE, len(source)) for index in mine}
-    broken: list[str] = []
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=sum(ends[index] - starts[index] for index in mine), desc="extracting codes", unit="img",
+    rows = {index: range(starts[index], min(starts[index] + SHARD_SIZE, len(source))) for index in mine}
+    try:
+        with tqdm(
+            total=sum(map(len, rows.values())),
+            desc="extracting codes",
+            unit="img",
             disable=True if quiet or rank else None,
-        ) as bar,
-    ):  # fmt: skip
-        for index in mine:
-            rows, pieces, found = [], list[np.ndarray](), list[str]()
-            for start in range(starts[index], ends[index], batch_size):
-                batch = range(start, min(start + batch_size, ends[index]))
-                decoded = list(pool.map(lambda row: _views(source, row, size, kind), batch))
-                bar.update(len(batch))
-                found += [piece for piece in decoded if isinstance(piece, str)]
-                good = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
-                if good:
-                    rows += [row for row, _ in good]
-                    images = np.stack([piece for _, piece in good])
-                    pieces.append(_encode(tokenizer, images, device, batch_size, pad))
-            broken += found
-            if len(broken) > BROKEN_SHARE * len(source):
-                check_broken(broken, len(source))
-            codes = np.concatenate(pieces) if pieces else np.empty((0, VIEWS[kind], 1), np.int64)
-            _write_shard(folder / names[index], codes, source, rows, found, tokenizer.config.vocab_size)
+        ) as bar:
+            broken: list[str] = []
+            for index in mine:
+                good, codes, found = encoder.shard(source, rows[index], broken, bar)
+                _write_shard(folder / names[index], codes, source, good, found, tokenizer.config.vocab_size)
+    except ValueError:
+        if not any((folder / name).is_file() for name in names):
+            (folder / _SETTINGS).unlink(missing_ok=True)  # or it would refuse the corrected command
+        raise
     wait()
-    if rank == 0:
-        _finish(folder, names, settings, source, tokenizer_folder, tokenizer, size)
+    if rank == 0 and (mine or not (folder / MANIFEST).is_file()):
+        _finish(folder, names, settings, source, tokenizer_folder, tokenizer)
     wait()
     return folder
+
+
+class _Encoder:
+    """Pictures of a source to codes of a tokenizer, a batch at a time."""
+
+    def __init__(
+        self, tokenizer: Any, size: int, kind: str, batch_size: int, threads: int, pad: bool, device: Any
+    ) -> None:
+        self.tokenizer, self.size, self.kind, self.batch_size = tokenizer, size, kind, batch_size
+        self.pad, self.device, self._pool = pad, device, ThreadPoolExecutor(threads)
+
+    def try_one(self, source: Source) -> None:
+        """Encode the first picture that can be decoded; raises ValueError where the tokenizer can't take its size."""
+        for row in range(min(len(source), _LOOKED_AT)):
+            if not isinstance(made := self._views(source, row), str):
+                self._encode(made[None, :1])
+                return
+
+    def shard(
+        self, source: Source, rows: range, broken: list[str], bar: Any
+    ) -> tuple[list[int], np.ndarray, list[str]]:
+        """Encode some rows: those that could be decoded, their codes (n, v, *grid), and why the others could not.
+
+        `broken` collects these of all shards; raises ValueError once they are too many.
+        """
+        good, pieces, found = list[int](), list[np.ndarray](), list[str]()
+        for batch in _batches(rows, self.batch_size):
+            decoded = list(self._pool.map(lambda row: self._views(source, row), batch))
+            bar.update(len(batch))
+            failed = [piece for piece in decoded if isinstance(piece, str)]
+            found += failed
+            broken += failed
+            if source.too_many(len(broken)):
+                source.check_broken(broken)
+            kept = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
+            if kept:
+                good += [row for row, _ in kept]
+                pieces.append(self._encode(np.stack([piece for _, piece in kept])))
+        return good, np.concatenate(pieces) if pieces else np.empty((0, VIEWS[self.kind], 1), np.int64), found
+
+    def _views(self, source: Source, row: int) -> np.ndarray | str:
+        """The views (v, size, size, 3) uint8 of a picture, (v, T, size, size, 3) of a clip, or why it is broken."""
+        try:
+            return source.views(row, self.size, self.kind)
+        except BROKEN as error:
+            return f"{source.names[row]} ({error})"
+
+    @torch.inference_mode()
+    def _encode(self, images: np.ndarray) -> np.ndarray:
+        """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8.
+
+        `batch_size` views at a time: sixteen views of a clip are as many clips.
+        """
+        flat, codes = images.reshape(-1, *images.shape[2:]), list[Tensor]()
+        for start in range(0, len(flat), self.batch_size):
+            pixels = as_pixels(flat[start : start + self.batch_size]).to(self.device)
+            pixels = pad_to_multiple(pixels, self.tokenizer.config.patch_size) if self.pad else pixels
+            codes.append(self.tokenizer.encode(pixels).cpu())
+        made: np.ndarray = torch.cat(codes).unflatten(0, images.shape[:2]).numpy()
+        return made
+
+
+def _batches(rows: range, size: int) -> Iterator[range]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _as_begun(source: Source, settings: Path) -> tuple[Source, str]:
+    """The source as the folder's extraction has it, and what names it: as it is, or as an earlier version had it."""
+    named = fingerprint(source)
+    begun = read_json(settings).get("source") if settings.is_file() else None
+    if begun not in (None, named):
+        for before in source.as_before():
+            if fingerprint(before) == begun:
+                return before, begun
+    return source, named
 
 
 def given_folder(count: int) -> str:
     """Name of the folder, in that of some clips' codes, with the codes of their first `count` frames alone."""
     return f"given-{count}"
-
-
-def _views(source: Source, row: int, size: int, kind: str) -> np.ndarray | str:
-    """The views (v, size, size, 3) uint8 of a picture, (v, T, size, size, 3) of a clip, or why it is broken."""
-    try:
-        return source.views(row, size, kind)
-    except BROKEN as error:
-        return f"{source.names[row]} ({error})"
-
-
-@torch.inference_mode()
-def _encode(tokenizer: Any, images: np.ndarray, device: torch.device | str, batch_size: int, pad: bool) -> np.ndarray:
-    """Codes (b, v, *grid) of images (b, v, size, size, 3) or clips (b, v, T, size, size, 3) uint8.
-
-    `batch_size` views at a time: sixteen views of a clip are as many clips.
-    """
-    flat, codes = images.reshape(-1, *images.shape[2:]), list[Tensor]()
-    for start in range(0, len(flat), batch_size):
-        pixels = as_pixels(flat[start : start + batch_size]).to(device)
-        codes.append(tokenizer.encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels).cpu())
-    made: np.ndarray = torch.cat(codes).unflatten(0, images.shape[:2]).numpy()
-    return made
 
 
 def fingerprint(source: Source) -> str:
@@ -150,42 +196,20 @@ def fingerprint(source: Source) -> str:
     hashed.update(source.labels.tobytes())
     for words in (source.captions, source.groups, source.tags, source.styles):
         hashed.update(json.dumps(None if words is None else list(words)).encode())
+    if source.rewordings is not None:
+        hashed.update(json.dumps(list(source.rewordings)).encode())
     for row in np.linspace(0, len(source) - 1, _LOOKED_AT).round().astype(int):
         try:
-            hashed.update(_beginning(source.open(int(row))))
+            hashed.update(content_of(source.open(int(row)), 2**16))
         except BROKEN:
             hashed.update(b"broken")
     if isinstance(source, ClipSource) and source.windows != Windows():
-        hashed.update(repr(source.windows).encode())
-    return hashed.hexdigest()[:16]
-
-
-def _beginning(opened: Any) -> bytes:
-    """What tells one file, or picture, from another."""
-    if isinstance(opened, Image.Image):
-        return opened.tobytes()
-    if isinstance(opened, io.BytesIO):
-        return opened.getvalue()
-    if isinstance(opened, bytes):
-        return opened
-    with Path(opened).open("rb") as file:
-        return file.read(2**16)
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _SETTINGS
-    strange = [other for other in folder.iterdir() if not other.name.startswith(".")]
-    if not path.is_file():  # another of the extraction's processes may have written it since
-        if strange:
-            raise ValueError(f"{folder} is not empty and holds no codes; give a new folder")
-        _write_text(path, json.dumps(settings, indent=1))
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in settings if before.get(key) != settings[key]]:
-        raise ValueError(
-            f"{folder} holds codes made with another {' and another '.join(changed)}; "
-            "give a new folder, or delete this one"
+        windows = source.windows  # spelled as it always was, so that extractions that were begun go on
+        hashed.update(
+            f"Windows(num_frames={windows.num_frames}, stride={windows.stride}, frame_rate={windows.frame_rate}, "
+            f"kind={windows.kind!r})".encode()
         )
+    return hashed.hexdigest()[:16]
 
 
 def _write_shard(
@@ -204,6 +228,8 @@ def _write_shard(
     }
     if source.tags is not None:
         columns["tags"] = pa.array([list(source.tags[row]) for row in rows], pa.list_(pa.string()))
+    if source.rewordings is not None:
+        columns["rewordings"] = pa.array([list(source.rewordings[row]) for row in rows], pa.list_(pa.string()))
     if source.styles is not None:
         columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
@@ -217,9 +243,13 @@ def _write_shard(
 
 
 def _finish(
-    folder: Path, names: list[str], settings: dict[str, Any], source: Source, tokenizer_folder: str | Path,
-    tokenizer: Any, size: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    names: Sequence[str],
+    settings: dict[str, Any],
+    source: Source,
+    tokenizer_folder: str | Path,
+    tokenizer: Any,
+) -> None:
     """Write what makes the shards a whole: the tokenizer, the list of broken pictures, and last the manifest."""
     import pyarrow as pa
 
@@ -234,14 +264,11 @@ def _finish(
             grid = json.loads(metadata[b"grid"])
             num_samples += rows
             kept.append(name)
-    check_broken(broken, len(source))
+    source.check_broken(broken)
     if broken:
-        _write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
+        write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
     if not (folder / "tokenizer").is_dir():
-        staging = folder / ".tokenizer"
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(tokenizer_folder, staging)
-        staging.replace(folder / "tokenizer")
+        atomically(folder / "tokenizer", lambda staged: shutil.copytree(tokenizer_folder, staged))
     values = [{"dtype": "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32", "_type": "Value"}]
     width = VIEWS[settings["views"]] * int(np.prod(grid))
     features: dict[str, dict[str, Any]] = {
@@ -252,29 +279,29 @@ def _finish(
     }
     if source.tags is not None:
         features["tags"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+    if source.rewordings is not None:
+        features["rewordings"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
     if source.styles is not None:
         features["style"] = {"dtype": "string", "_type": "Value"}
     files = [{"filename": name} for name in kept]
-    _write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=1))
-    state = {"_data_files": files, "_fingerprint": settings["source"], "_format_columns": None,
-             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}  # fmt: skip
-    _write_text(folder / "state.json", json.dumps(state, indent=1))
+    write_json(folder / "dataset_info.json", {"features": features})
+    unset = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    state = {"_data_files": files, "_fingerprint": settings["source"], "_format_kwargs": {}, **unset}
+    write_json(folder / "state.json", state | {"_output_all_columns": False})
     manifest = {
         "version": __version__,
         "tokenizer": settings["tokenizer"],
         "vocab_size": tokenizer.config.vocab_size,
-        "size": size,
+        "size": settings["size"],
         "views": settings["views"],
         "num_views": VIEWS[settings["views"]],
         "grid": grid,
         "num_samples": num_samples,
         "num_broken": len(broken),
+        "num_short": len(source.short) if isinstance(source, ClipSource) else 0,
+        "left_out": source.counts()["left_out"],
         "captions": source.captions is not None,
         "class_names": list(source.class_names),
         "shards": kept,
     }
-    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    atomically(path, lambda staged: staged.write_text(text + "\n", encoding="utf-8"))
+    write_json(folder / MANIFEST, manifest)

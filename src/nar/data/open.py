@@ -1,4 +1,4 @@
-"""Pictures, labels and captions from what people have: folders, parquet, webdataset tars, the hub, Fashion-MNIST.
+"""The one door: every path that holds pictures or clips is opened here, whichever verb asks.
 
 Knows how a source is named and which of its splits is wanted; does not know models, codes or training.
 Dimensions: N pictures, size x size pixels, 3 channels.
@@ -7,133 +7,97 @@ Dimensions: N pictures, size x size pixels, 3 channels.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterable
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from nar.data.builtin import FASHION_MNIST, TOY, draw_toy, find_fashion_mnist, idx_file, of_arrays, read_idx
 from nar.data.clips import ClipSource, open_list
-from nar.data.source import BROKEN, SUFFIXES, Pictures, Source, check_broken
-from nar.data.tables import as_clips, check_columns, open_array, open_hub, open_listed, open_parquet, open_tars
-from nar.media.video import SUFFIXES as CLIP_SUFFIXES
+from nar.data.folders import PACKED, open_folder, open_tars, splits_of
+from nar.data.source import BROKEN, BROKEN_POLICIES, Pictures, Source
+from nar.data.tables import as_clips, check_columns, open_array, open_hub, open_parquet
 from nar.media.video import Windows
 
-SAMPLES = "samples.json"  # of `nar sample`: which file shows what
-_FOLDERS = {"train": ("train",), "t10k": ("t10k", "test"), "test": ("test", "t10k")}
+MOST_PIXELS = 2**14  # a side
+NAMED_SIZE = 32  # of what has no files, where none is asked for
+# What is taken for a split, the first of these that is there.
+_WANTED = {"train": ("train",), "test": ("test", "val"), "t10k": ("test", "val"), "val": ("val", "test")}
 
 
 def open_source(
     source: str | Path,
     *,
-    size: int,
+    size: int | None = None,
     split: str = "train",
+    whole: bool = False,
     label: str = "label",
     group: str = "",
     windows: Windows | None = None,
+    broken: str = "skip",
 ) -> Source:
     """Find the pictures of one split, without decoding them; with `windows`, which say what is taken of each, clips.
 
     `source` is one of
     - the word "toy" (2,048 drawn shapes, and 256 held out) or "fashion-mnist", or a folder with idx files (.gz or not);
-    - a folder with one folder of pictures per class, or a flat folder (one class, "picture"); captions are in a `.txt`
-      beside each picture, in a `metadata.jsonl` (`file_name` and `caption`, `text` or `prompt`, maybe `label`), or in
-      the `samples.json` of `nar sample`;
+    - a folder with one folder of pictures per class, or a flat folder (one class, "picture"). Captions are in a `.txt`,
+      `.caption` or `.json` beside each picture, in a `metadata.jsonl`, `.csv` or `.json` (`file_name` and `caption`,
+      `text` or `prompt`, maybe `label`), or in the `samples.json` of `nar sample`. Clips are video files, animations,
+      and folders of stills, which are their frames in the order of their numbers;
     - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`, `tags`
-      and `style` (which jsonl and json may have too); clips are in the column `strip`, their square frames stacked in
-      one picture, or in `video`;
-    - an `.npz` file with `arr_0` (N, H, W, 3) uint8 and maybe `labels` or `arr_1`, and `names`, which are captions;
+      and `style` (which metadata may have too); clips are in the column `strip`, their square frames stacked in one
+      picture, or in `video`. A caption may be a list of several wordings;
+    - an `.npz` file with `arr_0` uint8 (N, H, W, 3), of clips (N, T, H, W, 3), and maybe `labels` or `arr_1`, and
+      `names`, which are captions;
     - a webdataset `.tar`, or a folder of them (members `x.jpg` with `x.txt`, `x.json` or `x.cls`);
     - with `windows`, a list of clips as UCF-101 and Kinetics-600 come with: a .csv, several with "+" between, or a
       folder with `*train.csv` and `*test.csv` or `*val.csv` (see `nar.data.clips.open_list`);
     - a data set on the hub, such as `someone/pictures`.
 
-    `split` is "train", "test" or "t10k" (the same as "test"); folders may hold `train/` and `test/`, or `train.parquet`
-    and `test.parquet`; a source without splits is "train". `label` and `group` name columns of tables, of which tars
-    have those that are in each `x.json`. 28x28 idx pictures are padded with zeros to `size`.
+    Pictures are what a viewer shows (see `nar.media.pictures.read_picture`), files are in natural order, hidden ones
+    are no data, and what else is not read is said in one warning and kept in the source's `left_out`.
+
+    Args:
+        size: of idx pictures, which are padded with zeros to it, and of toy ones; by default 32. Others are decoded at
+            the size that is asked for then.
+        split: "train", "val" or "test" (also "t10k"); of "val" and "test" either stands for the other where one is
+            missing. Folders may hold a folder, parquet files or tars a split, by any of their usual names; a source
+            without splits is "train".
+        whole: a source without splits is taken whole, whichever is asked for.
+        label, group: name columns of tables, of which tars have those that are in each `x.json`.
+        broken: what is done with pictures that can't be decoded: "skip" up to 1 %, or "refuse".
 
     Raises:
         FileNotFoundError: the source or the split does not exist.
         ValueError: the source holds no pictures or damaged files, or lacks the column that `label` or `group` names.
         ModuleNotFoundError: parquet without pyarrow, or the hub without datasets.
     """
-    if size < 1:
-        raise ValueError(f"size {size} must be at least 1 pixel")
-    if split not in _FOLDERS:
-        raise ValueError(f"split {split!r} is not one of {', '.join(_FOLDERS)}")
+    if size is not None and not 1 <= size <= MOST_PIXELS:
+        raise ValueError(f"size {size} must be 1 to {MOST_PIXELS:,} pixels")
+    if split not in _WANTED:
+        raise ValueError(f"split {split!r} is not one of {', '.join(_WANTED)}")
+    if broken not in BROKEN_POLICIES:
+        raise ValueError(f"broken must be {' or '.join(BROKEN_POLICIES)}, not {broken!r}")
+    found = _open(source, size or NAMED_SIZE, split, label, group, clips=windows is not None, whole=whole)
+    found = dataclasses.replace(found, broken=broken, origin=str(source))
     if windows is not None:
-        found = _open_clips(source, split, label, group, windows)
         clips = found if isinstance(found, ClipSource) else as_clips(found)
-        return dataclasses.replace(clips, windows=windows).unrolled()
-    path = Path(source).expanduser()
-    if str(source) == TOY and not path.exists():
-        check_columns(source, label, group)
-        return of_arrays(draw_toy(size, split))
-    if str(source) == FASHION_MNIST and not path.exists():
-        path = find_fashion_mnist()
-    if path.is_file():
-        if path.suffix not in (".parquet", ".tar", ".npz"):
-            raise ValueError(f"{path} is a file; allowed are a .parquet, .tar or .npz file or a folder with pictures")
-        _only_train(path, split)
-        if path.suffix == ".npz":
-            return open_array(path, label, group)
-        return (open_parquet if path.suffix == ".parquet" else open_tars)([path], label, group)
-    if not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
-            return open_hub(str(source), split, label, group)
-        raise FileNotFoundError(
-            f"{path} does not exist; give a folder, a .parquet or .tar file, a hub id, or the word {FASHION_MNIST!r}"
-        )
-    if any(idx_file(path, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k")):
-        check_columns(path, label, group)
-        return of_arrays(read_idx(path, split, size))
-    for name in _FOLDERS[split]:
-        if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
-            return open_parquet(tables, label, group)
-        if (path / name).is_dir():
-            return _open_folder(path / name, label, group)
-    _only_split(path, split)
-    return _open_folder(path, label, group)
+        found = dataclasses.replace(clips, windows=windows).unrolled()
+        if not len(found):
+            raise ValueError(f"{source} holds no clips of {windows.num_frames} frames; {found.left_out_text()}")
+    found.warn_left_out()
+    return found
 
 
-def _open_clips(source: str | Path, split: str, label: str, group: str, windows: Windows) -> Source:
-    lists = [Path(part).expanduser() for part in str(source).split("+")]
-    if all(path.suffix == ".csv" and path.is_file() for path in lists):
-        _only_train(lists[0], split)
-        check_columns(source, label, group)
-        return open_list(lists, windows)
-    path = Path(source).expanduser()
-    if path.is_file():
-        _only_train(path, split)
-        if path.suffix not in (".parquet", ".tar"):
-            raise ValueError(f"{path} is a file; allowed are a .parquet, .tar or .csv file or a folder with clips")
-        if path.suffix == ".parquet":
-            return open_parquet([path], label, group)
-        return open_tars([path], label, group, clips=True)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; give a folder, or a .parquet, .tar or .csv file of clips")
-    for name in (*_FOLDERS[split], "val") if split != "train" else _FOLDERS[split]:
-        if tables := sorted([*path.glob(f"{name}.parquet"), *path.glob(f"{name}-*.parquet")]):
-            return open_parquet(tables, label, group)
-        if lists := sorted(path.glob(f"*{name}.csv")):
-            check_columns(path, label, group)
-            return open_list(lists, windows)
-        if (path / name).is_dir():
-            return _open_folder(path / name, label, group, clips=True)
-    _only_split(path, split)
-    return _open_folder(path, label, group, clips=True)
-
-
-def load_pictures(source: str | Path | Source, *, size: int, split: str = "train") -> Pictures:
+def load_pictures(source: str | Path | Source, *, size: int, split: str = "train", whole: bool = False) -> Pictures:
     """Decode all pictures of a source into memory, as `size` x `size` RGB; see `open_source` for what it may be.
 
     Pictures are centre-cropped and resized as in ADM, transparency becomes white. A few broken pictures are skipped
     with a warning, more than 1 % are an error.
     """
     if not isinstance(source, Source):
-        source = open_source(source, size=size, split=split)
+        source = open_source(source, size=size, split=split, whole=whole)
     images = np.empty((len(source), 0), np.uint8)
     good: list[int] = []
     broken: list[str] = []
@@ -147,64 +111,91 @@ def load_pictures(source: str | Path | Source, *, size: int, split: str = "train
             images = np.empty((len(source), *made.shape), np.uint8)
         images[len(good)] = made
         good.append(index)
-    check_broken(broken, len(source))
+    source.check_broken(broken)
+    if isinstance(source, ClipSource) and source.short_clips():
+        warnings.warn(source.short_clips(), stacklevel=2)
     return Pictures(images[: len(good)], source.labels[good], source.class_names)
 
 
-def _open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -> Source:
-    word, suffixes = ("clip", CLIP_SUFFIXES) if clips else ("picture", SUFFIXES)
-    if found := sorted(folder.glob("*.tar")):
-        return open_tars(found, label, group, clips=clips)
-    if found := sorted(folder.glob("*.parquet")):
-        return open_parquet(found, label, group)
-    if (folder / "metadata.jsonl").is_file():
-        return open_listed(folder, label, group)
-    check_columns(folder, label, group)
-    flat = _files_in(folder.iterdir(), suffixes)
-    children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if flat and children:
-        raise ValueError(
-            f"{folder} holds both {word}s ({flat[0].name}, ...) and folders ({children[0].name}, ...); "
-            f"allowed is either one folder per class or only {word}s"
+def _open(source: str | Path, size: int, split: str, label: str, group: str, *, clips: bool, whole: bool) -> Source:
+    path = Path(source).expanduser()
+    if not path.exists() and str(source) in (TOY, FASHION_MNIST):
+        check_columns(source, label, group)
+        if str(source) == TOY:
+            return of_arrays(draw_toy(size, split))
+        path = find_fashion_mnist()
+    if clips and (lists := _lists(source)):
+        _check_unsplit(lists[0], split, whole=whole)
+        check_columns(source, label, group)
+        return open_list(lists)
+    if path.is_file():
+        _check_unsplit(path, split, whole=whole)
+        return _open_file(path, label, group, clips=clips)
+    if not path.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
+            return open_hub(str(source), _hub_splits(split), label, group)
+        kinds = (
+            "a folder, or a .parquet, .tar, .npz or .csv file of clips"
+            if clips
+            else (f"a folder, a .parquet, .tar or .npz file, a hub id, or the word {FASHION_MNIST!r}")
         )
-    classes = [(child.name, _files_in(child.rglob("*"), suffixes)) for child in children] or [(word, flat)]
-    for name, paths in classes:
-        if not paths:
-            where = folder / name if children else folder
-            raise ValueError(
-                f"{where} holds no {word}s ({', '.join(sorted(suffixes))}); add some or give another folder"
-                + ("" if clips else ", and for clips say how many frames (data.num_frames)")
-            )
-    paths = [path for _, found in classes for path in found]
-    labels = [index for index, (_, found) in enumerate(classes) for _ in found]
-    texts = [path.with_suffix(".txt") for path in paths]
-    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
-    if not any(captions) and (folder / SAMPLES).is_file():
-        records = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
-        prompts = {record["file"]: record.get("prompt", "") for record in records}
-        captions = [prompts.get(path.name, "") for path in paths]
-    return Source(
-        [str(path.relative_to(folder)) for path in paths],
-        np.array(labels),
-        tuple(name for name, _ in classes),
-        lambda index: paths[index],
-        captions if any(captions) or any(text.is_file() for text in texts) else None,
+        raise FileNotFoundError(f"{path} does not exist; give {kinds}")
+    if any(idx_file(path, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k")):
+        check_columns(path, label, group)
+        return of_arrays(read_idx(path, split, size))
+    splits = splits_of(path, clips=clips)
+    if not splits:
+        _check_unsplit(path, split, whole=whole)
+        return open_folder(path, label, group, clips=clips)
+    chosen = next((name for name in _WANTED[split] if name in splits), None)
+    if chosen is None:
+        has = " and ".join(splits)
+        raise FileNotFoundError(f"{path} has a {has} split but no {split!r}; add {path / split}, or ask for one it has")
+    return dataclasses.replace(_open_split(splits[chosen], label, group, clips=clips), splits=tuple(splits))
+
+
+def _open_split(paths: list[Path], label: str, group: str, *, clips: bool) -> Source:
+    if paths[0].is_dir():
+        return open_folder(paths[0], label, group, clips=clips)
+    if paths[0].suffix.lower() == ".csv":
+        check_columns(paths[0], label, group)
+        return open_list(paths)
+    return (
+        open_parquet(paths, label, group)
+        if paths[0].suffix.lower() == ".parquet"
+        else open_tars(paths, label, group, clips=clips)
     )
 
 
-def _files_in(paths: Iterable[Path], suffixes: frozenset[str]) -> list[Path]:
-    return sorted(
-        path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+def _open_file(path: Path, label: str, group: str, *, clips: bool) -> Source:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return open_parquet([path], label, group)
+    if ending == ".tar":
+        return open_tars([path], label, group, clips=clips)
+    if ending == ".npz":
+        return open_array(path, label, group, clips=clips)
+    reason = "is packed: unpack it" if ending in PACKED else "is a file"
+    reason = "is a single array: save it with np.savez" if ending == ".npy" else reason
+    kinds = (
+        "a .parquet, .tar, .npz or .csv file or a folder with clips"
+        if clips
+        else ("a .parquet, .tar or .npz file or a folder with pictures")
     )
+    raise ValueError(f"{path} {reason}; allowed are {kinds}")
 
 
-def _only_split(path: Path, split: str) -> None:
-    """Refuse a folder whose split is missing, or that has none and is asked for another than "train"."""
-    if (path / "train").is_dir() or (path / "train.parquet").is_file() or any(path.glob("*train.csv")):
-        raise FileNotFoundError(f"{path} has a train split but no {split!r}; add {path / 'test'}")
-    _only_train(path, split)
+def _lists(source: str | Path) -> list[Path]:
+    """The lists of clips that a source names with "+" between; none where it is something else."""
+    paths = [Path(part).expanduser() for part in str(source).split("+")]
+    return paths if all(path.suffix == ".csv" and path.is_file() for path in paths) else []
 
 
-def _only_train(path: Path, split: str) -> None:
-    if split != "train":
+def _hub_splits(split: str) -> list[str]:
+    spelled = {"train": ["train"], "val": ["validation", "val"], "test": ["test"]}
+    return [name for wanted in _WANTED[split] for name in spelled[wanted]]
+
+
+def _check_unsplit(path: Path, split: str, *, whole: bool) -> None:
+    if split != "train" and not whole:
         raise FileNotFoundError(f"{path} has no split {split!r}, only 'train'; a folder may hold train/ and test/")

@@ -1,107 +1,131 @@
-"""Tables of pictures and clips: metadata.jsonl, webdataset tars, parquet and npz files, data sets on the hub.
+"""Tables of pictures and clips: metadata files, parquet and npz files, data sets on the hub.
 
 Knows columns and what they say of a picture; does not know which table is wanted.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
-import tarfile
+import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from nar.data.clips import ClipSource
-from nar.data.source import SUFFIXES, Source
-from nar.media.video import SUFFIXES as CLIP_SUFFIXES
+from nar.data.source import Source
+from nar.storage.text import composed, read_lines, read_text
 
-_CAPTIONS = ("caption", "text", "prompt")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+_CAPTIONS = ("caption", "captions", "text", "prompt")
 _WORDS = (*_CAPTIONS, "tags", "style")
+_CELLS = ("image", "strip", "video")
+_MOST_UNPACKED = 2**31  # bytes of an npz array that is packed more than _MOST_PACKED times
+_MOST_PACKED = 200
 
 
-def open_listed(folder: Path, label: str, group: str) -> Source:
-    """A folder whose `metadata.jsonl` lists its pictures."""
-    path = folder / "metadata.jsonl"
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            records.append({**record, "file_name": str(record["file_name"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: needed is a JSON object with file_name ({error!r})") from error
+def open_listed(folder: Path, files: Sequence[Path], label: str, group: str) -> Source:
+    """A folder whose `metadata.jsonl`, `.csv` or `.json` lists its pictures; `files` are those that lie in it."""
+    path = next(folder / name for name in METADATA if (folder / name).is_file())
+    records = read_records(path)
     if not records:
         raise ValueError(f"{path} lists no pictures")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+            raise ValueError(f"{path}, entry {number}: needed is an object with `file_name`, not {str(record)[:80]}")
+    here = {composed(file.relative_to(folder).as_posix()): file for file in files}
     names = [record["file_name"] for record in records]
-    return _table(path, names, _columns(records), lambda index: folder / names[index], label, group)
+    places = [inside(folder, name, path) for name in names]
+    places = [here.get(composed(place.relative_to(folder).as_posix()), place) for place in places]
+    listed = set(places)
+    unlisted = [str(file.relative_to(folder)) for file in files if file not in listed]
+    found = table(path, names, _columns(records), lambda index: places[index], label, group)
+    return dataclasses.replace(found, left_out={f"not in {path.name}": unlisted} if unlisted else {})
 
 
-def open_tars(paths: Sequence[Path], label: str, group: str, *, clips: bool = False) -> Source:
-    """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
-    word, suffixes = ("clip", CLIP_SUFFIXES) if clips else ("picture", SUFFIXES)
-    places: list[tuple[Path, int, int]] = []
-    names: list[str] = []
-    records: list[dict[str, Any]] = []
-    for path in paths:
-        samples: dict[str, dict[str, Any]] = {}
-        found: dict[str, tuple[Path, int, int]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-                    name = f"{member.name.rpartition('/')[0]}/{stem}"
-                    sample = samples.setdefault(name, {})
-                    if f".{suffix.lower()}" in suffixes:
-                        found[name] = (path, member.offset_data, member.size)
-                    elif suffix in ("txt", "cls", "json") and (file := tar.extractfile(member)):
-                        _add_text(sample, suffix, file.read().decode())
-        except (tarfile.TarError, OSError, ValueError, TypeError) as error:
-            raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
-        for name, sample in samples.items():
-            if name in found:
-                names.append(f"{path.name}:{name.lstrip('/')}")
-                places.append(found[name])
-                records.append(sample)
-    if not records:
-        raise ValueError(f"{paths[0]} holds no {word}s ({', '.join(sorted(suffixes))})")
-
-    def read(index: int) -> io.BytesIO:
-        path, offset, length = places[index]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(length))
-
-    return _table(paths[0], names, _columns(records), read, label, group)
+def read_records(path: Path) -> list[Any]:
+    """The entries of a metadata file: objects by line, a list of them, an object of them by file, or rows of a csv."""
+    if path.suffix == ".csv":
+        rows: list[Any] = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        return [{str(key): _cell(value) for key, value in row.items() if value} for row in rows]
+    if path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
+        return [parse_json(line, f"{path}, line {number}") for number, line in lines]
+    found = parse_json(read_text(path), str(path))
+    if isinstance(found, dict):
+        return [
+            {"file_name": name, **(value if isinstance(value, dict) else {"caption": value})}
+            for name, value in found.items()
+        ]
+    if not isinstance(found, list):
+        raise ValueError(f"{path} must hold a list of objects with `file_name`, or an object by file name")
+    return found
 
 
-def _add_text(sample: dict[str, Any], suffix: str, text: str) -> None:
-    if suffix == "json":
-        sample.update(json.loads(text))
-    else:
-        sample["caption" if suffix == "txt" else "label"] = text.strip() if suffix == "txt" else int(text)
+def _cell(value: Any) -> Any:
+    """A csv has no types: digits are a number."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
 
 
-def open_array(path: Path, label: str, group: str) -> Source:
-    """An .npz file as evaluators and `nar sample` have it: `arr_0` (N, H, W, 3), maybe `labels` or `arr_1`, `names`."""
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON; raises ValueError that names where it stands."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON ({error})") from error
+    except RecursionError:
+        raise ValueError(f"{name} is no JSON that can be read (nested too deeply)") from None
+
+
+def inside(folder: Path, name: str, origin: Path | str) -> Path:
+    """The file that a table calls `name`, in its folder.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
+        raise ValueError(f"{origin} names the file {name!r}, which is not inside {folder}; move it there")
+    return folder / path
+
+
+def open_array(path: Path, label: str, group: str, *, clips: bool = False) -> Source:
+    """An .npz file as evaluators and `nar sample` have it.
+
+    It holds `arr_0` uint8 (N, H, W, 3) or (N, 3, H, W), of clips (N, T, H, W, 3), and maybe `labels` or `arr_1` (N,),
+    `class_names` that they index, and `names` (N,), which are captions.
+    """
     try:
         with np.load(path) as file:
-            found = {name: file[name] for name in ("arr_0", "labels", "arr_1", "names") if name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            known = list(file.files)
+            shape, dtype = _stated(path, "arr_0") if "arr_0" in known else ((), None)
+            found = {name: file[name] for name in ("arr_0", "labels", "arr_1", "names", "class_names") if name in known}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, SyntaxError) as error:
+        if str(error).startswith("Object arrays"):
+            raise ValueError(f"{path} holds an array of objects; save one uint8 array (N, H, W, 3) as arr_0") from error
+        if path.name in str(error):
+            raise
         raise ValueError(f"{path} is damaged or not an .npz file ({error}); copy it again") from error
-    images = found.get("arr_0", np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+    if "arr_0" not in found:
+        if "mu" in known:
+            raise ValueError(f"{path} holds statistics (mu, sigma) and no pictures; give it as --real of `nar eval`")
+        raise ValueError(f"{path} holds {', '.join(known) or 'nothing'}; pictures are expected as arr_0 (N, H, W, 3)")
+    images = found["arr_0"]
+    if images.ndim in (4, 5) and images.shape[-1] != 3 and images.shape[1] == 3:
+        images = np.moveaxis(images, 1, -1)
+    axes = 5 if clips or images.ndim == 5 else 4
+    if dtype != np.uint8 or images.ndim != axes or images.shape[-1] != 3 or not len(images):
+        what = "clips" if axes == 5 else "pictures"
+        expected = "(N, T, H, W, 3)" if axes == 5 else "(N, H, W, 3)"
         raise ValueError(
-            f"{path} has arr_0 {images.dtype} {images.shape}; pictures are expected as uint8 (N, H, W, 3), at least one"
+            f"{path} has arr_0 {dtype} {shape}; {what} are expected as uint8 {expected} 0..255, at least one"
         )
     columns: dict[str, list[Any]] = {}
     labels = found.get("labels", found.get("arr_1"))
@@ -109,37 +133,74 @@ def open_array(path: Path, label: str, group: str) -> Source:
         columns["label"] = labels.tolist()
     if "names" in found:
         columns["caption"] = found["names"].tolist()
+    class_names = [str(name) for name in found.get("class_names", np.empty(0)).tolist()]
     names = [f"picture {index}" for index in range(len(images))]
-    return _table(path, names, columns, lambda index: Image.fromarray(images[index]), label, group)
+    source = table(
+        path, names, columns, lambda index: Image.fromarray(images[index]), label, group, schema_names=class_names
+    )
+    source = dataclasses.replace(source, numbered=bool(source.class_numbers) and not class_names)
+    return dataclasses.replace(as_clips(source), open=lambda index: images[index]) if axes == 5 else source
 
 
-def open_hub(name: str, split: str, label: str, group: str) -> Source:
-    """A data set that `datasets` reads, memory-mapped; pictures are decoded here, so that a broken one is only one."""
+def _stated(path: Path, name: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of an array of an npz file, checked against its size before anything is allocated."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        entry = archive.getinfo(f"{name}.npy")
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError(f"{path} holds an array of objects; save one uint8 array (N, H, W, 3) as arr_0")
+    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if needed > entry.file_size:
+        raise ValueError(
+            f"{path}: arr_0 {shape} would need {needed:,} bytes and has {entry.file_size:,}; copy it again"
+        )
+    if needed > _MOST_UNPACKED and needed > _MOST_PACKED * max(1, entry.compress_size):
+        raise ValueError(
+            f"{path}: arr_0 unpacks from {entry.compress_size:,} to {needed:,} bytes; at most {_MOST_UNPACKED:,} are "
+            f"unpacked where they are packed more than {_MOST_PACKED} times: save it with np.savez"
+        )
+    return shape, dtype
+
+
+def open_hub(name: str, splits: Sequence[str], label: str, group: str) -> Source:
+    """A data set that `datasets` reads, memory-mapped; pictures are decoded here, so that a broken one is only one.
+
+    It is the first of `splits` that the data set has.
+    """
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"no folder {name!r} here, and reading a hub id needs datasets: pip install nar-gen[train]"
         ) from error
-    try:
-        table = datasets.load_dataset(name, split="test" if split == "t10k" else split)
-    except (ValueError, OSError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"no folder {name!r} here, and no split {split!r} of it on the hub: {reason}"
-        ) from error
-    images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    rows, reasons = None, []
+    for split in splits:
+        try:
+            rows = datasets.load_dataset(name, split=split)
+            break
+        except (ValueError, OSError, ConnectionError) as error:
+            reasons.append(str(error).strip().splitlines()[0])
+    if rows is None:
+        raise FileNotFoundError(f"no folder {name!r} here, and no split {splits[0]!r} of it on the hub: {reasons[0]}")
+    images = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not images:
-        raise ValueError(f"{name} has the columns {', '.join(table.column_names)}, but none of pictures")
-    table = table.cast_column(images[0], datasets.Image(decode=False))
-    texts = table.remove_columns([key for key in table.column_names if key == images[0]])
+        raise ValueError(f"{name} has the columns {', '.join(rows.column_names)}, but none of pictures")
+    rows = rows.cast_column(images[0], datasets.Image(decode=False))
+    texts = rows.remove_columns([key for key in rows.column_names if key == images[0]])
     columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_WORDS)}
-    schema_names = getattr(table.features.get(label), "names", None) or []
-    names = [f"row {index}" for index in range(len(table))]
-    return _table(
-        name, names, columns, lambda index: _opened(table[index][images[0]], Path()), label, group,
-        known=texts.column_names, schema_names=schema_names,
-    )  # fmt: skip
+    schema_names = getattr(rows.features.get(label), "names", None) or []
+    return table(
+        name,
+        [f"row {index}" for index in range(len(rows))],
+        columns,
+        lambda index: _opened(rows[index][images[0]], None, name),
+        label,
+        group,
+        known=texts.column_names,
+        schema_names=schema_names,
+    )
 
 
 def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
@@ -153,24 +214,24 @@ def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
     places: list[tuple[int, int, int]] = []  # file, row group, row in it
     schema_names: list[str] = []
     every: set[str] = set()
-    pictures = ""
+    cell = ""
     for number, path in enumerate(paths):
         try:
             file = pq.ParquetFile(path)
             known = file.schema_arrow.names
-            pictures = pictures or next((key for key in ("image", "strip", "video") if key in known), "")
-            if pictures not in known:
+            cell = cell or next((key for key in _CELLS if key in known), "")
+            if cell not in known:
                 raise ValueError(
                     f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip` or `video`, of clips), "
                     "in all files the same, and `label` for classes"
                 )
             every.update(known)
             wanted = [key for key in dict.fromkeys((label, "label_name", group, *_WORDS)) if key in known]
-            table = file.read(wanted)
+            rows = file.read(wanted)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
         for key in wanted:
-            columns.setdefault(key, [None] * len(places)).extend(table.column(key).to_pylist())
+            columns.setdefault(key, [None] * len(places)).extend(rows.column(key).to_pylist())
         for row_group in range(file.num_row_groups):
             places += [(number, row_group, row) for row in range(file.metadata.row_group(row_group).num_rows)]
         for column in columns.values():  # what this file lacks and an earlier one has
@@ -181,29 +242,30 @@ def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
 
     @lru_cache(maxsize=8)
     def cells(number: int, row_group: int) -> Any:
-        return pq.ParquetFile(paths[number]).read_row_group(row_group, columns=[pictures]).column(0)
+        return pq.ParquetFile(paths[number]).read_row_group(row_group, columns=[cell]).column(0)
 
     def read(index: int) -> Any:
         number, row_group, row = places[index]
-        return _opened(cells(number, row_group)[row].as_py(), paths[number].parent)
+        return _opened(cells(number, row_group)[row].as_py(), paths[number].parent, paths[number])
 
     names = [f"row {index}" for index in range(len(places))]
-    found = _table(paths[0], names, columns, read, label, group, known=every, schema_names=schema_names)
-    return found if pictures == "image" else as_clips(found, strips=pictures == "strip")
+    found = table(paths[0], names, columns, read, label, group, known=every, schema_names=schema_names)
+    return found if cell == "image" else as_clips(found, strips=cell == "strip")
 
 
 def as_clips(source: Source, *, strips: bool = False) -> ClipSource:
     """The same rows as clips: their files, or `strips`, which are pictures of stacked frames."""
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(Source)}
+    fields["class_names"] = source.class_names if source.has_classes else (ClipSource.noun,)
     return ClipSource(**fields | {"open": source.picture if strips else source.open})
 
 
-def _opened(cell: Any, folder: Path) -> Any:
+def _opened(cell: Any, folder: Path | None, origin: Path | str) -> Any:
     data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if isinstance(name, str):
-        return folder / name
+        return inside(folder, name, origin) if folder is not None else Path(name)
     raise ValueError("neither bytes nor a path")
 
 
@@ -218,10 +280,10 @@ def check_columns(source: Path | str, label: str, group: str, known: Iterable[st
             )
 
 
-def _table(
+def table(
     where: Path | str,
     names: Sequence[str],
-    columns: dict[str, list[Any]],
+    columns: Mapping[str, Sequence[Any]],
     read: Callable[[int], Any],
     label: str,
     group: str,
@@ -231,38 +293,67 @@ def _table(
 ) -> Source:
     """The source that columns describe; `known` are the names of all that there are, None means these."""
     check_columns(where, label, group, columns if known is None else known)
-    labels, class_names = _classes(columns, len(names), schema_names, where, label)
-    return Source(names, np.array(labels), class_names, read, groups=_groups(columns, group), **_words(columns))
+    classes = _classes(columns, len(names), schema_names, where, label)
+    return Source(names, open=read, groups=_groups(columns, group), **classes, **_words(columns, where))
 
 
-def _columns(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    keys = {key for record in records for key in record}
+def records_table(
+    where: Path | str,
+    names: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    read: Callable[[int], Any],
+    label: str,
+    group: str,
+) -> Source:
+    """The source that one record a picture describes."""
+    return table(where, names, _columns(records), read, label, group)
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    keys = dict.fromkeys(key for record in records for key in record)
     return {key: [record.get(key) for record in records] for key in keys}
 
 
-def _words(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """The fields of a Source that describe its pictures; tags are lists, or words with commas between them."""
+def _words(columns: Mapping[str, Sequence[Any]], where: Path | str) -> dict[str, Any]:
+    """The fields of a Source that describe its pictures in words; tags are lists, or words with commas between them.
+
+    Raises:
+        ValueError: a column holds what is no text; it is named.
+    """
     found: dict[str, Any] = {}
-    for key in _CAPTIONS:
-        if key in columns:
-            found["captions"] = [str(value or "") for value in columns[key]]
-            break
+    if key := next((key for key in _CAPTIONS if key in columns), ""):
+        wordings = [_texts(value, where, key, row) for row, value in enumerate(columns[key])]
+        found["captions"] = [texts[0] if texts else "" for texts in wordings]
+        if any(len(texts) > 1 for texts in wordings):
+            found["rewordings"] = [texts[1:] for texts in wordings]
     if "style" in columns:
-        found["styles"] = [str(value or "") for value in columns["style"]]
+        styles = [_texts(value, where, "style", row) for row, value in enumerate(columns["style"])]
+        found["styles"] = [", ".join(texts) for texts in styles]
     if "tags" in columns:
-        lists = [value.split(",") if isinstance(value, str) else value or () for value in columns["tags"]]
-        found["tags"] = [tuple(str(tag).strip() for tag in tags) for tags in lists]
+        lists = [value.split(",") if isinstance(value, str) else value for value in columns["tags"]]
+        found["tags"] = [_texts(tags, where, "tags", row) for row, tags in enumerate(lists)]
     return found
 
 
-def _groups(columns: dict[str, list[Any]], group: str) -> list[str] | None:
+def _texts(value: Any, where: Path | str, column: str, row: int) -> tuple[str, ...]:
+    """The texts of a cell: one, a list of them, or none; those that say nothing are left out."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{where}: the column `{column}` holds {str(value)[:60]!r} ({type(value).__name__}) in row {row}; "
+            "needed is text, or a list of texts"
+        )
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _groups(columns: Mapping[str, Sequence[Any]], group: str) -> list[str] | None:
     """What each row belongs to; a row without a value belongs to itself."""
     if not group:
         return None
     return [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
 
 
-def _schema_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
+def _schema_names(metadata: Mapping[bytes, bytes], label: str) -> list[str]:
     """Names of classes in the Hugging Face schema of a parquet file."""
     try:
         names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
@@ -272,23 +363,38 @@ def _schema_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
 
 
 def _classes(
-    columns: dict[str, list[Any]], count: int, schema_names: Sequence[str], path: Path | str, label: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return labels 0..K-1 and K names: from `label_name`, else the schema, else the numbers."""
+    columns: Mapping[str, Sequence[Any]],
+    count: int,
+    schema_names: Sequence[str],
+    path: Path | str,
+    label: str,
+) -> dict[str, Any]:
+    """Find labels (N,) 0..K-1 and K names: from `label_name`, else the schema, else the numbers.
+
+    Numbers that do not occur make no class.
+    """
     values = columns.get(label)
     if values is None:
-        return [0] * count, ("picture",)
-    if any(value is None for value in values):
-        raise ValueError(f"{path}: row {values.index(None)} has no label; every row needs one")
-    if all(isinstance(value, str) for value in values):
-        texts = sorted(set(values))
-        index = {name: number for number, name in enumerate(texts)}
-        return [index[value] for value in values], tuple(texts)
-    if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise ValueError(f"{path}: labels must be integers from 0 or strings, not {values[0]!r}, ...")
-    class_names = [*schema_names]
-    class_names += [str(number) for number in range(len(class_names), max(values) + 1)]
-    for number, name in zip(values, columns.get("label_name", []), strict=False):
-        if name is not None:
-            class_names[number] = str(name)
-    return list(values), tuple(class_names)
+        return {"labels": np.zeros(count, np.int64), "class_names": (Source.noun,)}
+    if None in values:
+        raise ValueError(f"{path}: row {list(values).index(None)} has no label; every row needs one")
+    if any(isinstance(value, str) for value in values) and all(type(value) in (int, str) for value in values):
+        texts = [composed(str(value)) for value in values]
+        order = {name: index for index, name in enumerate(sorted(set(texts)))}
+        return {"labels": np.array([order[text] for text in texts], np.int64), "class_names": tuple(order)}
+    if not all(type(value) is int and value >= 0 for value in values):
+        wrong = next(value for value in values if type(value) is not int or value < 0)
+        raise ValueError(f"{path}: labels must be integers from 0 or strings, not {wrong!r}")
+    numbers = sorted(set(values))
+    named = {number: str(number) for number in numbers} | dict(enumerate(schema_names))
+    named |= {
+        number: composed(str(name))
+        for number, name in zip(values, columns.get("label_name", []), strict=False)
+        if name is not None
+    }
+    place = {number: index for index, number in enumerate(numbers)}
+    return {
+        "labels": np.array([place[value] for value in values], np.int64),
+        "class_names": tuple(named[number] for number in numbers),
+        "class_numbers": tuple(numbers),
+    }

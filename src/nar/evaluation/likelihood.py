@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from nar import __version__
 from nar.condition import Condition
-from nar.data.source import BROKEN, Source, check_broken
+from nar.data.open import open_source
+from nar.data.source import BROKEN, Source
 from nar.data.wording import wordings
-from nar.evaluation.real import facts, open_part
 from nar.likelihood import bits_per_token, independence_cost
 from nar.media.pixels import as_pixels
 from nar.media.video import Windows
@@ -111,7 +111,7 @@ def judge_likelihood(
             "dtype": dtype,
             "schedule": [pipe.model.config.schedule for pipe in pipes],
             "guidance_scale": 1.0,
-            "real": {**facts(real, heldout.source), "split": split, "codes_of": "the model's own tokenizer"},
+            "real": {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"},
             "weights_sha256": [digest(folder) for folder in folders],
             "tokenizer_sha256": tokenizers[0],
             "versions": {"nar": __version__, "torch": torch.__version__},
@@ -184,10 +184,11 @@ def _held_out(
         kept = {name: trained[name] for name in ("stride", "frame_rate") if name in trained}
         windows = Windows(pipe.pixel_shape[0], kind=trained.get("windows", "centre"), **kept)
     size = pipe.pixel_shape[-1]
+    opening = partial(open_source, real, size=size, split=split, whole=True, windows=windows)
     try:  # of tables the column that the classes were learned from
-        source = open_part(real, split, size, windows=windows, label=trained.get("label", "label"))
+        source = opening(label=trained.get("label", "label"))
     except ValueError:
-        source = open_part(real, split, size, windows=windows)
+        source = opening()
     source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good, broken = [], [], [], []
@@ -204,6 +205,6 @@ def _held_out(
             with torch.inference_mode():
                 codes.append(pipe.tokenizer.encode(as_pixels(np.stack(images)).to(device)).cpu())
             frames += [clip[:context] for clip in images if context]
-    check_broken(broken, len(source))
+    source.check_broken(broken)
     source = source.take(np.array(good)) if broken else source
     return HeldOut(source, torch.cat(codes), np.stack(frames) if frames else None)

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nar.evaluation.real import BATCH, CLIP_BATCH, real_classes, real_pictures
-from nar.evaluation.sets import Sampled, made_by, paired_places, set_labels
+from nar.data.source import Source as DataSource
+from nar.evaluation.sets import BATCH, CLIP_BATCH, Sampled, made_by, paired_places, set_labels
 from nar.media.pixels import as_images, as_pixels
 from nar.metrics.defects import Defect, motion_defects, swapped_patches
 from nar.metrics.evaluate import evaluate
-from nar.metrics.pictures import Source
+from nar.metrics.pictures import Source, opened
+from nar.metrics.reference import is_reference
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
 from nar.storage.folder import bundled_names, digest, find_model
@@ -36,7 +37,7 @@ class Comparison:
     """How fake pictures or clips are compared with real ones, whoever made them.
 
     Attributes:
-        real, split, floor: sources of real pictures, see `nar.evaluation.real`.
+        real, split, floor: real pictures, see `nar.data.open.open_source`; without splits they are read whole.
         size, num_frames: what all pictures and clips are cut to; None leaves them, or takes what `protocol` fixes.
         number: how many are sampled, or chosen of the real ones by `protocol`; None is 10,000, or all there are.
         inception, video, i3d, i3d_variant: which network makes features; EfficientNet-Lite0 without any of them.
@@ -44,7 +45,7 @@ class Comparison:
             share of patches that are exchanged. A calibration of 0 leaves these rows out.
     """
 
-    real: str
+    real: str | DataSource
     split: str = "test"
     floor: str | None = None
     size: int | None = None
@@ -86,7 +87,8 @@ def judge_set(how: Comparison, fake: str) -> dict[str, Any]:
     how = how.cut()
     places = None
     if how.protocol:
-        places = paired_places(len(real_classes(how.real, how.split, how.num_frames)), how.number or NUMBER)
+        how = dataclasses.replace(how, real=_opened(how, how.real))
+        places = paired_places(len(how.real), how.number or NUMBER)
     return _report(how, fake, only_real=places)
 
 
@@ -115,7 +117,8 @@ def judge_model(
     chosen: str | Sequence[str | int] = labels
     places, count = None, how.number or NUMBER
     if labels == "real":
-        chosen = real_classes(how.real, how.split, how.num_frames, pipe.class_names)
+        how = dataclasses.replace(how, real=_opened(how, how.real))
+        chosen = how.real.classes(pipe.class_names)  # type: ignore[union-attr]
         places = paired_places(len(chosen), count)
         count = how.number or len(places)
     numbers = set_labels(pipe, chosen, count, how.seed).tolist()
@@ -134,6 +137,14 @@ def judge_model(
     return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)
 
 
+def _opened(how: Comparison, real: str | DataSource) -> Any:
+    """Real pictures or clips as the comparison reads them; a file of statistics stays a path."""
+    if is_reference(real):
+        return real
+    clips = how.video or how.i3d is not None
+    return opened(real, split=how.split, size=how.size, num_frames=how.num_frames, clips=clips)
+
+
 def _report(
     how: Comparison, fake: Source, *, only_real: list[int] | None, settings: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -150,13 +161,13 @@ def _report(
             defects = token_defects(find_model(how.tokenizer), device, how.seed)
         defects += motion_defects(how.seed) if detector else []
     report = evaluate(
-        real_pictures(how.real, how.split, how.size),
+        _opened(how, how.real),
         fake,
         inception=how.inception,
         detector=detector,
         num_frames=how.num_frames,
         only_real=only_real,
-        floor=None if how.floor is None else real_pictures(how.floor, how.split, how.size),
+        floor=None if how.floor is None else _opened(how, how.floor),
         size=how.size,
         calibration=defects,
         resamplings=how.resamplings,

@@ -33,6 +33,7 @@ from nar.sampling import Sampling
 from nar.storage.files import atomically, claim
 from nar.storage.folder import digest, read_config
 
+BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are sampled or judged at a time
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
 LABELS = ("balanced", "random")
 PAIRING_SEED = 42  # of the published protocol for UCF-101

@@ -21,7 +21,7 @@ from nar import __version__
 from nar.data.config import DataConfig, recorded
 from nar.data.open import load_pictures
 from nar.data.source import Source
-from nar.evaluation.real import BATCH, CLIP_BATCH, facts
+from nar.evaluation.sets import BATCH, CLIP_BATCH
 from nar.media.pixels import as_images, as_pixels, pad_to_multiple
 from nar.media.sheet import contact_sheet
 from nar.metrics.detectors import Detector, default_detector
@@ -106,7 +106,7 @@ def judge_tokenizer(
         "tokenizer": folder,
         "weights_sha256": digest(folder),
         "config": dataclasses.asdict(tokenizer.config),
-        "real": facts(real, heldout) | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
+        "real": heldout.counts() | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
         "num_real": len(images),
         "num_fitted": len(fitted),
         "codes_per_sample": list(codes.shape[1:]),

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from nar.data.open import load_pictures, open_source
 from nar.data.source import Source
-from nar.evaluation.real import facts, load_part, open_part
 from nar.precision import usable_device
+from nar.storage.text import read_lines
 
 
 def judge_captions(
@@ -42,7 +43,7 @@ def judge_captions(
     place = usable_device(device) or "cpu"
     report: dict[str, Any] = {
         "interval": {},
-        "settings": {"fake": facts(fake, source), "num_fake": len(source), "seed": seed},
+        "settings": {"fake": source.counts(), "num_fake": len(source), "seed": seed},
     }
     if clip is not None:
         scorer = ClipScorer(clip, device=place)
@@ -58,11 +59,12 @@ def judge_copies(fake: str, of: str, real: str, *, split: str = "test", size: in
     from nar.metrics.text_image import near_copies
 
     parts = {"fake": (fake, "train"), "training": (of, "train"), "real": (real, split)}
-    pictures = {name: load_part(source, part, size) for name, (source, part) in parts.items()}
+    sources = {name: open_source(path, size=size, split=part, whole=True) for name, (path, part) in parts.items()}
+    pictures = {name: load_pictures(source, size=size) for name, source in sources.items()}
     report = near_copies(*(part.images for part in pictures.values()))
     report["settings"] = {
         "size": size,
-        **{name: facts(parts[name][0], part) for name, part in pictures.items()},
+        **{name: source.counts() for name, source in sources.items()},
         **{f"num_{name}": len(part) for name, part in pictures.items()},
     }
     return report
@@ -80,10 +82,10 @@ def _pictures(source: Source) -> Iterator[Image.Image]:
 
 def _captioned(fake: str, file: Path | None) -> tuple[Source, Sequence[str]]:
     """A source of pictures and a caption for each, its own or the lines of a file."""
-    source = open_part(fake, "train", 64)
+    source = open_source(fake, size=64)
     captions = source.captions
     if file is not None:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        captions = [line.strip() for line in read_lines(file) if line.strip()]
     if captions is None or len(captions) != len(source):
         number = "no" if captions is None else str(len(captions))
         raise ValueError(

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nar.media.crops import to_rgb
+from nar.media.pictures import ENDINGS, natural, read_picture, upright_rgb
+from nar.media.video import frames as decoded
+from nar.media.video import timeline
 
 SUFFIXES = (".mp4", ".gif", ".webp")
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_FRAMES = 2000  # of a clip to continue and of its continuation, which are held in memory
 Frames = Any  # a path, Pillow pictures, or uint8 (T, H, W, 3); several: a list of these, or (B, T, H, W, 3)
 
@@ -57,22 +58,19 @@ def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate:
 
 def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) one by one, so that no long clip is held at its full size."""
-    from nar.media.video import frames as decoded
-    from nar.media.video import timeline
-
     if not isinstance(frames, str | Path):
         for frame in frames:
-            yield np.asarray(to_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame)
+            yield np.asarray(upright_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame)
         return
     path = Path(frames)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+        shown = (file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+        files = sorted(shown, key=natural)
         if not files:
-            raise ValueError(f"{path} holds no frames: {', '.join(FRAME_SUFFIXES)} files, in the order of their names")
+            raise ValueError(f"{path} holds no frames: pictures, in the order of their numbers")
         _check_count(path, len(files))
         for file in files:
-            with Image.open(file) as picture:
-                yield np.asarray(to_rgb(picture))
+            yield np.asarray(read_picture(file))
         return
     rows = timeline(path).steady_rows(frame_rate)
     _check_count(path, len(rows))

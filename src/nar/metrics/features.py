@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector
 from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, score_of_splits, split_score
-from nar.metrics.pictures import Source, batches, count, fingerprint
+from nar.metrics.pictures import Opened, batches, count, fingerprint
 from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
@@ -36,7 +36,8 @@ class FeatureSet:
     `rows` (n, D) float32 are the features of at most `keep` pictures, drawn at random, `indices` (n,) their places in
     the source; `spatial_rows` and `spatial_indices` the same of at most SPATIAL_ROWS. `score` is the Inception Score,
     `score_influence` (N,) how each picture moves it, see `score_of_splits`. `motion` (n,) is, of clips, the mean
-    absolute difference of neighbouring frames, in levels of 0..255.
+    absolute difference of neighbouring frames, in levels of 0..255. `broken` could not be
+    decoded, and are in no number.
     """
 
     num_images: int
@@ -52,6 +53,7 @@ class FeatureSet:
     score_influence: np.ndarray | None = None
     motion: np.ndarray | None = None
     ddof: int = 1
+    broken: tuple[str, ...] = ()
     cached: bool = field(default=False, compare=False)
 
     def subset(self, chosen: np.ndarray) -> FeatureSet:
@@ -77,7 +79,7 @@ class FeatureSet:
 
 
 def gather(
-    source: Source,
+    source: Opened,
     detector: Detector,
     *,
     name: str,
@@ -114,7 +116,8 @@ def gather(
         splits.append(split_score(torch.cat(probabilities[:SPLIT])))
         del probabilities[:SPLIT]
 
-    stream = batches(source, batch_size, size=size, num_frames=num_frames)
+    broken: list[str] = []
+    stream = batches(source, batch_size, size=size, num_frames=num_frames, broken=broken)
     if only is not None:
         stream = batches(_at(stream, only), batch_size)
     total = count(source, num_frames) if only is None else len(only)
@@ -169,6 +172,7 @@ def gather(
         score_influence=influence,
         motion=np.concatenate(motion)[rows.indices] if motion else None,
         ddof=detector.ddof,
+        broken=tuple(broken),
     )
     if path is not None:
         _write_features(path, result)
@@ -226,7 +230,7 @@ def gaussians(found: FeatureSet) -> dict[str, np.ndarray]:
 
 
 def _write_features(path: Path, found: FeatureSet) -> None:
-    names = ("num_images", "ddof", "size", "rows", "indices", "spatial_rows", "spatial_indices", "score")
+    names = ("num_images", "ddof", "broken", "size", "rows", "indices", "spatial_rows", "spatial_indices", "score")
     values = {name: getattr(found, name) for name in (*names, "score_influence", "motion")}
     save(path, {**values, **gaussians(found), "pixels": found.pixels_sha256})
 
@@ -249,5 +253,6 @@ def _read_features(path: Path) -> FeatureSet:
         score_influence=arrays.get("score_influence"),
         motion=arrays.get("motion"),
         ddof=int(arrays["ddof"]),
+        broken=tuple(arrays["broken"].tolist()),
         cached=True,
     )

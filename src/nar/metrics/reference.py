@@ -17,7 +17,7 @@ from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector, default_detector
 from nar.metrics.features import FeatureSet, Reservoir, gather, gaussians, save
 from nar.metrics.frechet import Statistics
-from nar.metrics.pictures import Source
+from nar.metrics.pictures import Opened, Source, opened
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 
@@ -49,7 +49,7 @@ def write_reference(
         return images
 
     found = gather(
-        pictures,
+        opened(pictures, size=size),
         detector,
         name="reference",
         size=size,
@@ -76,7 +76,13 @@ def is_reference(source: Source) -> bool:
         return False
 
 
-def read_reference(path: str | Path, detector: Detector, gather: Callable[[Source, str], FeatureSet]) -> FeatureSet:
+def reference_pictures(path: str | Path) -> Opened:
+    """The pictures that came with statistics as `arr_0`, maybe none."""
+    with np.load(Path(path).expanduser()) as file:
+        return opened(path) if "arr_0" in file.files else []
+
+
+def read_reference(path: str | Path, detector: Detector, gather: Callable[[Opened, str], FeatureSet]) -> FeatureSet:
     """Statistics as ADM stores them; the rest is what `gather` makes of `arr_0`, where that is in the file."""
     path = Path(path).expanduser()
     with np.load(path) as file:
@@ -100,7 +106,7 @@ def read_reference(path: str | Path, detector: Detector, gather: Callable[[Sourc
     pooled = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), number)
     spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None
     if has_pictures:
-        return dataclasses.replace(gather(path, "reference"), num_images=number, pooled=pooled, spatial=spatial)
+        return dataclasses.replace(gather(opened(path), "reference"), num_images=number, pooled=pooled, spatial=spatial)
     return FeatureSet(number, None, pooled, torch.zeros(0, num_features), np.zeros(0, np.int64), spatial=spatial)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nar.data.open import load_pictures
-from nar.data.source import BROKEN, Source, check_broken
+from nar.data.source import BROKEN, Source
 from nar.media.pixels import as_pictures, as_pixels
 from nar.media.sheet import contact_sheet
 from nar.metrics.networks.perceptual import EfficientNetDistance, Lpips, load_lpips
@@ -145,7 +145,7 @@ class TokenizerTask:
         self._broken[index] = f"{self.source.names[index]} ({error})"
         with Path(self.recipe.run, f"broken-{self.workers.rank}.txt").open("a", encoding="utf-8") as file:
             file.write(self._broken[index] + "\n")
-        check_broken(list(self._broken.values()), len(self.source))
+        self.source.check_broken(list(self._broken.values()))
 
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss

@@ -1,0 +1,331 @@
+"""Folders and tars of files: one walk, splits, classes, words beside pictures, and what is left out.
+
+Knows names of files and what they mean; does not know pixels. A file is its place and its name, in a folder or a tar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nar.data.source import Source, listed
+from nar.data.tables import (
+    METADATA,
+    as_clips,
+    open_listed,
+    open_parquet,
+    parse_json,
+    records_table,
+)
+from nar.media import pictures, video
+from nar.storage.files import read_json
+from nar.storage.text import composed, decode_text
+
+SAMPLES = "samples.json"  # of `nar sample`: which file shows what
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "t10k"),
+}
+WORDS = (".json", ".caption", ".txt", ".cls")  # files beside a picture; of two that hold a caption the later counts
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+_LOOKED_AT = 4  # files that are opened to see whether a folder of pictures holds animations
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files below a folder, in natural order; hidden ones, and those in hidden folders, are no data.
+
+    Links to folders are followed, each folder once.
+    """
+    files, seen = list[Path](), set[str]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted((file for file in files if file.is_file()), key=pictures.natural)
+
+
+def split_named(name: str) -> str:
+    """The split that a file's or folder's name stands for: train, val or test; "" where it is none."""
+    return next((split for split, names in SPLITS.items() if name.lower() in names), "")
+
+
+def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
+    """The splits of a folder, each a folder or files of a table; none where it has other folders too.
+
+    Folders are splits where all are named as splits; tables where they are called as one, or begin with it and "-";
+    lists of clips where they end so.
+    """
+    top = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found: dict[str, list[Path]] = defaultdict(list)
+    for ending in (".parquet", ".tar"):
+        tables = [path for path in top if path.suffix.lower() == ending and path.is_file()]
+        for path in tables:
+            if split := split_named(path.stem.partition("-")[0]):
+                found[split].append(path)
+        if found and (ending == ".parquet" or sum(map(len, found.values())) == len(tables)):
+            return dict(found)
+        found.clear()
+    for path in top if clips else ():
+        split = next((key for key, names in SPLITS.items() if path.stem.lower().endswith(names)), "")
+        if path.suffix.lower() == ".csv" and split and path.is_file():
+            found[split].append(path)
+    folders = [path for path in top if path.is_dir()]
+    if not found and folders and all(split_named(path.name) for path in folders):
+        for path in folders:
+            found[split_named(path.name)].append(path)
+        if several := [paths for paths in found.values() if len(paths) > 1]:
+            raise ValueError(
+                f"{folder} has two folders of one split, {' and '.join(path.name for path in several[0])}; leave one"
+            )
+    return dict(found)
+
+
+def open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -> Source:
+    """Find the pictures, or clips, of a folder without splits: in tables, a list, or folders of classes."""
+    files = walk(folder)
+    top = [file for file in files if file.parent == folder]
+    for ending in (".tar", ".parquet"):
+        if tables := [file for file in top if file.suffix.lower() == ending]:
+            is_tar = ending == ".tar"
+            found = open_tars(tables, label, group, clips=clips) if is_tar else open_parquet(tables, label, group)
+            return _with_left_out(found, _by_ending(folder, [file for file in files if file not in tables]))
+    if any((folder / name).is_file() for name in METADATA):
+        names = {folder / name for name in METADATA}
+        endings = video.ENDINGS if clips else pictures.ENDINGS
+        shown = [file for file in files if file.suffix.lower() in endings]
+        found = open_listed(folder, shown, label, group)
+        return _with_left_out(found, _by_ending(folder, [f for f in files if f not in names and f not in shown]))
+    return _open_files(folder, [file for file in files if file.name != SAMPLES], label, group, clips=clips)
+
+
+def _open_files(folder: Path, files: Sequence[Path], label: str, group: str, *, clips: bool) -> Source:
+    """Samples by class, those of a class in natural order; the classes are folders, or there is one."""
+    noun = "clip" if clips else "picture"
+    samples, left_out, beside = _samples(folder, files, clips=clips)
+    here = [name for name in samples if "/" not in name]
+    if len(here) < len(samples) and any(not isinstance(samples[name], list) for name in here):
+        inner = next(name for name in samples if "/" in name)
+        raise ValueError(
+            f"{folder} holds both {noun}s ({here[0]}, ...) and folders ({inner.partition('/')[0]}, ...); "
+            f"allowed is either one folder per class or only {noun}s"
+        )
+    flat = len(here) == len(samples)
+    classes = {name: noun if flat else composed(name.partition("/")[0]) for name in samples}
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    empty = [] if flat and samples else [name for name in sorted(folders) if composed(name) not in classes.values()]
+    if empty or not samples:
+        _refuse_empty(folder / empty[0] if empty else folder, left_out, clips=clips)
+    if not clips:
+        _refuse_animations([place for place in samples.values() if isinstance(place, Path)])
+    class_names = sorted(set(classes.values()))
+    names = sorted(samples, key=classes.__getitem__)  # stable: in a class, the order of the walk
+    records = [_record(beside.get(name, {}), Path.read_bytes, with_class=flat) for name in names]
+    if not any("caption" in record for record in records):
+        prompts = _prompts(folder / SAMPLES)
+        records = [
+            record | ({"caption": prompts.get(name.rpartition("/")[2], "")} if prompts else {})
+            for name, record in zip(names, records, strict=True)
+        ]
+    found = records_table(folder, names, records, lambda index: samples[names[index]], label, group)
+    if not (flat and found.has_classes):
+        labels = np.array([class_names.index(classes[name]) for name in names], np.int64)
+        found = dataclasses.replace(found, labels=labels, class_names=tuple(class_names), class_numbers=())
+    return _with_left_out(as_clips(found) if clips else found, left_out)
+
+
+def _refuse_empty(folder: Path, left_out: Mapping[str, Sequence[str]], *, clips: bool) -> None:
+    noun, endings = ("clips", video.ENDINGS) if clips else ("pictures", pictures.ENDINGS)
+    packed = [name for names in left_out.values() for name in names if name.lower().endswith(PACKED)]
+    fix = f"unpack {packed[0]}" if packed else "add some or give another folder"
+    fix += "" if clips else ", and for clips say how many frames (data.num_frames)"
+    there = f"; {listed(left_out)}" if left_out else ""
+    raise ValueError(f"{folder} holds no {noun} ({', '.join(sorted(endings))}); {fix}{there}")
+
+
+def _samples(
+    folder: Path, files: Sequence[Path], *, clips: bool
+) -> tuple[dict[str, Path | list[Path]], dict[str, list[str]], dict[str, dict[str, Path]]]:
+    """The samples of files by name, what is left out, and the words beside each sample by ending.
+
+    A clip is a video, an animation, or else all stills of one folder, its frames.
+    """
+    named = {file.relative_to(folder).as_posix(): file for file in files}
+    shown = pictures.ENDINGS | (video.ENDINGS if clips else frozenset())
+    samples: dict[str, Path | list[Path]] = {}
+    by_folder = defaultdict[Path, list[Path]](list)
+    for file in files:
+        if file.suffix.lower() in shown:
+            by_folder[file.parent].append(file)
+    for parent, found in by_folder.items():
+        if clips and not any(_is_clip(file) for file in found):
+            samples[folder.name if parent == folder else parent.relative_to(folder).as_posix()] = found
+        else:
+            samples |= {file.relative_to(folder).as_posix(): file for file in found}
+    others = [name for name, file in named.items() if file.suffix.lower() not in shown]
+    beside, left_out = pair(list(samples), others)
+    return (
+        samples,
+        left_out,
+        {name: {end: named[text] for end, text in found.items()} for name, found in beside.items()},
+    )
+
+
+def _is_clip(file: Path) -> bool:
+    if file.suffix.lower() in video.VIDEO_ENDINGS:
+        return True
+    if file.suffix.lower() not in video.ENDINGS:
+        return False
+    try:
+        with pictures.opened(file) as picture:
+            return pictures.num_frames(picture) > 1
+    except (OSError, ValueError):
+        return False  # named when its frames are read
+
+
+def _refuse_animations(files: Sequence[Path]) -> None:
+    """Refuse a folder of animations where pictures are wanted, by looking into a few files."""
+    may = [file for file in files if file.suffix.lower() in (".gif", ".webp", ".apng", ".avif")]
+    for place in np.linspace(0, len(may) - 1, min(_LOOKED_AT, len(may))).astype(int):
+        if _is_clip(may[place]):
+            pictures.read_picture(may[place])  # says what to do
+
+
+def pair(samples: Sequence[str], others: Sequence[str]) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
+    """The words beside each sample by ending, and what is left out of the other files.
+
+    A text belongs to the samples of its own name, whatever their ending, or of its name and their ending; else to those
+    of which it has the name up to the first dot, as in webdataset tars: s0.txt to s0.left.png and s0.right.png.
+    """
+    exact, first = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for name in samples:
+        stem, key = _stem(name), _key(name)
+        for spelling in dict.fromkeys((stem, composed(name))):
+            exact[spelling].append(name)
+        if key != stem:
+            first[key].append(name)
+    beside, left_out = defaultdict[str, dict[str, str]](dict), defaultdict[str, list[str]](list)
+    for name in others:
+        end = _ending(name)
+        owners = (exact.get(_stem(name)) or first.get(_stem(name), [])) if end in WORDS else []
+        for owner in owners:
+            beside[owner][end] = name
+        if not owners:
+            left_out[f"{end} without a picture" if end in WORDS else end or "without an ending"].append(name)
+    return dict(beside), dict(left_out)
+
+
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return composed(name[: len(name) - len(_ending(name))])
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return composed(f"{folder}{slash}{base.partition('.')[0]}")
+
+
+def _record(beside: Mapping[str, Any], read: Callable[[Any], bytes], *, with_class: bool = True) -> dict[str, Any]:
+    """What the files beside a sample say of it; `read` gives their bytes."""
+    record: dict[str, Any] = {}
+    for end in WORDS:
+        if end not in beside:
+            continue
+        text = decode_text(read(beside[end]), str(beside[end])).strip()
+        if end == ".json":
+            found = parse_json(text, str(beside[end]))
+            if not isinstance(found, dict):
+                raise ValueError(f"{beside[end]} must hold an object of JSON, not {type(found).__name__}")
+            record |= found
+        elif end == ".cls":
+            record["label"] = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+        else:
+            record["caption"] = text
+    return record if with_class else {key: value for key, value in record.items() if key != "label"}
+
+
+def _prompts(path: Path) -> dict[str, str]:
+    """What `samples.json`, of `nar sample`, says that files show."""
+    if not path.is_file():
+        return {}
+    records = read_json(path, list)
+    if not all(isinstance(record, dict) and isinstance(record.get("file"), str) for record in records):
+        raise ValueError(f"{path} must hold a list of objects with `file`, as `nar sample` writes it; delete it")
+    return {record["file"]: str(record.get("prompt", "")) for record in records if record.get("prompt")}
+
+
+def open_tars(paths: Sequence[Path], label: str, group: str, *, clips: bool = False) -> Source:
+    """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
+    noun, endings = ("clip", video.ENDINGS) if clips else ("picture", pictures.ENDINGS)
+    names, places, records = list[str](), list[tuple[Path, int, int]](), list[dict[str, Any]]()
+    left_out = defaultdict[str, list[str]](list)
+    for path in paths:
+        found = dict[str, tuple[int, int]]()
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if any(part.startswith(".") and part != "." for part in member.name.split("/")):
+                        continue
+                    if member.isfile():
+                        found[member.name] = (member.offset_data, member.size)
+                    elif not member.isdir():
+                        left_out["that is a link or a device"].append(f"{path.name}:{member.name}")
+        except (tarfile.TarError, OSError, ValueError) as error:
+            head = path.read_bytes()[:6] if path.is_file() else b""
+            if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):
+                raise ValueError(
+                    f"shard {path} is compressed, and pictures are read where they lie; unpack it"
+                ) from error
+            raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
+        shown = [name for name in found if _ending(name) in endings]
+        beside, others = pair(shown, [name for name in found if _ending(name) not in endings])
+        for what, which in others.items():
+            left_out[what] += [f"{path.name}:{name}" for name in which]
+
+        def read_text_of(name: str, path: Path = path, found: dict[str, tuple[int, int]] = found) -> bytes:
+            return _part_of(path, *found[name]).getvalue()
+
+        try:
+            records += [_record(beside.get(name, {}), read_text_of) for name in shown]
+        except ValueError as error:
+            raise ValueError(f"shard {path}: {error}") from error
+        names += [f"{path.name}:{_stem(name)}" for name in shown]
+        places += [(path, *found[name]) for name in shown]
+    if not names:
+        there = f"; {listed(left_out)}" if left_out else ""
+        raise ValueError(f"{paths[0]} holds no {noun}s ({', '.join(sorted(endings))}){there}")
+    made = records_table(paths[0], names, records, lambda index: _part_of(*places[index]), label, group)
+    return _with_left_out(as_clips(made) if clips else made, left_out)
+
+
+def _part_of(path: Path, offset: int, length: int) -> io.BytesIO:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(length))
+
+
+def _by_ending(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+    found = defaultdict[str, list[str]](list)
+    for file in files:
+        found[file.suffix.lower() or "without an ending"].append(file.relative_to(folder).as_posix())
+    return dict(found)
+
+
+def _with_left_out(source: Source, more: Mapping[str, Sequence[str]]) -> Source:
+    merged = {what: [*source.left_out.get(what, ()), *more.get(what, ())] for what in {**source.left_out, **more}}
+    return dataclasses.replace(source, left_out=merged)

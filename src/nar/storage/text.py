@@ -1,0 +1,45 @@
+"""Text as people's editors write it: marks of other encodings, line ends, names that look alike.
+
+Knows bytes and characters; does not know what a text says.
+"""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from pathlib import Path
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode a text file's bytes: UTF-8, or what its first bytes say; its lines then end at "\\n" alone.
+
+    Raises:
+        ValueError: names it, where it is no such text.
+    """
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no {encoding.upper()} text (byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{name} is no text: it holds zero bytes; if it is UTF-16, save it as UTF-8")
+    return text.replace("\r\n", "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, see `decode_text`."""
+    return decode_text(path.read_bytes(), str(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file. They end at a newline and nowhere else: other separators belong to the text."""
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def composed(name: str) -> str:
+    """A name as people compare it: accents composed (some systems store them apart), no space around."""
+    return unicodedata.normalize("NFC", name).strip()
