@@ -21,9 +21,17 @@ from nar.tokenizer.causal import (
 )
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "code_dim": 4, "frames_per_code": 3, "channels": 8, "num_blocks": 1, "dim": 16, "num_heads": 2,
-    "hidden_dim": 16, "num_encoder_blocks": 1, "num_decoder_blocks": 1,
-}  # fmt: skip
+    "vocab_size": 64,
+    "code_dim": 4,
+    "frames_per_code": 3,
+    "channels": 8,
+    "num_blocks": 1,
+    "dim": 16,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "num_encoder_blocks": 1,
+    "num_decoder_blocks": 1,
+}
 
 
 def make(**changes: Any) -> CausalTokenizer:

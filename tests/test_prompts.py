@@ -15,9 +15,7 @@ from nar.sampling import Sampling, generate
 from nar.text import TextEncoder
 from text_encoders import tiny_encoder
 
-PROMPTS = [
-    "a red apple", "the blue circle, a green square", "octopus", "cross", "", "a", "green triangle", "red , blue",
-]  # fmt: skip
+PROMPTS = "a red apple|the blue circle, a green square|octopus|cross||a|green triangle|red , blue".split("|")
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +72,9 @@ def test_a_caption_is_encoded_once(words_folder: Path, monkeypatch: pytest.Monke
     asked: list[str] = []
     encode = TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
-    once = codes_of(pipe, ["apple", "octopus"], negative_prompt="cross", num_images_per_prompt=3, guidance_scale=2.0)
-    assert torch.equal(codes_of(pipe, ["apple", "octopus"], negative_prompt="cross", num_images_per_prompt=3,
-                                guidance_scale=2.0, batch_size=1), once)  # fmt: skip
+    options = {"negative_prompt": "cross", "num_images_per_prompt": 3, "guidance_scale": 2.0}
+    once = codes_of(pipe, ["apple", "octopus"], **options)
+    assert torch.equal(codes_of(pipe, ["apple", "octopus"], **options, batch_size=1), once)
     assert sorted(asked) == ["apple", "cross", "octopus"]
     monkeypatch.setattr("nar.text.captions.KEPT_CAPTIONS", 1)
     pipe.drop_text_encoder()

@@ -245,28 +245,29 @@ class Pipeline:
             raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
         self._check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
-        fixed = None if known is None else known_codes(known, len(requests), self.model.config.grid)
+        kept = None if known is None else known_codes(known, len(requests), self.model.config.grid)
         results: list[Tensor] = []
         for start in range(0, len(requests), batch_size):
             rows = slice(start, start + batch_size)
-            batch = requests[rows]
-            options: dict[str, Any] = {
-                "seed": seed if isinstance(seed, int) else seed[rows],
-                "known": None if fixed is None else fixed[rows],
-                "callback": callback_on_front_end,
-            }
+            batch, options = (
+                requests[rows],
+                {
+                    "seed": seed if isinstance(seed, int) else seed[rows],
+                    "known": None if kept is None else kept[rows],
+                    "callback": callback_on_front_end,
+                },
+            )
             indices = range(start, start + len(batch)) if isinstance(seed, int) else [0] * len(batch)
             if output_type == "codes":
                 results.extend(self._codes(batch, indices, sampling, **options))
             else:
                 results.extend(self.sample(batch, indices, sampling, num_frames=num_frames, exact=True, **options))
         output = torch.stack(results) if output_type == "codes" else _as_output(results, output_type)
-        labels = [request.label for request in requests]
         return Output(
             None if self.makes_clips else output,
             output if self.makes_clips else None,
             [request.prompt or ("" if request.label < 0 else self.label_name(request.label)) for request in requests],
-            labels,
+            [request.label for request in requests],
             seed,
         )
 
