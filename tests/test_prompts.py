@@ -15,7 +15,7 @@ from nar.sampling import Sampling, generate
 from nar.text import TextEncoder
 from text_encoders import tiny_encoder
 
-PROMPTS = "a red apple|the blue circle, a green square|octopus|cross||a|green triangle|red , blue".split("|")
+PROMPTS = ["a red apple", "the blue circle, a green square", "octopus", "cross", "", "a", "green triangle", "red , a"]
 
 
 @pytest.fixture(scope="module")
