@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nar.attention import Attention, Cache, RMSNorm, rotate, rotations
+from nar.attention import Attention, Block, Cache, RMSNorm, rotate, rotations
 
 
 def test_pairs_are_split_evenly_with_the_remainder_to_the_last_axes() -> None:
@@ -96,3 +96,19 @@ def test_learning_attention_has_the_values_and_gradients_of_the_fused_kernel(mas
         torch.testing.assert_close(ours, fused, atol=1e-10, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(attention(x, None, mask), found[1][0], atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_dropped_branches_are_made_up_for_by_the_others() -> None:
+    """Of whole branches per sample, and of elements of each: what is left is larger, so that the mean stays."""
+    torch.manual_seed(0)
+    block, x = Block(16, 2, 32, 1e-5), torch.randn(1, 3, 16).expand(4000, -1, -1)
+    torch.nn.init.zeros_(block.attention.proj.weight)  # only the second branch adds something
+    whole = (block(x, None, None) - x)[0]
+    found = block(x, None, None, dropout=(0.0, 0.2)) - x
+    kept = found.abs().flatten(1).amax(1) > 0
+    assert 0.17 < 1 - float(kept.float().mean()) < 0.23
+    torch.testing.assert_close(found[kept], (whole / 0.8).expand(int(kept.sum()), -1, -1), atol=1e-5, rtol=1e-5)
+    found = block(x, None, None, dropout=(0.2, 0.0)) - x
+    assert 0.19 < float((found == 0).float().mean()) < 0.21
+    torch.testing.assert_close(found[found != 0], (whole / 0.8).expand_as(found)[found != 0], atol=1e-5, rtol=1e-5)

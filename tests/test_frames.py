@@ -188,6 +188,12 @@ def test_given_codes_have_places() -> None:
     with torch.no_grad():
         first, second = (model(empty, PrefixCondition(given)) for given in (codes, swapped))
     assert (first - second).abs().max() > 0.01
+    layout = make_model("frames", grid=(2, 2, 3), prefix_grid=(2, 2, 3), positions="rope").layout  # a class first
+    assert layout.phases is not None
+    before, tokens = layout.phases[:14], layout.phases[14:]
+    assert torch.equal(before[1:13][layout.schedule.places], tokens), "the rotation of a place is one"
+    for alone in (before[0], before[13]):  # the class and the separator have no place
+        assert torch.equal(alone, torch.tensor([1.0, 0.0]).expand_as(alone))
 
 
 def test_decoding_takes_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

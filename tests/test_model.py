@@ -7,12 +7,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_condition, make_model
 from nar import ClassCondition, ModelConfig, Transformer
+from nar.attention import Block
 from nar.condition import Condition, TextCondition
 from nar.model import Dropout
 from nar.storage.folder import BUNDLED
@@ -120,6 +122,34 @@ def test_dropout_is_an_argument() -> None:
     assert torch.equal(model(codes, condition), model.eval()(codes, condition))
     for rates in (Dropout(token=0.5), Dropout(residual=0.5), Dropout(path=0.9)):
         assert not torch.equal(model(codes, condition, dropout=rates), model(codes, condition))
+
+
+def test_path_dropout_rises_from_the_first_block_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rates, plain = make_model("nar-deep-heads"), [], Block.forward
+
+    def noted(block: Block, *given: object) -> torch.Tensor:
+        rates.append(given[-1])
+        return plain(block, *given)
+
+    monkeypatch.setattr(Block, "forward", noted)
+    model(torch.zeros(1, 4, 3, dtype=torch.long), make_condition(model, 1), dropout=Dropout(residual=0.1, path=0.4))
+    assert rates == pytest.approx(np.array([(0.1, 0.0), (0.1, 0.1), (0.1, 0.2), (0.1, 0.3), (0.1, 0.4)]))
+
+
+def test_fixed_positions_are_sines_and_cosines_of_falling_frequencies() -> None:
+    table = make_model("video").layout.table
+    assert table is not None
+    for position in (0, 3, 17):
+        angles = [position * 10000 ** (-place / 16) for place in range(16)]
+        row = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        torch.testing.assert_close(table[position], torch.tensor(row), atol=1e-6, rtol=0)
+
+
+def test_null_words_have_the_length_of_features() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(grid=(2, 2), dim=32, num_layers=1, num_heads=2, text_dim=256, text_length=64))
+    assert float(model.null_text.norm(dim=1).mean()) == pytest.approx(1, abs=0.05)
+    assert float(model.tokens.weight.std()) == pytest.approx(0.02, rel=0.05)
 
 
 @torch.no_grad()
