@@ -334,7 +334,7 @@ def test_grids_of_given_frames() -> None:
         (["given_frames=[]", "model.prefix_grid=[2,2,2]"], r"model\.prefix_grid needs given_frames"),
         (["model.prefix_grid=[1,2,2]"], r"are codes of \(2, 2, 2\), but model\.prefix_grid is \(1, 2, 2\)"),
         (["given_frames=[1,3]", "frame_dropout=0.1"], "frame_dropout 0.1 needs 0 among given_frames"),
-        (["condition_dropout=1.5"], r"condition_dropout must be in 0\.\.1"),
+        (["condition_dropout=1.5"], r"condition_dropout must be at least 0 and at most 1"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -89,12 +89,18 @@ def image_tokenizer_state(
 
 
 _SIZES = {  # the published setting, and its value where it is not stored
-    "num_frames": ("frame_num", 16), "image_size": ("input_size", 128), "num_tokens": ("bottleneck_token_num", 1024),
-    "patch_size": ("patch_size", 8), "temporal_patch_size": ("temporal_patch_size", 4),
-    "encoder_dim": ("encoder_hidden_size", 768), "decoder_dim": ("decoder_hidden_size", 768),
-    "num_encoder_layers": ("encoder_depth", 6), "num_decoder_layers": ("decoder_depth", 6),
-    "num_encoder_heads": ("encoder_num_heads", 12), "num_decoder_heads": ("decoder_num_heads", 12),
-}  # fmt: skip
+    "num_frames": ("frame_num", 16),
+    "image_size": ("input_size", 128),
+    "num_tokens": ("bottleneck_token_num", 1024),
+    "patch_size": ("patch_size", 8),
+    "temporal_patch_size": ("temporal_patch_size", 4),
+    "encoder_dim": ("encoder_hidden_size", 768),
+    "decoder_dim": ("decoder_hidden_size", 768),
+    "num_encoder_layers": ("encoder_depth", 6),
+    "num_decoder_layers": ("decoder_depth", 6),
+    "num_encoder_heads": ("encoder_num_heads", 12),
+    "num_decoder_heads": ("decoder_num_heads", 12),
+}
 _FLAGS = {
     "learned_patch_positions": "learned_encoder_patch_pe",
     "learned_code_positions": "learned_decoder_latent_pe",
@@ -105,9 +111,14 @@ _FLAGS = {
     "pixel_query_type": "use_decoder_patch_query_token_type_embed",
 }
 _NORMS = {
-    "no": "none", "none": "none", "ln_d": "layer", "ln_nd": "layer_all", "bn_bn": "batch", "bn_b": "batch_all",
+    "no": "none",
+    "none": "none",
+    "ln_d": "layer",
+    "ln_nd": "layer_all",
+    "bn_bn": "batch",
+    "bn_b": "batch_all",
     "ln_d_na": "none",  # accepted upstream, but never applied
-}  # fmt: skip
+}
 _DEFAULT_TRANSFORMER = "transformer_encoder_parallel"
 
 

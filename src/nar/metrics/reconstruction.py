@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nar.metrics.frechet import RunningStatistics, frechet_distance
+from nar.metrics.frechet import RunningStatistics, frechet_distance, nearest
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) of pictures (B, 3, H, W) in -1..1."""
@@ -217,22 +217,16 @@ def nearest_patches(
     points = torch.from_numpy(sample).to(device).float()
     entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size]).to(device)]
     for _ in range(iterations):
-        codes = _nearest(points, entries)
+        codes = nearest(points, entries)[1]
         counts = torch.bincount(codes, minlength=vocab_size)
         sums = torch.zeros_like(entries).index_add_(0, codes, points)
         entries = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], entries)
 
     def through(picture: np.ndarray) -> np.ndarray:
         own = torch.from_numpy(_patches(picture[None], patch)).to(device).float()
-        return _from_patches(entries[_nearest(own, entries)].cpu(), patch, picture)
+        return _from_patches(entries[nearest(own, entries)[1]].cpu(), patch, picture)
 
     return np.stack([through(picture) for picture in real])
-
-
-def _nearest(points: Tensor, entries: Tensor) -> Tensor:
-    squares = entries.square().sum(1)
-    pieces = points.split(max(1, 2**24 // len(entries)))
-    return torch.cat([torch.addmm(squares, piece, entries.T, alpha=-2.0).argmin(1) for piece in pieces])
 
 
 def _patches(pictures: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:

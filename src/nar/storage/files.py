@@ -190,12 +190,12 @@ def _clean(folder: Path, machine: str) -> None:
     """Remove what killed processes of this machine left in a folder; once, since the folder may be large."""
     for left in [other for other in folder.iterdir() if other.name.startswith(machine)]:
         number = left.name.removeprefix(machine).partition("-")[0]
-        if number.isdecimal() and left.is_dir() and not left.is_symlink() and not _runs(int(number)):
+        if number.isdecimal() and left.is_dir() and not left.is_symlink() and not is_running(int(number)):
             _restore(left, folder)
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process may still be there; on Windows, where asking would end it, every one may."""
     if sys.platform == "win32":
         return True

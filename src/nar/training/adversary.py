@@ -7,12 +7,13 @@ pixels, `C` width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar.storage.fields import NotNegative, OneOf, Positive, Range, Size, check
 from nar.tokenizer.larp import Bidirectional, sinusoid_grid
 from nar.training.distributed import Workers
 from nar.training.optim import load_side_state, side_state
@@ -33,31 +34,24 @@ class AdversaryConfig:
     `frames` in a row at once, as channels: from 2 on it judges motion too. Their number of frames must be a multiple.
     """
 
-    weight: float = 0.0
-    start: int = 0
-    network: str = "patch"
-    num_heads: int = 8
-    every: int = 1
-    lecam: float = 0.0
-    lecam_decay: float = 0.999
+    weight: NotNegative = 0.0
+    start: Annotated[int, Range(0)] = 0
+    network: Annotated[str, OneOf("patch", "transformer")] = "patch"
+    num_heads: Size = 8
+    every: Size = 1
+    lecam: NotNegative = 0.0
+    lecam_decay: Annotated[float, Range(0, below=1)] = 0.999
     adaptive: bool = True
-    learn_from: int = 0
-    channels: int = 64
-    num_layers: int = 3
-    frames: int = 1
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.5, 0.9)
-    clip_norm: float = 0.0
+    learn_from: Annotated[int, Range(0)] = 0
+    channels: Size = 64
+    num_layers: Size = 3
+    frames: Size = 1
+    learning_rate: Positive = 1e-4
+    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.5, 0.9)
+    clip_norm: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if self.weight < 0:
-            raise ValueError(f"adversary.weight must be at least 0, not {self.weight}")
-        if self.network not in ("patch", "transformer"):
-            raise ValueError(f"adversary.network must be patch or transformer, not {self.network!r}")
-        for name in ("every", "frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"adversary.{name} must be at least 1, not {getattr(self, name)}")
+        check(self, "adversary.")
         if self.frames > 1 and self.network != "patch":
             raise ValueError(f"adversary.frames {self.frames} is of the network patch; a transformer sees whole clips")
         if self.lecam and self.network == "patch":

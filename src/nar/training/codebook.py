@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from nar.storage.fields import Range, Share, check
 from nar.tokenizer.quantize import BinaryQuantizer, Quantizer, VectorQuantizer
 from nar.training.distributed import Workers
 
@@ -32,19 +34,14 @@ class CodebookConfig:
     it off.
     """
 
-    restart_every: int = 0
-    restart_until: float = 0.6
-    kmeans_steps: int = 0
-    codebook_decay: float = 0.0
-    warn_usage: float = 0.1
+    restart_every: Annotated[int, Range(0)] = 0
+    restart_until: Share = 0.6
+    kmeans_steps: Annotated[int, Range(0)] = 0
+    codebook_decay: Annotated[float, Range(0, below=1)] = 0.0
+    warn_usage: Annotated[float, Range(0, below=1)] = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.codebook_decay < 1:
-            raise ValueError(f"codebook_decay must be from 0 up to, not including, 1, not {self.codebook_decay}")
-        if not 0 <= self.warn_usage < 1:
-            raise ValueError(f"warn_usage must be a share from 0 up to, not including, 1, not {self.warn_usage}")
-        if min(self.restart_every, self.kmeans_steps) < 0:
-            raise ValueError("restart_every and kmeans_steps must be at least 0, which turns them off")
+        check(self, "tokenizer_loss.")
 
 
 class Codebook:

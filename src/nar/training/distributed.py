@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from nar.storage.fields import OneOf, Size, check
 
 PARALLEL = ("none", "ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
@@ -42,21 +44,16 @@ class Engine:
         workers: threads that read and decode the next batch while this one is computed.
     """
 
-    parallel: str = "ddp"
-    accumulate: int = 1
-    precision: str = "float32"
+    parallel: Annotated[str, OneOf(*PARALLEL)] = "ddp"
+    accumulate: Size = 1
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
-    workers: int = 4
+    workers: Size = 4
 
     def __post_init__(self) -> None:
-        for name, allowed in {"parallel": PARALLEL, "precision": PRECISIONS}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"engine.{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("accumulate", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
+        check(self, "engine.")
 
 
 @dataclass(frozen=True)

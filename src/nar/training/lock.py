@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nar.storage.files import is_running
+
 LOCK = "run.lock"
 _BEAT = 30.0  # seconds between signs of life
 _SILENT = 300.0  # seconds without one, after which a process of another machine counts as gone
@@ -96,15 +98,7 @@ def _there(owner: dict[str, Any], silent: float) -> bool:
     pid = owner.get("pid")
     if owner.get("host") != platform.node() or not isinstance(pid, int) or sys.platform == "win32":
         return silent < _SILENT
-    if owner.get("boot") != _boot():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    return owner.get("began") == _began(pid)
+    return owner.get("boot") == _boot() and is_running(pid) and owner.get("began") == _began(pid)
 
 
 def _boot() -> str:

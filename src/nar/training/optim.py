@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+
+from nar.storage.fields import NotNegative, OneOf, Positive, Range, Share, check
 
 
 @dataclass(frozen=True)
@@ -25,29 +27,20 @@ class OptimConfig:
     layers only, as the video recipe does).
     """
 
-    learning_rate: float = 1e-4
-    muon_learning_rate: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    decay: str = "matrices"
-    clip_norm: float = 1.0
-    curve: str = "constant"
-    warmup_images: int = 0
-    final_factor: float = 0.0
-    milestones: tuple[float, ...] = (1 / 2, 2 / 3, 5 / 6)
-    gamma: float = 0.2
+    learning_rate: Positive = 1e-4
+    muon_learning_rate: NotNegative = 0.0
+    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.05
+    decay: Annotated[str, OneOf("matrices", "linear")] = "matrices"
+    clip_norm: NotNegative = 1.0
+    curve: Annotated[str, OneOf("constant", "cosine", "multistep")] = "constant"
+    warmup_images: Annotated[int, Range(0)] = 0
+    final_factor: NotNegative = 0.0
+    milestones: tuple[Share, ...] = (1 / 2, 2 / 3, 5 / 6)
+    gamma: Positive = 0.2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        if self.curve not in ("constant", "cosine", "multistep"):
-            raise ValueError(f"optim.curve must be constant, cosine or multistep, not {self.curve!r}")
-        if self.decay not in ("matrices", "linear"):
-            raise ValueError(f"optim.decay must be matrices or linear, not {self.decay!r}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"optim.learning_rate must be a positive number, not {self.learning_rate}")
-        if not 0 <= self.muon_learning_rate < math.inf:
-            raise ValueError(f"optim.muon_learning_rate must be at least 0, not {self.muon_learning_rate}")
+        check(self, "optim.")
 
 
 def learning_rate_factor(config: OptimConfig, images_seen: float, num_images: float) -> float:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from nar.storage.fields import NotNegative, OneOf, Range, Size, check
 from nar.training.distributed import Engine
 from nar.training.optim import OptimConfig
 
@@ -29,31 +30,26 @@ class Plan:
     run: str = "runs/default"
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: Engine = field(default_factory=Engine)
-    batch_size: int = 64
-    num_images: int = 0
-    epochs: float = 0.0
-    images_between: tuple[int, ...] = (0, 2**62)
-    ema_decay: float = 0.999
+    batch_size: Size = 64
+    num_images: Annotated[int, Range(0)] = 0
+    epochs: NotNegative = 0.0
+    images_between: tuple[int, int] = (0, 2**62)
+    ema_decay: Annotated[float, Range(0, below=1)] = 0.999
     seed: int = 0
-    log_every: int = 50
-    preview_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    export: str = "last"
+    log_every: Annotated[int, Range(1)] = 50
+    preview_every: Annotated[int, Range(1)] = 500
+    checkpoint_every: Annotated[int, Range(1)] = 500
+    keep_last: Annotated[int, Range(1)] = 2
+    export: Annotated[str, OneOf("last", "best")] = "last"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images_between", tuple(self.images_between))
-        for name in ("batch_size", "log_every", "preview_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
         if (self.num_images > 0) == (self.epochs > 0):
             raise ValueError(
                 f"either num_images or epochs must be set, not num_images={self.num_images} and epochs={self.epochs}"
             )
-        if len(self.images_between) != 2 or self.images_between[0] > self.images_between[1]:
+        if self.images_between[0] > self.images_between[1]:
             raise ValueError(f"images_between must be two rising numbers, not {self.images_between}")
-        if self.export not in ("last", "best"):
-            raise ValueError(f"export must be last or best, not {self.export!r}")
 
     def num_steps(self, num_samples: int) -> int:
         """Steps of the whole training, on a set of `num_samples`."""

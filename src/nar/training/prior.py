@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block
+from nar.storage.fields import NotNegative, Positive, Range, Share, Size, check
 from nar.tokenizer.base import Reconstruction
 from nar.tokenizer.quantize import Quantizer, sample_codes
 from nar.training.distributed import Workers
@@ -31,21 +33,17 @@ class PriorConfig:
     from 0 to `mix` over the first `mix_until` of the training.
     """
 
-    weight: float = 0.0
-    dim: int = 384
-    num_layers: int = 12
-    num_heads: int = 6
-    temperature: float = 1.0
-    mix: float = 0.5
-    mix_until: float = 0.3
-    learning_rate: float = 1e-4
+    weight: NotNegative = 0.0
+    dim: Size = 384
+    num_layers: Size = 12
+    num_heads: Size = 6
+    temperature: Positive = 1.0
+    mix: Share = 0.5
+    mix_until: Annotated[float, Range(above=0, most=1)] = 0.3
+    learning_rate: Positive = 1e-4
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or not 0 <= self.mix <= 1 or not 0 < self.mix_until <= 1 or self.temperature <= 0:
-            raise ValueError(
-                f"prior.weight {self.weight} must be at least 0, mix {self.mix} from 0 to 1, mix_until "
-                f"{self.mix_until} above 0 up to 1, temperature {self.temperature} above 0"
-            )
+        check(self, "prior.")
 
 
 class Prior:

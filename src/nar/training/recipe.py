@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from nar.data.config import DataConfig
 from nar.model import Dropout, ModelConfig
 from nar.sampling import Sampling
+from nar.storage.fields import Length, NotNegative, OneOf, Share
 from nar.text import TextEncoderConfig
 from nar.tokenizer import TokenizerConfig
 from nar.tokenizer.causal import CausalTokenizerConfig
@@ -36,21 +37,15 @@ class TokenizerLossConfig(CodebookConfig):
             code, in nats; a bit whose latent is at its entry has log-odds of `entropy_sharpness`.
     """
 
-    l1: float = 0.0
-    l2: float = 1.0
-    perceptual: float = 0.0
+    l1: NotNegative = 0.0
+    l2: NotNegative = 1.0
+    perceptual: NotNegative = 0.0
     lpips: str = ""
-    codebook: float = 1.0
-    commitment: float = 0.25
-    entropy: float = 0.02
+    codebook: NotNegative = 1.0
+    commitment: NotNegative = 0.25
+    entropy: NotNegative = 0.02
     entropy_diversity: float = 1.0
     entropy_sharpness: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("l1", "l2", "perceptual", "codebook", "commitment", "entropy"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"tokenizer_loss.{name} must be at least 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Recipe(Plan):
     """
 
     about: str = ""
-    task: str = "model"
+    task: Annotated[str, OneOf("tokenizer", "model")] = "model"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     causal_tokenizer: CausalTokenizerConfig | None = None
@@ -90,29 +85,23 @@ class Recipe(Plan):
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
     cuda_recipe: str = ""
-    lora_rank: int = 0
+    lora_rank: Length = 0
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     prompts: tuple[str, ...] = ()
     dropout: Dropout = field(default_factory=Dropout)
-    condition_dropout: float = 0.1
-    mixed_context: float = 0.0
+    condition_dropout: Share = 0.1
+    mixed_context: Share = 0.0
     classes: bool | None = None
-    given_frames: tuple[int, ...] = ()
-    frame_dropout: float = 0.0
+    given_frames: tuple[Length, ...] = ()
+    frame_dropout: Share = 0.0
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
-        for name in ("condition_dropout", "frame_dropout", "mixed_context"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)}")
         if self.frame_dropout and 0 not in self.given_frames:
             raise ValueError(f"frame_dropout {self.frame_dropout} needs 0 among given_frames, such as [0, 1, 6]")
-        if self.task not in ("tokenizer", "model"):
-            raise ValueError(f"task must be tokenizer or model, not {self.task!r}")
         if self.causal_tokenizer and self.video_tokenizer:
             raise ValueError("one tokenizer is trained: give causal_tokenizer or video_tokenizer, not both")
         if self.lora_rank and not (self.init and self.task == "model"):
