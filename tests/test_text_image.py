@@ -258,5 +258,9 @@ def test_the_command(
     assert "near_copies" in capsys.readouterr().out
     assert run("geneval", str(drawn)) == 2
     assert "geneval needs FOLDER, --detector and --clip" in capsys.readouterr().err
+    assert run("geneval", str(drawn), "--write-prompts", str(tmp_path / "geneval.jsonl"), "--seed", "1") == 2
+    assert "--write-prompts does not use FOLDER, --seed; leave them out" in capsys.readouterr().err
+    assert run("captions", "--fake", str(drawn), "--retrieval", "--size", "64") == 2
+    assert "judging without --clip does not use --size" in capsys.readouterr().err
     assert run("geneval", "--write-prompts", str(tmp_path / "geneval.jsonl")) == 0
     assert len((tmp_path / "geneval.jsonl").read_text().splitlines()) == 553

@@ -79,7 +79,7 @@ app.add_typer(verbs, name="eval")
 def evaluate(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model to sample the fake pictures with, as --fake MODEL.")
+        str | None, typer.Argument(metavar="MODEL", help="A model to sample the fake pictures with, as --fake MODEL.")
     ] = None,
     real: Annotated[
         str | None,
@@ -361,6 +361,7 @@ def _refuse(context: typer.Context, what: str, *unused: str) -> None:
         and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
     ]
     if given:
+        given = [name if name.startswith("-") else name.upper() for name in given]
         raise ValueError(f"{what} does not use {', '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out")
 
 
