@@ -122,7 +122,14 @@ def exif(folder: Path) -> int:
 
 def hidden(folder: Path) -> int:
     plain(folder, range(4))
-    for name in (".DS_Store", "._000.png", ".ipynb_checkpoints/000.png", ".cache/deep/x.png"):
+    for name in (
+        ".DS_Store",
+        "._000.png",
+        ".ipynb_checkpoints/000.png",
+        ".cache/deep/x.png",
+        "__MACOSX/a.png",
+        "Thumbs.db",
+    ):
         save(folder / name, 9, format="png")
     return 4
 
@@ -266,6 +273,10 @@ REFUSED = {
         lambda path: (plain(path, range(2)), plain(path / "more", range(2))), "holds both pictures"
     ),
     "an array larger than its file": (lambda path: lying_array(path.with_suffix(".npz")), "would need"),
+    "labels of other pictures": (
+        lambda path: np.savez(path.with_suffix(".npz"), arr_0=np.zeros((3, 8, 8, 3), np.uint8), labels=[1, 2]),
+        r"labels \(2,\) for 3 pictures",
+    ),
     "no text": (
         lambda path: (plain(path, range(2)), (path / "000.txt").write_bytes(b"caf\xe9")), "no UTF-8 text"
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -265,6 +266,8 @@ def _finish(
             num_samples += rows
             kept.append(name)
     source.check_broken(broken)
+    if isinstance(source, ClipSource) and source.short_clips():
+        warnings.warn(source.short_clips(), stacklevel=3)
     if broken:
         write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
     if not (folder / "tokenizer").is_dir():

@@ -38,6 +38,8 @@ SPLITS = {
 }
 WORDS = (".json", ".caption", ".txt", ".cls")  # files beside a picture; of two that hold a caption the later counts
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+# What systems and archivers leave in folders; names that begin with a dot are hidden too.
+_HIDDEN = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
 _LOOKED_AT = 4  # files that are opened to see whether a folder of pictures holds animations
 
 
@@ -52,9 +54,14 @@ def walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [Path(parent, name) for name in names if not is_hidden(name)]
     return sorted((file for file in files if file.is_file()), key=pictures.natural)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no data."""
+    return name.startswith(".") or name in _HIDDEN
 
 
 def split_named(name: str) -> str:
@@ -68,7 +75,7 @@ def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
     Folders are splits where all are named as splits; tables where they are called as one, or begin with it and "-";
     lists of clips where they end so.
     """
-    top = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    top = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
     found: dict[str, list[Path]] = defaultdict(list)
     for ending in (".parquet", ".tar"):
         tables = [path for path in top if path.suffix.lower() == ending and path.is_file()]
@@ -124,7 +131,7 @@ def _open_files(folder: Path, files: Sequence[Path], label: str, group: str, *, 
         )
     flat = len(here) == len(samples)
     classes = {name: noun if flat else composed(name.partition("/")[0]) for name in samples}
-    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     empty = [] if flat and samples else [name for name in sorted(folders) if composed(name) not in classes.values()]
     if empty or not samples:
         _refuse_empty(folder / empty[0] if empty else folder, left_out, clips=clips)
@@ -279,7 +286,7 @@ def open_tars(paths: Sequence[Path], label: str, group: str, *, clips: bool = Fa
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if any(part.startswith(".") and part != "." for part in member.name.split("/")):
+                    if any(is_hidden(part) for part in member.name.split("/") if part != "."):
                         continue
                     if member.isfile():
                         found[member.name] = (member.offset_data, member.size)

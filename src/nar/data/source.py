@@ -25,6 +25,7 @@ from nar.media.pictures import read_picture
 BROKEN_POLICIES = ("skip", "refuse")
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
 BROKEN = (OSError, ValueError)  # what decoding a broken picture raises
+_MOST_CLASSES = 1_000_000  # that a model of an earlier version could have had
 _SHOWN = 3  # names in a message
 
 
@@ -154,7 +155,7 @@ class Source:
         rows = sorted(range(len(self)), key=lambda row: (self.labels[row], Path(self.names[row]).parts))
         in_text = self.take(np.array(rows, np.int64)) if rows != list(range(len(self))) else None
         numbers = self.class_numbers
-        if not numbers or numbers == tuple(range(len(numbers))):
+        if not numbers or max(numbers) > _MOST_CLASSES or numbers == tuple(range(len(numbers))):
             return [] if in_text is None else [in_text]
         named = dict(zip(numbers, self.class_names, strict=True))
         class_names = tuple(named.get(number, str(number)) for number in range(max(numbers) + 1))

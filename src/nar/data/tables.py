@@ -128,11 +128,11 @@ def open_array(path: Path, label: str, group: str, *, clips: bool = False) -> So
             f"{path} has arr_0 {dtype} {shape}; {what} are expected as uint8 {expected} 0..255, at least one"
         )
     columns: dict[str, list[Any]] = {}
-    labels = found.get("labels", found.get("arr_1"))
-    if labels is not None and labels.shape == (len(images),):
-        columns["label"] = labels.tolist()
-    if "names" in found:
-        columns["caption"] = found["names"].tolist()
+    for column, spellings in (("label", ("labels", "arr_1")), ("caption", ("names",))):
+        if key := next((name for name in spellings if name in found), ""):
+            if found[key].shape != (len(images),):
+                raise ValueError(f"{path} has {key} {found[key].shape} for {len(images)} pictures; give one for each")
+            columns[column] = found[key].tolist()
     class_names = [str(name) for name in found.get("class_names", np.empty(0)).tolist()]
     names = [f"picture {index}" for index in range(len(images))]
     source = table(
