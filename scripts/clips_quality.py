@@ -96,8 +96,10 @@ def main() -> None:
     scorer, scores = RetrievalScorer(), {}
     print("| | clips | R@1 | R@5 | frame difference |\n|---|---|---|---|---|")
     for name, clips in {
-        "drawn": drawn, "real": real["learned"], "real, after the tokenizer": after_tokenizer(pipe, real["learned"])
-    }.items():  # fmt: skip
+        "drawn": drawn,
+        "real": real["learned"],
+        "real, after the tokenizer": after_tokenizer(pipe, real["learned"]),
+    }.items():
         score = scorer.score(np.ascontiguousarray(clips[:, 0]), captions)
         scores[name] = {key: score[key] for key in ("R@1", "R@5", "interval")} | {"difference": frame_difference(clips)}
         shares = (

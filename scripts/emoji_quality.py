@@ -43,11 +43,13 @@ def draw(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | None
     """Pictures (N, 64, 64, 3) uint8, one of each prompt."""
     parts = [
         pipe(
-            prompt=list(prompts[start : start + BATCH]), guidance_scale=guidance_scale, seed=seed + start,
+            prompt=list(prompts[start : start + BATCH]),
+            guidance_scale=guidance_scale,
+            seed=seed + start,
             output_type="np",
         ).images
         for start in range(0, len(prompts), BATCH)
-    ]  # fmt: skip
+    ]
     return np.concatenate(parts)
 
 

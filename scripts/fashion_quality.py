@@ -410,9 +410,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_p", "seed")}
     generated, labels, reconstructed, bits = samples_of(Pipeline.from_pretrained(arguments.model), settings, test)
     report = measure(
-        generated, labels, reconstructed, train=train, test=test, classifier=classifier, bits_per_token=bits,
+        generated,
+        labels,
+        reconstructed,
+        train=train,
+        test=test,
+        classifier=classifier,
+        bits_per_token=bits,
         seed=arguments.seed,
-    )  # fmt: skip
+    )
     return {**report, "seed": arguments.seed, "seconds": round(time.monotonic() - started, 1)}
 
 

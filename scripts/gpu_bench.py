@@ -174,9 +174,11 @@ def flex_equals_dense(preset: str, device: str) -> dict[str, object]:
             gradients.append([parameter.grad.clone() for parameter in model.blocks.parameters()])
     error = float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
     assert error < 5e-3, f"outputs differ by {error:.1e} of the largest"
-    worst = max(
-        (float((b - a).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*gradients, strict=True)), default=None
-    ) if gradients else None  # fmt: skip
+    worst = (
+        max((float((b - a).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*gradients, strict=True)), default=None)
+        if gradients
+        else None
+    )
     assert worst is None or worst < 2e-2, f"gradients differ by {worst:.1e}"
     return {"outputs differ by": error, "gradients differ by": worst}
 

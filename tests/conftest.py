@@ -24,13 +24,17 @@ LAYOUTS = {
     "par-learned": {"grid": (4, 6), "num_classes": 10, "schedule": "par", "regions": (2, 3), "positions": "learned"},
     "text": {"grid": (3, 3), "text_dim": 12, "text_length": 5},
     "text-published": {
-        "grid": (3, 3), "text_dim": 12, "text_length": 5, "condition_rotation": "zero", "null_mask": "caption"
+        "grid": (3, 3),
+        "text_dim": 12,
+        "text_length": 5,
+        "condition_rotation": "zero",
+        "null_mask": "caption",
     },
     "video": {"grid": (2, 3, 4), "num_classes": 10, "positions": "sincos"},
     "frames": {"grid": (2, 2, 3), "num_classes": 10, "prefix_grid": (1, 2, 3), "positions": "learned"},
     "frames-full": {"grid": (2, 2, 3), "prefix_grid": (2, 2, 3), "prefix_attention": "full", "positions": "learned"},
     "words-and-frames": {"grid": (2, 2, 2), "text_dim": 12, "text_length": 5, "prefix_grid": (1, 2, 2)},
-}  # fmt: skip
+}
 
 
 def load_script(name: str) -> ModuleType:

@@ -90,15 +90,26 @@ def tokenizer_task(folder: Path, picture: np.ndarray, **data: Any) -> TokenizerT
     column = "strip" if "num_frames" in data else "image"
     pq.write_table(pa.table({column: [file.getvalue()] * 8}), folder / "train.parquet")
     values = {
-        "task": "tokenizer", "tokenizer": TOKENIZER, "batch_size": 8, "num_images": 8,
+        "task": "tokenizer",
+        "tokenizer": TOKENIZER,
+        "batch_size": 8,
+        "num_images": 8,
         "data": {"source": str(folder / "train.parquet"), "size": 16, "heldout_share": 0.2, **data},
-    }  # fmt: skip
+    }
     if "num_frames" in data:
         del values["tokenizer"]
         values["causal_tokenizer"] = {
-            "vocab_size": 16, "code_dim": 4, "frames_per_code": 3, "channels": 8, "num_blocks": 1, "dim": 16,
-            "num_heads": 1, "hidden_dim": 16, "num_encoder_blocks": 1, "num_decoder_blocks": 1,
-        }  # fmt: skip
+            "vocab_size": 16,
+            "code_dim": 4,
+            "frames_per_code": 3,
+            "channels": 8,
+            "num_blocks": 1,
+            "dim": 16,
+            "num_heads": 1,
+            "hidden_dim": 16,
+            "num_encoder_blocks": 1,
+            "num_decoder_blocks": 1,
+        }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
     return TokenizerTask(load(Recipe, str(folder / "tiny.yaml"), [f"run={folder / 'run'}"]), ALONE)
 

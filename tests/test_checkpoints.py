@@ -336,8 +336,10 @@ def test_a_run_goes_on_from_a_named_checkpoint(tmp_path: Path) -> None:
     assert "goes on after step 2" in said
     assert losses(run) == log[:3]
     assert sorted(found.name for found in (run / "checkpoints").iterdir()) == [
-        "aside", "step-000000002", "step-000000003"
-    ]  # fmt: skip
+        "aside",
+        "step-000000002",
+        "step-000000003",
+    ]
     assert not equal(weights(run), before)
     assert "no checkpoint 'step-7'; there are: step-2, step-3" in nar(
         *command, "--from", "step-7", "--override", code=2

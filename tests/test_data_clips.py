@@ -77,8 +77,12 @@ def test_random_windows_and_crops_follow_the_numbers_that_are_drawn(clips: Path)
 def test_all_windows_are_samples_that_stay_together(clips: Path) -> None:
     source = open_source(clips, size=16, windows=Windows(4, kind="all"))
     assert [name.rpartition("/")[2] for name in source.names] == [
-        "c.avi from frame 0", "c.avi from frame 4", "a.mp4 from frame 0", "a.mp4 from frame 4", "b.mp4 from frame 0",
-    ]  # fmt: skip
+        "c.avi from frame 0",
+        "c.avi from frame 4",
+        "a.mp4 from frame 0",
+        "a.mp4 from frame 4",
+        "b.mp4 from frame 0",
+    ]
     assert source.groups is not None
     assert len(set(source.groups)) == 3
     assert numbers(source.array(1, 16)) == [4, 5, 6, 7]

@@ -61,10 +61,14 @@ def moving_squares(path: Path, length: int, count: int = 300) -> Path:
             frame[2:6, (first + step * time + np.arange(4)) % 8] = COLOURS[colour]
         data = io.BytesIO()
         Image.fromarray(frames.reshape(-1, 8, 3)).save(data, "png")
-        rows.append({
-            "strip": {"bytes": data.getvalue(), "path": None}, "caption": f"{colour} square",
-            "kind": "left" if step < 0 else "right", "hexcode": str(number),
-        })  # fmt: skip
+        rows.append(
+            {
+                "strip": {"bytes": data.getvalue(), "path": None},
+                "caption": f"{colour} square",
+                "kind": "left" if step < 0 else "right",
+                "hexcode": str(number),
+            }
+        )
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -78,16 +82,29 @@ def recipe(folder: Path, kind: str = "causal", *, words: bool = True, **values: 
     if words and not encoder.exists():
         tiny_encoder(encoder, "bert")
     data = {
-        "source": str(folder / "clips.parquet"), "size": 8, "group": "hexcode", "label": "kind", "heldout_share": 0.2,
+        "source": str(folder / "clips.parquet"),
+        "size": 8,
+        "group": "hexcode",
+        "label": "kind",
+        "heldout_share": 0.2,
         "frame_rate": 5.0,
-    }  # fmt: skip
+    }
     told = {"text_encoder": {"source": str(encoder), "max_length": 12}, "classes": True, "frame_dropout": 0.1}
     settings = {
-        "task": "model", "data": data, "tokenizer_path": str(tokenizer), "given_frames": GIVEN[kind],
+        "task": "model",
+        "data": data,
+        "tokenizer_path": str(tokenizer),
+        "given_frames": GIVEN[kind],
         "model": {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64},
-        "optim": {"learning_rate": 3e-3, "warmup_images": 64}, "batch_size": 32, "num_images": 128, "log_every": 1,
-        "preview_every": 100, "checkpoint_every": 2, **(told if words else {}), **values,
-    }  # fmt: skip
+        "optim": {"learning_rate": 3e-3, "warmup_images": 64},
+        "batch_size": 32,
+        "num_images": 128,
+        "log_every": 1,
+        "preview_every": 100,
+        "checkpoint_every": 2,
+        **(told if words else {}),
+        **values,
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -128,9 +145,16 @@ def test_given_frames_tell_what_follows(trained: Path) -> None:
     for count in (1, 3):
         right, wrong = (bits(model, continuation, codes, given, count) for given in (codes, codes.roll(1, 0)))
         assert right < wrong - 0.05, f"{count} frames"
-    logged = {name: losses(trained, f"heldout_{name}")[-1] for name in (
-        "loss", "bits_per_token", "bits_per_token_given_1", "bits_per_token_given_3", "bits_per_token_without_words"
-    )}  # fmt: skip
+    logged = {
+        name: losses(trained, f"heldout_{name}")[-1]
+        for name in (
+            "loss",
+            "bits_per_token",
+            "bits_per_token_given_1",
+            "bits_per_token_given_3",
+            "bits_per_token_without_words",
+        )
+    }
     given = [logged[name] for name in ("bits_per_token", "bits_per_token_given_1", "bits_per_token_given_3")]
     assert logged["loss"] == pytest.approx(np.mean(given) * np.log(2), rel=1e-4)
     assert logged["bits_per_token_without_words"] > logged["bits_per_token"]
@@ -210,9 +234,17 @@ def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Pat
 
 def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: Path) -> None:
     """As published: the condition is the codes of the given frames, the last of them repeated; all codes are drawn."""
-    path = recipe(tmp_path, "larp", words=False, data={
-        "source": str(tmp_path / "clips.parquet"), "size": 8, "heldout_share": 0.2, "views": "flip",
-    })  # fmt: skip
+    path = recipe(
+        tmp_path,
+        "larp",
+        words=False,
+        data={
+            "source": str(tmp_path / "clips.parquet"),
+            "size": 8,
+            "heldout_share": 0.2,
+            "views": "flip",
+        },
+    )
     made = task(path, f"run={tmp_path / 'run'}")
     assert made.class_names == ()
     assert made.module.config.prefix_grid == made.module.config.grid == (3, 2, 2)
@@ -235,9 +267,21 @@ def test_a_tokenizer_of_whole_clips_is_given_frames_that_stand_still(tmp_path: P
 def test_frames_of_whole_clips_are_extracted_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(tmp_path, "larp", words=False)
     arguments = [
-        "extract", tmp_path / "larp", "--data", tmp_path / "clips.parquet", "--size", 8, "--frames", 6,
-        "--group", "hexcode", "--label", "kind", "-o", tmp_path / "codes",
-    ]  # fmt: skip
+        "extract",
+        tmp_path / "larp",
+        "--data",
+        tmp_path / "clips.parquet",
+        "--size",
+        8,
+        "--frames",
+        6,
+        "--group",
+        "hexcode",
+        "--label",
+        "kind",
+        "-o",
+        tmp_path / "codes",
+    ]
 
     def run(*further: object) -> None:
         monkeypatch.setattr(sys, "argv", ["nar", *map(str, (*arguments, *further))])
@@ -258,10 +302,17 @@ def test_frames_of_whole_clips_are_extracted_beside(tmp_path: Path, monkeypatch:
     assert len(video) == 6
     for name in ("c2v-LP-script", "f2v-LP"):  # the published protocols, with tiny sizes
         tiny = [
-            f"run={tmp_path / name}", f"data.codes={tmp_path / 'codes'}", "model.grid=[3,2,2]", "model.dim=16",
-            "model.num_layers=1", "model.num_heads=2", "engine.compile=false", "batch_size=4", "epochs=0",
+            f"run={tmp_path / name}",
+            f"data.codes={tmp_path / 'codes'}",
+            "model.grid=[3,2,2]",
+            "model.dim=16",
+            "model.num_layers=1",
+            "model.num_heads=2",
+            "engine.compile=false",
+            "batch_size=4",
+            "epochs=0",
             "num_images=8",
-        ]  # fmt: skip
+        ]
         tiny += ["model.prefix_grid=[3,2,2]", "given_frames=[2]"] if name == "f2v-LP" else []
         assert run_recipe(name, tiny) is not None
     assert losses(tmp_path / "f2v-LP", "heldout_bits_per_token_given_2")
@@ -286,9 +337,10 @@ def test_class_and_words_are_dropped_together_and_alone() -> None:
     assert both.text is not None
     assert both.text.null is not None
     no_class, no_words = both.labels < 0, both.text.null
-    assert [float((a & b).float().mean()) for a, b in (
-        (no_class, no_words), (no_class, ~no_words), (~no_class, no_words), (~no_class, ~no_words)
-    )] == pytest.approx([0.1, 0.45, 0.1125, 0.3375], abs=2e-3)  # fmt: skip
+    assert [
+        float((a & b).float().mean())
+        for a, b in ((no_class, no_words), (no_class, ~no_words), (~no_class, no_words), (~no_class, ~no_words))
+    ] == pytest.approx([0.1, 0.45, 0.1125, 0.3375], abs=2e-3)
     alone = dropped(labels, draws, 0.1).labels
     assert alone is not None
     assert torch.equal(alone < 0, draws < 0.1)

@@ -76,15 +76,23 @@ def test_the_published_prompts() -> None:
     prompts = composition_prompts(plural=add_s)
     counts = {task: sum(wanted["tag"] == task for wanted in prompts) for task in TASKS}
     assert counts == {
-        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
-    }  # fmt: skip
+        "single_object": 80,
+        "two_object": 99,
+        "counting": 80,
+        "colors": 94,
+        "position": 100,
+        "color_attr": 100,
+    }
     texts = [wanted["prompt"] for wanted in prompts]
     assert texts[:2] == ["a photo of a bench", "a photo of a cow"]
     assert texts[81] == "a photo of a toothbrush and a snowboard"
     for published in (  # from evaluations that list what they drew
-        "a photo of four benchs", "a photo of three buses", "a photo of a tv remote left of an umbrella",
-        "a photo of an orange traffic light and a white toilet", "a photo of a yellow tv remote",
-    ):  # fmt: skip
+        "a photo of four benchs",
+        "a photo of three buses",
+        "a photo of a tv remote left of an umbrella",
+        "a photo of an orange traffic light and a white toilet",
+        "a photo of a yellow tv remote",
+    ):
         assert published in texts
     assert not any("person" in text for text in texts if any(colour in text for colour in GENEVAL_COLOURS))
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "4de60dfc3c29f9d3"
@@ -106,8 +114,11 @@ def test_prompts_say_what_is_judged(tmp_path: Path) -> None:
     assert painted["prompt"] == "an orange apple and a blue cat"
     assert [need["color"] for need in painted["include"]] == ["orange", "blue"]
     assert [plural_of(name) for name in ("bus", "fish", "light bulb", "brush")] == [
-        "buses", "fish", "light bulbs", "brushes"
-    ]  # fmt: skip
+        "buses",
+        "fish",
+        "light bulbs",
+        "brushes",
+    ]
     write_prompts(tmp_path / "deep" / "prompts.jsonl", [painted])
     assert checked((tmp_path / "deep" / "prompts.jsonl").read_text(), "prompts") == painted
     with pytest.raises(ValueError, match="line 1 lacks include, prompt"):
@@ -225,14 +236,27 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        image_size=32,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
     config = transformers.Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
-        encoder_feedforward_dim=16, dim_feedforward=16, decoder_layers=2, num_attention_heads=2, num_queries=6,
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_layers=1,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
         num_labels=80,
-    )  # fmt: skip
+    )
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
     save_tiny_clip(folder / "clip")
     return folder / "detector", folder / "clip"
@@ -253,16 +277,26 @@ def save_tiny_clip(folder: Path) -> None:
     torch.manual_seed(1)
     config = transformers.CLIPConfig(
         text_config={
-            "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": end - 1, "eos_token_id": end,
+            "vocab_size": len(words),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
             "pad_token_id": end,
         },
         vision_config={
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "image_size": 16, "patch_size": 8,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
         },
         projection_dim=8,
-    )  # fmt: skip
+    )
     transformers.CLIPModel(config).save_pretrained(folder)
 
 

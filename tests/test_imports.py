@@ -31,16 +31,36 @@ ALLOWED = {
     "metrics": {"data", "text", "media", "storage"},
     "pipeline": {"sampling", "model", "condition", "precision", "tokenizer", "text", "media", "storage"},
     "training": {
-        "progress", "pipeline.continuation", "likelihood", "sampling", "model", "order", "attention", "condition",
-        "metrics", "data", "text", "tokenizer", "media", "storage",
+        "progress",
+        "pipeline.continuation",
+        "likelihood",
+        "sampling",
+        "model",
+        "order",
+        "attention",
+        "condition",
+        "metrics",
+        "data",
+        "text",
+        "tokenizer",
+        "media",
+        "storage",
     },
     "evaluation": {
-        "pipeline", "metrics", "data", "likelihood", "sampling", "condition", "precision", "tokenizer", "media",
+        "pipeline",
+        "metrics",
+        "data",
+        "likelihood",
+        "sampling",
+        "condition",
+        "precision",
+        "tokenizer",
+        "media",
         "storage",
     },
     "bench": {"pipeline", "sampling", "model", "condition", "order", "precision", "tokenizer", "media", "storage"},
     "cli": None,
-}  # fmt: skip
+}
 
 
 def imports(path: Path) -> set[str]:

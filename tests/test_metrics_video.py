@@ -70,9 +70,14 @@ def test_motion_is_reported_beside_that_of_real_clips_and_of_spoilt_ones(tmp_pat
     fast = fake[:, ::3]
     for attempt in ("computed", "from the cache"):
         report = evaluate(
-            [real[:, :4]], [fast], detector=TransNetDetector(), calibration=[SHUFFLED, FROZEN], progress=False,
-            cache=tmp_path, batch_size=2,
-        )  # fmt: skip
+            [real[:, :4]],
+            [fast],
+            detector=TransNetDetector(),
+            calibration=[SHUFFLED, FROZEN],
+            progress=False,
+            cache=tmp_path,
+            batch_size=2,
+        )
         expected = np.abs(np.diff(fast.astype(float), axis=1)).mean()
         assert report["frame difference"] == pytest.approx(expected), attempt
         low, high = report["interval"]["frame difference"]

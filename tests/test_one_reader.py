@@ -105,8 +105,15 @@ def as_set(images: np.ndarray) -> list[bytes]:
 
 def exif(folder: Path) -> int:
     inverse = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
-    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-             7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+    turns = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_270",
+        7: "TRANSVERSE",
+        8: "ROTATE_90",
+    }
     folder.mkdir()
     seed = 0
     for kind in ("png", "webp", "tiff"):
@@ -225,9 +232,13 @@ REFUSED = {
     "packed tar": (lambda path: (path.mkdir(), (path / "a.tar").write_bytes(b"\x1f\x8b" + bytes(600))), "compressed"),
     "animations": (
         lambda path: [
-            (path.mkdir(exist_ok=True), Image.new("RGB", (8, 8), "red").save(
-                path / f"{n}.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
-            )) for n in range(3)
+            (
+                path.mkdir(exist_ok=True),
+                Image.new("RGB", (8, 8), "red").save(
+                    path / f"{n}.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
+                ),
+            )
+            for n in range(3)
         ],
         "is an animation of 2 frames",
     ),
@@ -254,15 +265,11 @@ REFUSED = {
         "column `text` holds",
     ),
     "a name outside": (
-        lambda path: (
-            plain(path, range(3)), (path / "metadata.jsonl").write_text('{"file_name": "../x.png"}\n')
-        ),
+        lambda path: (plain(path, range(3)), (path / "metadata.jsonl").write_text('{"file_name": "../x.png"}\n')),
         "not inside",
     ),
     "an absolute name": (
-        lambda path: (
-            plain(path, range(3)), (path / "metadata.json").write_text('[{"file_name": "/etc/hostname"}]')
-        ),
+        lambda path: (plain(path, range(3)), (path / "metadata.json").write_text('[{"file_name": "/etc/hostname"}]')),
         "not inside",
     ),
     "two folders of one split": (
@@ -270,17 +277,16 @@ REFUSED = {
         "two folders of one split",
     ),
     "pictures beside folders": (
-        lambda path: (plain(path, range(2)), plain(path / "more", range(2))), "holds both pictures"
+        lambda path: (plain(path, range(2)), plain(path / "more", range(2))),
+        "holds both pictures",
     ),
     "an array larger than its file": (lambda path: lying_array(path.with_suffix(".npz")), "would need"),
     "labels of other pictures": (
         lambda path: np.savez(path.with_suffix(".npz"), arr_0=np.zeros((3, 8, 8, 3), np.uint8), labels=[1, 2]),
         r"labels \(2,\) for 3 pictures",
     ),
-    "no text": (
-        lambda path: (plain(path, range(2)), (path / "000.txt").write_bytes(b"caf\xe9")), "no UTF-8 text"
-    ),
-}  # fmt: skip
+    "no text": (lambda path: (plain(path, range(2)), (path / "000.txt").write_bytes(b"caf\xe9")), "no UTF-8 text"),
+}
 
 
 def lying_array(path: Path) -> None:
@@ -332,8 +338,17 @@ def test_grey_of_sixteen_bits_keeps_its_scale(tmp_path: Path) -> None:
 def tiff(values: np.ndarray, bits: int, white_is_zero: bool) -> io.BytesIO:
     """A grey TIFF of 16-bit words, of which `bits` are stated."""
     height, width = values.shape
-    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 0 if white_is_zero else 1),
-               (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, height), (279, 4, values.size * 2)]  # fmt: skip
+    entries = [
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, 0 if white_is_zero else 1),
+        (273, 4, 8 + 2 + 9 * 12 + 4),
+        (277, 3, 1),
+        (278, 4, height),
+        (279, 4, values.size * 2),
+    ]
     body = b"II*\0" + struct.pack("<IH", 8, len(entries))
     for tag, kind, value in entries:
         body += struct.pack("<HHII" if kind == 4 else "<HHIHxx", tag, kind, 1, value)
@@ -504,8 +519,16 @@ def test_every_listed_ending_can_be_read(tmp_path: Path) -> None:
         image = image.convert("1") if ending == ".pbm" else image.convert("L") if ending == ".pgm" else image
         image.save(tmp_path / f"a{ending}", format=kind)
         assert read_picture(tmp_path / f"a{ending}").size == (20, 24), ending
-    codecs = {".flv": "flv1", ".wmv": "wmv2", ".webm": "libvpx", ".ogv": "libvpx", ".3gp": "mpeg4", ".avi": "mpeg4",
-              ".mpg": "mpeg2video", ".mpeg": "mpeg2video"}  # fmt: skip
+    codecs = {
+        ".flv": "flv1",
+        ".wmv": "wmv2",
+        ".webm": "libvpx",
+        ".ogv": "libvpx",
+        ".3gp": "mpeg4",
+        ".avi": "mpeg4",
+        ".mpg": "mpeg2video",
+        ".mpeg": "mpeg2video",
+    }
     for ending in sorted(video.VIDEO_ENDINGS):
         path = write(tmp_path / f"a{ending}", 8, codecs.get(ending, "libx264"), size=(32, 48), rate=25)
         assert numbers(video.read_clip(path))[:6] == list(range(6)), ending
@@ -670,17 +693,32 @@ def test_names_are_compared_as_people_read_them(tmp_path: Path) -> None:
 
 
 def test_words_beside_pictures_in_tars_and_folders(tmp_path: Path) -> None:
-    members = {"v1.5_a.png": encoded(0), "v1.5_a.TXT": b"\xef\xbb\xbfone\r\n", "s0.left.png": encoded(1),
-               "s0.right.png": encoded(2), "s0.txt": b"both", "x.png": encoded(3),
-               "x.json": b'{"caption": "from json"}',
-               "y.png": encoded(4), "y.json": b'{"caption": "no"}', "y.caption": b"from caption",
-               "z.png": encoded(5), "z.png.txt": b"whole name"}  # fmt: skip
+    members = {
+        "v1.5_a.png": encoded(0),
+        "v1.5_a.TXT": b"\xef\xbb\xbfone\r\n",
+        "s0.left.png": encoded(1),
+        "s0.right.png": encoded(2),
+        "s0.txt": b"both",
+        "x.png": encoded(3),
+        "x.json": b'{"caption": "from json"}',
+        "y.png": encoded(4),
+        "y.json": b'{"caption": "no"}',
+        "y.caption": b"from caption",
+        "z.png": encoded(5),
+        "z.png.txt": b"whole name",
+    }
     tar = make_tar(tmp_path / "a.tar", members)
     for name, content in members.items():
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(content)
-    wanted = {"v1.5_a": "one", "s0.left": "both", "s0.right": "both", "x": "from json", "y": "from caption",
-              "z": "whole name"}  # fmt: skip
+    wanted = {
+        "v1.5_a": "one",
+        "s0.left": "both",
+        "s0.right": "both",
+        "x": "from json",
+        "y": "from caption",
+        "z": "whole name",
+    }
     for source, ending in ((tar, ""), (tmp_path / "folder", ".png")):
         found = open_source(source)
         names = [name.rpartition(":")[2].removesuffix(ending) for name in found.names]

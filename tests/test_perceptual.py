@@ -13,9 +13,20 @@ from nar.metrics.networks.efficientnet import EfficientNetLite0
 from nar.metrics.networks.perceptual import EfficientNetDistance, load_lpips
 
 CONVOLUTIONS = {
-    0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
-    17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
-}  # fmt: skip
+    0: (3, 64),
+    2: (64, 64),
+    5: (64, 128),
+    7: (128, 128),
+    10: (128, 256),
+    12: (256, 256),
+    14: (256, 256),
+    17: (256, 512),
+    19: (512, 512),
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +102,7 @@ def test_efficientnet_distance_is_one_minus_cosine_over_stages() -> None:
     first = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, scale_factor=8, mode="bilinear")
     near, far = first + 0.05 * torch.randn(2, 3, 64, 64, generator=generator), -first
     sides = [metric.network.stages((side + 1) * 127.5) for side in (first, near)]
-    assert [stage.shape[1:] for stage in sides[0]] == [
-        (16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)
-    ]  # fmt: skip
+    assert [stage.shape[1:] for stage in sides[0]] == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
     pairs = zip(sides[0][:4], sides[1][:4], strict=True)  # up to stride 16
     expected = torch.stack([1 - F.cosine_similarity(one, other).mean((1, 2)) for one, other in pairs]).mean(0)
     torch.testing.assert_close(metric(first, near), expected, atol=1e-6, rtol=1e-4)

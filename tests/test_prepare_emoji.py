@@ -56,10 +56,16 @@ def test_a_row_has_the_words_of_emojibase(packages: object) -> None:
     )
     image = row.pop("image")
     assert row == {
-        "caption": "red apple", "tags": ["fruit", "red"], "vendor": "fluent-emoji-3d", "style": "fluent 3d",
-        "hexcode": "1F34E", "group": "food-drink", "subgroup": "food-fruit", "licence": "MIT",
+        "caption": "red apple",
+        "tags": ["fruit", "red"],
+        "vendor": "fluent-emoji-3d",
+        "style": "fluent 3d",
+        "hexcode": "1F34E",
+        "group": "food-drink",
+        "subgroup": "food-fruit",
+        "licence": "MIT",
         "source": "npm fluent 1.0",
-    }  # fmt: skip
+    }
     pixels = np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
     assert pixels.shape == (128, 128, 3)
     assert pixels[64, 110].tolist() == [255, 0, 0]

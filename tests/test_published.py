@@ -233,20 +233,40 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def video_tokenizer() -> VideoTokenizer:
     return VideoTokenizer(
         VideoTokenizerConfig(
-            num_frames=6, image_size=16, patch_size=8, temporal_patch_size=2, num_tokens=12, grid=(3, 2, 2),
-            encoder_dim=16, num_encoder_layers=1, num_encoder_heads=2,
-            decoder_dim=16, num_decoder_layers=1, num_decoder_heads=2, vocab_size=TINY["vocab_size"], code_dim=4,
+            num_frames=6,
+            image_size=16,
+            patch_size=8,
+            temporal_patch_size=2,
+            num_tokens=12,
+            grid=(3, 2, 2),
+            encoder_dim=16,
+            num_encoder_layers=1,
+            num_encoder_heads=2,
+            decoder_dim=16,
+            num_decoder_layers=1,
+            num_decoder_heads=2,
+            vocab_size=TINY["vocab_size"],
+            code_dim=4,
         )
-    )  # fmt: skip
+    )
 
 
 def test_class_model_with_tokenizer_from_files_to_picture(downloads: Path, tmp_path: Path) -> None:
     vq, model = tmp_path / "vq", tmp_path / "model"
     assert succeed("convert", "--kind", "llamagen-vq", downloads / "vq.pt", "-o", vq) == f"wrote {vq}\n"
     succeed(
-        "convert", "--kind", "nar-c2i", downloads / "c2i.pt", "-o", model, *SIZES,
-        "--tokenizer", vq, "--class-names", downloads / "names.txt",
-    )  # fmt: skip
+        "convert",
+        "--kind",
+        "nar-c2i",
+        downloads / "c2i.pt",
+        "-o",
+        model,
+        *SIZES,
+        "--tokenizer",
+        vq,
+        "--class-names",
+        downloads / "names.txt",
+    )
     succeed("sample", model, "--class-label", "bee", "-n", 2, "--guidance-scale", 2, "-o", tmp_path / "bees.npz")
     pictures = np.load(tmp_path / "bees.npz")
     assert pictures["arr_0"].shape == (2, 8, 8, 3)

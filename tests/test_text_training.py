@@ -59,10 +59,13 @@ def pictures(path: Path) -> Path:
                     Image.fromarray(noisy).save(data, "png")
                     rows.append(
                         {
-                            "image": {"bytes": data.getvalue(), "path": None}, "caption": f"{colour} {shape}",
-                            "tags": [colour, "the"], "style": style, "hexcode": f"{shape}-{colour}",
+                            "image": {"bytes": data.getvalue(), "path": None},
+                            "caption": f"{colour} {shape}",
+                            "tags": [colour, "the"],
+                            "style": style,
+                            "hexcode": f"{shape}-{colour}",
                         }
-                    )  # fmt: skip
+                    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -73,9 +76,13 @@ def words_recipe(folder: Path, **values: object) -> Path:
     if not encoder.exists():
         tiny_encoder(encoder, "bert")
     data = {
-        "source": str(pictures(folder / "pictures.parquet")), "size": 16, "group": "hexcode", "wording": "varied",
-        "heldout_pairs": 2, "heldout_share": 0.15,
-    }  # fmt: skip
+        "source": str(pictures(folder / "pictures.parquet")),
+        "size": 16,
+        "group": "hexcode",
+        "wording": "varied",
+        "heldout_pairs": 2,
+        "heldout_share": 0.15,
+    }
     return recipe(folder, data=data, text_encoder={"source": str(encoder), "max_length": 12}, **values)
 
 
@@ -179,8 +186,13 @@ MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
 def composed_recipe(folder: Path, **values: object) -> Path:
     words_recipe(folder)
     data = {
-        "source": str(MINI), "size": 16, "group": "hexcode", "wording": "varied", "composed": 0.4, "num_composed": 30,
-    }  # fmt: skip
+        "source": str(MINI),
+        "size": 16,
+        "group": "hexcode",
+        "wording": "varied",
+        "composed": 0.4,
+        "num_composed": 30,
+    }
     return recipe(folder, data=data, text_encoder={"source": str(folder / "encoder"), "max_length": 12}, **values)
 
 
@@ -222,10 +234,11 @@ def test_scenes_are_composed_of_what_is_learned_and_by_the_seed(tmp_path: Path) 
     learned = np.array([row for row, caption in enumerate(train.captions) if caption not in ("guitar", "lemon")])
     few = composed_codes(made, source, train.take(learned), tmp_path / "tokenizer", ALONE)
     all_runs = [
-        composed_codes(dataclasses.replace(made, run=str(tmp_path / name), seed=seed), source, train,
-                       tmp_path / "tokenizer", ALONE)
+        composed_codes(
+            dataclasses.replace(made, run=str(tmp_path / name), seed=seed), source, train, tmp_path / "tokenizer", ALONE
+        )
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    ]  # fmt: skip
+    ]
     first, same, other = ([*(codes.captions or ())] for codes in all_runs)
     assert any("guitar" in prompt for prompt in first)
     assert not any("guitar" in prompt or "lemon" in prompt for prompt in few.captions or ())
@@ -272,9 +285,23 @@ def test_features_on_the_fly_are_those_on_disk(tmp_path: Path) -> None:
 def test_extracted_features_stand_for_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = words_recipe(tmp_path)
     arguments = [
-        "extract", tmp_path / "tokenizer", "--data", tmp_path / "pictures.parquet", "--size", 16, "--group", "hexcode",
-        "--text-encoder", tmp_path / "encoder", "--max-length", 12, "--wording", "varied", "-o", tmp_path / "codes",
-    ]  # fmt: skip
+        "extract",
+        tmp_path / "tokenizer",
+        "--data",
+        tmp_path / "pictures.parquet",
+        "--size",
+        16,
+        "--group",
+        "hexcode",
+        "--text-encoder",
+        tmp_path / "encoder",
+        "--max-length",
+        12,
+        "--wording",
+        "varied",
+        "-o",
+        tmp_path / "codes",
+    ]
     monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -297,10 +324,12 @@ def test_a_model_of_captions_goes_on_at_a_larger_grid(trained: Path, tmp_path: P
     run_recipe(
         str(path),
         [
-            f"run={tmp_path / 'run'}", f"init={trained / 'model'}", f"data.size={data['size']}",
+            f"run={tmp_path / 'run'}",
+            f"init={trained / 'model'}",
+            f"data.size={data['size']}",
             f"text_encoder.source={trained.parent / 'encoder'}",
         ],
-    )  # fmt: skip
+    )
     model = Transformer.from_pretrained(tmp_path / "run" / "model")
     assert model.config.grid == (8, 8)
     assert load_tokenizer(tmp_path / "run" / "model" / "tokenizer").config.vocab_size == model.config.vocab_size
@@ -333,11 +362,17 @@ def test_wordings_vary_with_the_style_and_say_the_caption_first() -> None:
 @pytest.mark.parametrize(
     ("caption", "spoken"),
     [
-        ("red apple", "a red apple"), ("octopus", "an octopus"), ("unicorn", "a unicorn"), ("umbrella", "an umbrella"),
-        ("grapes", "grapes"), ("glass of milk", "a glass of milk"), ("flag of chad", "the flag of chad"),
-        ("hourglass not done", "an hourglass not done"), ("man with horns", "a man with horns"),
+        ("red apple", "a red apple"),
+        ("octopus", "an octopus"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("grapes", "grapes"),
+        ("glass of milk", "a glass of milk"),
+        ("flag of chad", "the flag of chad"),
+        ("hourglass not done", "an hourglass not done"),
+        ("man with horns", "a man with horns"),
         ("1st medal", "1st medal"),
     ],
-)  # fmt: skip
+)
 def test_articles(caption: str, spoken: str) -> None:
     assert with_article(caption) == spoken

@@ -43,11 +43,22 @@ def larp() -> VideoTokenizer:
     torch.manual_seed(2)
     tokenizer = VideoTokenizer(
         VideoTokenizerConfig(
-            num_frames=6, image_size=8, patch_size=4, temporal_patch_size=2, num_tokens=12, grid=(3, 2, 2),
-            encoder_dim=16, num_encoder_layers=1, num_encoder_heads=2,
-            decoder_dim=16, num_decoder_layers=1, num_decoder_heads=2, vocab_size=24, code_dim=4,
+            num_frames=6,
+            image_size=8,
+            patch_size=4,
+            temporal_patch_size=2,
+            num_tokens=12,
+            grid=(3, 2, 2),
+            encoder_dim=16,
+            num_encoder_layers=1,
+            num_encoder_heads=2,
+            decoder_dim=16,
+            num_decoder_layers=1,
+            num_decoder_heads=2,
+            vocab_size=24,
+            code_dim=4,
         )
-    )  # fmt: skip
+    )
     nn.init.normal_(tokenizer.to_pixels.weight)
     return tokenizer.eval()
 
@@ -57,10 +68,20 @@ def causal() -> CausalTokenizer:
     torch.manual_seed(3)
     tokenizer = CausalTokenizer(
         CausalTokenizerConfig(
-            vocab_size=24, code_dim=4, frames_per_code=2, patch_size=4, fold=2, channels=8, num_blocks=1, dim=16,
-            num_heads=2, hidden_dim=16, num_encoder_blocks=1, num_decoder_blocks=1,
+            vocab_size=24,
+            code_dim=4,
+            frames_per_code=2,
+            patch_size=4,
+            fold=2,
+            channels=8,
+            num_blocks=1,
+            dim=16,
+            num_heads=2,
+            hidden_dim=16,
+            num_encoder_blocks=1,
+            num_decoder_blocks=1,
         )
-    )  # fmt: skip
+    )
     for layer in (tokenizer.first_out, tokenizer.group_out):
         nn.init.normal_(layer.weight, std=0.3)
     return tokenizer.eval()
@@ -73,9 +94,11 @@ def words_folder(folder: Path, model: Transformer, encoder: Path) -> Path:
     ImageTokenizer(ImageTokenizerConfig(vocab_size=32, code_dim=4, **sizes)).save_pretrained(folder / "tokenizer")
     config = TextEncoder.from_pretrained(encoder, device="cpu", max_length=model.config.text_length).config
     model.save_pretrained(
-        folder / "model", tokenizer=folder / "tokenizer", sampling={"guidance_scale": 2.0},
+        folder / "model",
+        tokenizer=folder / "tokenizer",
+        sampling={"guidance_scale": 2.0},
         text_encoder=dataclasses.asdict(config),
-    )  # fmt: skip
+    )
     return folder / "model"
 
 
@@ -84,7 +107,11 @@ def clips_folder(folder: Path, model: Transformer, encoder: Path) -> Path:
     causal().save_pretrained(folder / "tokenizer")
     config = TextEncoder.from_pretrained(encoder, device="cpu", max_length=model.config.text_length).config
     model.save_pretrained(
-        folder / "model", tokenizer=folder / "tokenizer", sampling={"guidance_scale": 1.5},
-        text_encoder=dataclasses.asdict(config), given_frames=[0, 1, 3], frame_rate=5.0,
-    )  # fmt: skip
+        folder / "model",
+        tokenizer=folder / "tokenizer",
+        sampling={"guidance_scale": 1.5},
+        text_encoder=dataclasses.asdict(config),
+        given_frames=[0, 1, 3],
+        frame_rate=5.0,
+    )
     return folder / "model"

@@ -18,9 +18,14 @@ from nar import cli
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 
 TOKENIZER = {
-    "vocab_size": 64, "code_dim": 4, "channels": 8, "channel_multipliers": [1, 2, 2], "num_blocks": 1,
-    "latent_channels": 16, "norm_groups": 4,
-}  # fmt: skip
+    "vocab_size": 64,
+    "code_dim": 4,
+    "channels": 8,
+    "channel_multipliers": [1, 2, 2],
+    "num_blocks": 1,
+    "latent_channels": 16,
+    "norm_groups": 4,
+}
 MODEL = {
     "task": "model",
     "data": {"source": "toy", "size": 16},
@@ -72,9 +77,12 @@ def start(
     environment = {"OMP_NUM_THREADS": "1"}
     if processes > 1:
         environment |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     process = _CONTEXT.Process(target=_main, args=([*map(str, arguments)], environment, output))
     process.start()
     return process

@@ -117,9 +117,19 @@ def extract(
             wanted.append((replace(source, given=given), output / extraction.given_folder(given)))
         for part, place in wanted:
             extraction.extract(
-                folder, part, place, size=size, kind=views, batch_size=batch_size, device=workers.device,
-                threads=threads, rank=workers.rank, count=workers.count, wait=workers.wait, pad=pad,
-            )  # fmt: skip
+                folder,
+                part,
+                place,
+                size=size,
+                kind=views,
+                batch_size=batch_size,
+                device=workers.device,
+                threads=threads,
+                rank=workers.rank,
+                count=workers.count,
+                wait=workers.wait,
+                pad=pad,
+            )
         if workers.first and text_encoder:
             from nar.data.codes import Codes
             from nar.text import TextEncoder, TextEncoderConfig, cached

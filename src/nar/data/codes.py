@@ -89,9 +89,17 @@ class Codes:
             )
         written = tuple(captions) if manifest["captions"] else None
         return cls(
-            folder, manifest, np.concatenate(labels).astype(np.int64), tuple(groups), written, tuple(shards), ends,
-            tags=tuple(tags) or None, styles=tuple(styles) or None, rewordings=tuple(rewordings) or None,
-        )  # fmt: skip
+            folder,
+            manifest,
+            np.concatenate(labels).astype(np.int64),
+            tuple(groups),
+            written,
+            tuple(shards),
+            ends,
+            tags=tuple(tags) or None,
+            styles=tuple(styles) or None,
+            rewordings=tuple(rewordings) or None,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

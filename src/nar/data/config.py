@@ -9,7 +9,7 @@ import dataclasses
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from nar.data.split import families, held_out
 from nar.data.wording import WORDINGS
 from nar.media.crops import VIEWS
 from nar.media.video import Windows
+from nar.storage.fields import Length, OneOf, Range, Size, check
 
 TEXT_FEATURES = ("cached", "on-the-fly")
 SKIN_TONES = r"(?i)-1F3F[B-F]\b"  # in code points such as 1F44B-1F3FB
@@ -64,37 +65,32 @@ class DataConfig:
     """
 
     source: str = ""
-    size: int = 256
+    size: Size = 256
     validation: str = "auto"
-    heldout_share: float = 0.05
+    heldout_share: Annotated[float, Range(above=0, below=1)] = 0.05
     label: str = "label"
     group: str = ""
     group_without: str = ""
-    broken: str = "skip"
-    views: str = "centre"
-    augment: str = "none"
-    shift: int = 0
+    broken: Annotated[str, OneOf(*BROKEN_POLICIES)] = "skip"
+    views: Annotated[str, OneOf(*VIEWS)] = "centre"
+    augment: Annotated[str, OneOf("none", "flip", "crop", "loop")] = "none"
+    shift: Length = 0
     num_frames: int = 0
     stride: int = 1
     frame_rate: float = 0.0
     windows: str = "centre"
-    wording: str = "plain"
-    heldout_pairs: int = 0
+    wording: Annotated[str, OneOf(*WORDINGS)] = "plain"
+    heldout_pairs: Length = 0
     heldout_styles: tuple[str, ...] = ()
-    text_features: str = "cached"
-    composed: float = 0.0
-    num_composed: int = 4000
+    text_features: Annotated[str, OneOf(*TEXT_FEATURES)] = "cached"
+    composed: Annotated[float, Range(0, below=1)] = 0.0
+    num_composed: Size = 4000
     codes: str = ""
     heldout_codes: str = ""
 
     def __post_init__(self) -> None:
-        if self.broken not in BROKEN_POLICIES:
-            raise ValueError(f"data.broken must be {' or '.join(BROKEN_POLICIES)}, not {self.broken!r}")
-        if self.views not in VIEWS:
-            raise ValueError(f"data.views must be one of {', '.join(VIEWS)}, not {self.views!r}")
-        if self.augment not in ("none", "flip", "crop", "loop"):
-            raise ValueError(f"data.augment must be none, flip, crop or loop, not {self.augment!r}")
-        if self.shift and (self.augment not in ("flip", "loop") or not 0 <= self.shift < self.size):
+        check(self, "data.")
+        if self.shift and (self.augment not in ("flip", "loop") or self.shift >= self.size):
             raise ValueError(
                 f"data.shift {self.shift} must be from 0 to {self.size - 1} (data.size), and 0 unless data.augment is "
                 "flip or loop"
@@ -103,21 +99,7 @@ class DataConfig:
             re.compile(self.group_without)
         except re.error as error:
             raise ValueError(f"data.group_without {self.group_without!r} is no regular expression: {error}") from error
-        if self.wording not in WORDINGS:
-            raise ValueError(f"data.wording must be one of {', '.join(WORDINGS)}, not {self.wording!r}")
-        if self.text_features not in TEXT_FEATURES:
-            raise ValueError(
-                f"data.text_features must be one of {', '.join(TEXT_FEATURES)}, not {self.text_features!r}"
-            )
-        if not 0 <= self.composed < 1 or self.num_composed < 1:
-            raise ValueError(
-                f"data.composed must be at least 0 and below 1, not {self.composed}, and data.num_composed at least 1, "
-                f"not {self.num_composed}"
-            )
         Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
-        object.__setattr__(self, "heldout_styles", tuple(self.heldout_styles))
-        if not 0 < self.heldout_share < 1:
-            raise ValueError(f"data.heldout_share must be between 0 and 1, not {self.heldout_share}")
 
     @property
     def clip_windows(self) -> Windows | None:

@@ -97,10 +97,18 @@ def gather(
     path = None
     if cache is not None and (key := fingerprint(source)) is not None:
         parts = [
-            _CACHE_FORMAT, key, detector.label, detector.digest, size, num_frames, keep, seed, batch_size,
+            _CACHE_FORMAT,
+            key,
+            detector.label,
+            detector.digest,
+            size,
+            num_frames,
+            keep,
+            seed,
+            batch_size,
             "" if only is None else hashlib.sha256(only.tobytes()).hexdigest(),
             "" if defect is None else defect.digest,
-        ]  # fmt: skip
+        ]
         path = cache / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if path.is_file():
             return _read_features(path)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nar.storage.fields import Length
 from nar.storage.files import read_json
 from nar.storage.folder import CONFIG
 from nar.text.cleaning import prepare_caption
@@ -44,7 +45,7 @@ class TextEncoderConfig:
     """
 
     source: str = ""
-    max_length: int = 0
+    max_length: Length = 0
     clean: bool = False
     digest: str = ""
 
