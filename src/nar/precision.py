@@ -1,6 +1,6 @@
 """Number formats for inference: casts a model, and packs its matrix products for the kernels that a CPU is good at.
 
-Knows linear layers and kernels; does not know what the model computes. A packed model draws and scores, and neither
+Knows linear layers and kernels; does not know what the model computes. A packed model samples and scores, and neither
 trains nor saves.
 
 On a CPU, decoding a few rows at a time reads every weight once a step: the layout and the size of the weights decide.

@@ -47,7 +47,7 @@ CURVES: dict[str, Curve] = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from logits.
+    """How tokens are sampled from logits.
 
     Attributes:
         guidance_scale: strength of classifier-free guidance; 1.0 is off.
@@ -99,7 +99,7 @@ def generate(
     known: Tensor | None = None,
     session: Session | None = None,
 ) -> Tensor:
-    """Draw codes (B, *grid); see `generate_fronts` for the arguments."""
+    """Sample codes (B, *grid); see `generate_fronts` for the arguments."""
     tokens = torch.empty(0)
     for _, tokens in _steps(model, condition, sampling or Sampling(), negative, seed, indices, known, session):  # noqa: B007
         pass
@@ -117,12 +117,12 @@ def generate_fronts(
     known: Tensor | None = None,
     session: Session | None = None,
 ) -> Iterator[Front]:
-    """Draw codes front by front; yields after each.
+    """Sample codes front by front; yields after each.
 
     Args:
-        negative: what guidance leads away from; by default the null condition.
-        seed, indices: sample i of the batch draws from the stream (seed, indices[i]), by default (seed, i); with a list
-            of seeds from (seed[i], indices[i]).
+        negative: the condition that guidance leads away from; by default the null condition.
+        seed, indices: sample i of the batch has the random numbers of the stream (seed, indices[i]), by default
+            (seed, i); with a list of seeds those of (seed[i], indices[i]).
         known: codes (B, *grid), -1 where free; the others are kept as given. Only later fronts take note of them: about
             half of what surrounds a hole in the middle is not seen.
         session: memory and graphs to use again; by default those of this call alone.

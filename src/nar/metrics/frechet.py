@@ -217,7 +217,7 @@ def precision_recall(real: Features, fake: Features, *, k: int = 3) -> tuple[flo
 def precision_recall_rows(real: Features, fake: Features, *, k: int = 3) -> tuple[Tensor, Tensor]:
     """Return what `precision_recall` averages: whether each fake row (M,) and each real row (N,) is inside."""
     real, fake = _as_pair(real, fake)
-    radii_real, radii_fake = _radii(real, k, "real"), _radii(fake, k, "fake")
+    radii_real, radii_fake = neighbour_radii(real, k, "real"), neighbour_radii(fake, k, "fake")
     covered_real = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     inside = []
     for rows in _blocks(len(fake), len(real)):
@@ -241,7 +241,7 @@ def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[flo
 def density_coverage_rows(real: Features, fake: Features, *, k: int = 5) -> tuple[Tensor, Tensor]:
     """Return what `density_coverage` averages: density at the fake rows (M,), and which real balls (N,) are hit."""
     real, fake = _as_pair(real, fake)
-    radii = _radii(real, k, "real")
+    radii = neighbour_radii(real, k, "real")
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     density = []
     for rows in _blocks(len(fake), len(real)):
@@ -316,7 +316,7 @@ def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
     return products.add_(left.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def _radii(rows: Tensor, k: int, name: str) -> Tensor:
+def neighbour_radii(rows: Tensor, k: int, name: str) -> Tensor:
     """Return the squared distance (N,) of every row to its k-th nearest other row."""
     if k < 1 or len(rows) <= k:
         raise ValueError(f"k = {k} with {len(rows)} {name} rows; allowed is 1 to the number of rows - 1")
