@@ -23,7 +23,7 @@ from nar.training.prior import CodePrior
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
 from nar.training.tokenizers import TokenizerTask
-from training_runs import equal, losses, tokenizer_recipe, weights
+from training_runs import equal, losses, nar, tokenizer_recipe, weights
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 pa = pytest.importorskip("pyarrow")
@@ -162,6 +162,16 @@ def test_what_the_adversary_can_not_judge_is_refused_before_the_first_step(tmp_p
         run_recipe(str(pictures), [f"run={tmp_path / 'run'}", "adversary.network=transformer"])
     with pytest.raises(ValueError, match=r"'patch' with num_layers 5 can't judge samples of 16x16 .* fewer layers"):
         run_recipe(str(pictures), [f"run={tmp_path / 'run'}", "adversary.num_layers=5"])
+
+
+def test_an_adaptive_adversary_is_weighed_over_all_processes(tmp_path: Path) -> None:
+    adversary = {**LARP["adversary"], "adaptive": True, "weight": 2.0, "learn_from": 0, "lecam": 0.0}
+    path = recipe(tmp_path, CAUSAL, adversary=adversary)
+    run_recipe(str(path), [f"run={tmp_path / 'one'}"])
+    nar("train", path, f"run={tmp_path / 'two'}", processes=2)
+    for name in ("loss", "gradient_norm"):
+        two, one = (torch.tensor(losses(tmp_path / run, name)) for run in ("two", "one"))
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
 
 
 def test_losses_of_the_adversary_are_logged(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from nar.data.extract import extract
 from nar.data.open import open_source
 from nar.data.source import Source
 from nar.data.split import held_out
-from nar.media.crops import random_crop, views
+from nar.media.crops import centre_crop, random_crop, views
 from nar.media.video import Windows
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
@@ -93,6 +93,19 @@ def test_sizes_that_the_patch_does_not_divide_need_padding(tmp_path: Path, token
     np.testing.assert_array_equal(Codes.open(codes).read(np.array([0]), np.array([0.0]))[0], made[0])
     with pytest.raises(ValueError, match="made with other settings: padding True instead of False"):
         extract(tokenizer, source, codes, size=18)
+
+
+def test_ten_crops_are_of_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[int] = []
+
+    def recorded(picture: Image.Image, size: int) -> Image.Image:
+        cut.append(size)
+        return centre_crop(picture, size)
+
+    monkeypatch.setattr("nar.media.crops.centre_crop", recorded)
+    for size in (10, 30, 70, 130, 150, 250, 256, 270):
+        views(Image.new("RGB", (40, 40)), size, "ten-crop")
+    assert cut == [11, 33, 77, 143, 165, 275, 281, 297]
 
 
 def test_views_are_where_the_published_trainers_cut_them() -> None:

@@ -337,11 +337,11 @@ def test_sizes_that_do_not_agree_are_refused(changes: dict[str, object], message
 def test_a_moving_average_follows_its_latents() -> None:
     made = VectorQuantizer(2, 2, l2_norm=False)
     made.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
-    book = Codebook(made, CodebookConfig(codebook_decay=0.5), ALONE)
+    book = Codebook(made, CodebookConfig(codebook_decay=0.8), ALONE)
     latents = torch.tensor([[2.0, 4.0, -3.0], [1.0, 1.0, 1.0]])[None]
     book.observe(latents, made.encode(latents))
     book.update(0, 10, torch.Generator())
-    # Halfway from one latent at each entry to the two at (2, 1) and (4, 1) and the one at (-3, 1).
-    torch.testing.assert_close(made.embedding.weight.data, torch.tensor([[7 / 3, 2 / 3], [-2.0, 0.5]]))
+    # A fifth of the way from one latent at each entry to the two at (2, 1) and (4, 1) and the one at (-3, 1).
+    torch.testing.assert_close(made.embedding.weight.data, torch.tensor([[2 / 1.2, 0.4 / 1.2], [-1.4, 0.2]]))
     assert not made.embedding.weight.requires_grad
     assert float(book.scalars()["usage"]) == 1.0

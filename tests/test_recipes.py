@@ -22,10 +22,10 @@ from nar.model import ModelConfig, Transformer
 from nar.storage.config import load, recipe_names
 from nar.storage.presets import PRESETS
 from nar.training import tasks
-from nar.training.optim import learning_rate_factor
+from nar.training.optim import OptimConfig, learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
-from training_runs import equal, nar, tokenizer_recipe, weights
+from training_runs import equal, nar, recipe, tokenizer_recipe, weights
 
 MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
 
@@ -91,6 +91,37 @@ def test_learning_rates_follow_the_published_curves() -> None:
         )
         made = learning_rate_factor(video.optim, step * video.batch_size, end * video.batch_size)
         assert made == pytest.approx(expected, abs=2e-3)  # the recipe's warm-up is 4 x 9,537 clips, not 4 x 298 x 32
+
+
+def test_multistep_rates_fall_with_the_published_scheduler() -> None:
+    """MultiStepLR, stepped after each of 12 epochs of 10 steps, and of 300 of 7."""
+    config = OptimConfig(curve="multistep")
+    for epochs, per_epoch in ((12, 10), (300, 7)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        places = [int(epochs * 0.5), int(epochs * 2 / 3), int(epochs * 5 / 6)]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, places, gamma=0.2)
+        expected = []
+        for _ in range(epochs):
+            expected += [optimizer.param_groups[0]["lr"]] * per_epoch
+            optimizer.step()
+            scheduler.step()
+        number = len(expected)
+        made = [learning_rate_factor(config, (step + 1) * 32, number * 32) for step in range(number)]
+        assert made == pytest.approx(expected)
+
+
+def test_classes_are_not_dropped_without_an_embedding_for_none(tmp_path: Path) -> None:
+    """It was accepted, and failed in the first step that dropped a class."""
+    with pytest.raises(ValueError, match=r"null_class is false, .* \(condition_dropout 0\.1\); .* condition_dropout=0"):
+        load(Recipe, "toy", ["model.null_class=false"])
+    with pytest.raises(ValueError, match=r"null_class is false.*or classes=false"):
+        load(Recipe, "emoji", ["model.null_class=false", "classes=true", "condition_dropout=0"])
+    load(Recipe, "emoji", ["model.null_class=false"])
+    own = ["condition_dropout=0", "model.null_class=false", "num_images=32"]
+    path = recipe(tmp_path)
+    made = run_recipe(str(path), [f"run={tmp_path / 'run'}", *own])
+    with pytest.raises(ValueError, match="null_class is false"):
+        run_recipe(str(path), [f"run={tmp_path / 'next'}", f"init={made}", "num_images=32"])
 
 
 def test_unknown_keys_are_answered_with_a_suggestion(tmp_path: Path) -> None:

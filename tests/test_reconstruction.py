@@ -69,6 +69,20 @@ def test_ssim_equals_the_sums_of_the_paper() -> None:
     assert ssim(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), peak=1.0).shape == (2,)  # smaller than the window
 
 
+class OnMps(torch.Tensor):
+    """A tensor of a device without float64."""
+
+    def double(self, *_: object, **__: object) -> torch.Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self, *_: object, **__: object) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_code_use_needs_no_float64_of_the_device() -> None:
+    assert code_use(torch.tensor([3, 1, 0]).as_subclass(OnMps)) == code_use(torch.tensor([3, 1, 0]))
+
+
 def test_code_use_counts() -> None:
     use = code_use(torch.tensor([5, 5, 0, 0, 5, 5, 0, 0]))
     assert use == pytest.approx({"usage": 0.5, "perplexity": 4.0, "dead_codes": 4.0})

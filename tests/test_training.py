@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from nar.condition import ClassCondition, TextCondition
@@ -16,6 +18,7 @@ from nar.data.open import load_pictures
 from nar.likelihood import token_losses
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
+from nar.training.checkpoint import Checkpoints
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task
 from nar.training.models import ModelTask, mixed
@@ -133,6 +136,63 @@ def test_settings_of_the_engine_do_not_change_what_is_learned(tmp_path: Path) ->
 def test_compiled_blocks_learn_the_same(tmp_path: Path) -> None:
     plain, compiled = trained(tmp_path), trained(tmp_path, "engine.compile=true")
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-4)
+
+
+def test_gradients_are_clipped_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    run = trained(tmp_path, "optim.clip_norm=0.01")
+    assert min(losses(run, "gradient_norm")) > 0.1
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    norms.clear()
+    run = trained(tmp_path, "optim.clip_norm=0")
+    assert norms == pytest.approx(losses(run, "gradient_norm"), rel=1e-4)
+
+
+def test_dropout_masks_differ_between_steps(tmp_path: Path) -> None:
+    """One picture again and again, and weights that stay: losses differ by the masks alone."""
+    (tmp_path / "red").mkdir()
+    for index in range(40):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "red" / f"{index:02d}.png")
+    first = trained(tmp_path)  # at random weights the output is zero
+    still = [
+        f"init={first / 'model'}",
+        f"data.source={tmp_path / 'red'}",
+        "optim.learning_rate=1e-30",
+        "optim.warmup_images=0",
+        "condition_dropout=0",
+    ]
+    run = trained(tmp_path, *still, "num_images=128", "dropout.residual=0.3")
+    assert len(set(losses(run))) == 4
+    run = trained(tmp_path, *still, "num_images=128")
+    assert len(set(losses(run))) == 1
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.999])
+def test_the_exported_weights_are_averages_that_forget_the_start(tmp_path: Path, decay: float) -> None:
+    """After step n with decay min(decay, (1 + n) / (10 + n)); the first step is copied."""
+    run = trained(tmp_path, "num_images=160", f"ema_decay={decay}", "checkpoint_every=1", "keep_last=9")
+    exported = weights(run)
+    checkpoints = Checkpoints(run, 9, ALONE)
+    expected: dict[str, Tensor] = {}
+    for path, by_count in zip(checkpoints.all(), (0.0, 2 / 11, 3 / 12, 4 / 13, 5 / 14), strict=True):
+        state = {"module": {name: torch.zeros_like(tensor) for name, tensor in exported.items()}}
+        checkpoints.load(path, lambda fill, state=state: fill(state))
+        share = 1 - min(decay, by_count)
+        expected = {
+            name: tensor if not expected else (1 - share) * expected[name] + share * tensor
+            for name, tensor in state["module"].items()
+        }
+    assert not equal(exported, state["module"])
+    for name, tensor in exported.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_plans_end_after_images_or_epochs() -> None:

@@ -35,7 +35,7 @@ def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
             for top, left in ((step - step * down, step - step * right) for down, right in moves)
         ]
     if kind == "ten-crop":
-        large = round(size * 1.1 - 0.5)
+        large = int(size * 1.1)
         square = centre_crop(picture, large)
         middle = round((large - size) / 2)
         corners = [(0, 0), (large - size, 0), (0, large - size), (large - size, large - size), (middle, middle)]

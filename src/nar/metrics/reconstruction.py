@@ -67,6 +67,7 @@ def code_use(counts: Tensor) -> dict[str, float]:
 
     `counts` (V,) says how often each code occurs.
     """
+    counts = counts.cpu()  # MPS has no float64
     shares = counts.double() / counts.sum().clamp_min(1)
     return {
         "usage": float((counts > 0).double().mean()),

@@ -121,6 +121,8 @@ class Adversary:
             return self.config.weight * adversarial
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (had,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+        # Of all processes, as if one had computed the piece; later pieces of the step are not known yet.
+        wanted, had = self._workers.mean(wanted), self._workers.mean(had)
         balance = (wanted.norm() / (had.norm() + 1e-6)).clamp(max=1e4)
         weighted: Tensor = self.config.weight * balance * adversarial
         return weighted

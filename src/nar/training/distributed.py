@@ -31,7 +31,8 @@ PRECISIONS = ("float32", "bfloat16")
 class Engine:
     """How a step is computed; none of it changes what is learned, up to rounding.
 
-    But masks of dropout and `mixed_context` are drawn, and an adversary's batch norms measured, by process and piece.
+    But masks of dropout and `mixed_context` are drawn, and an adversary's batch norms measured, by process and piece,
+    and an adaptive adversary is weighed by piece.
 
     Attributes:
         parallel: over the processes of `torchrun`: "none", "ddp" (a copy in each), "fsdp" (a share of parameters,

@@ -80,9 +80,7 @@ class ModelTask:
         if workers.first and recipe.text_encoder.source:
             record_held_out(recipe, heldout, pairs)
         self.text = _text(recipe, [train, heldout, pairs], composed, workers)
-        classes = recipe.classes
-        if classes is None:
-            classes = self.text is None and not recipe.given_frames
+        classes = recipe.learns_classes
         self.class_names = train.class_names if classes else ()
         sizes = self._sizes(train)
         if sizes.get("prefix_grid") == train.grid:
@@ -275,6 +273,7 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
             f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule to that, "
             "or train without init"
         )
+    recipe.check_null_class(model.config)
     model = model.at_grid(sizes["grid"])
     if model.config.prefix_grid != sizes.get("prefix_grid", ()):
         raise ValueError(

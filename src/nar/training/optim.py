@@ -44,12 +44,13 @@ class OptimConfig:
 
 
 def learning_rate_factor(config: OptimConfig, images_seen: float, num_images: float) -> float:
-    """The factor on the base learning rate after `images_seen` of `num_images` images."""
+    """The factor on the base learning rate in a step that ends after `images_seen` of `num_images` images."""
     floor, warmup = config.final_factor, config.warmup_images
     if images_seen <= warmup and warmup:
         return floor + (1 - floor) * images_seen / warmup
     if config.curve == "multistep":
-        return config.gamma ** sum(images_seen >= milestone * num_images for milestone in config.milestones)
+        # A step that ends at a milestone is still of the epoch before it: published schedulers step between epochs.
+        return config.gamma ** sum(images_seen > round(milestone * num_images, 3) for milestone in config.milestones)
     if config.curve == "cosine":
         progress = min(1.0, (images_seen - warmup) / max(1.0, num_images - warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -127,6 +127,21 @@ class Recipe(Plan):
         """The sizes of the tokenizer to train, of whichever kind."""
         return self.causal_tokenizer or self.video_tokenizer or self.tokenizer
 
+    @property
+    def learns_classes(self) -> bool:
+        """Whether the model is conditioned on classes."""
+        return not (self.text_encoder.source or self.given_frames) if self.classes is None else self.classes
+
+    def check_null_class(self, config: ModelConfig) -> None:
+        """Refuse to drop classes where a model of this config has no embedding for none."""
+        words = bool(self.text_encoder.source)  # then some samples learn without their class, whatever the rate
+        if self.learns_classes and not config.null_class and (self.condition_dropout or words):
+            fix = "classes=false" if words else "condition_dropout=0"
+            raise ValueError(
+                f"model.null_class is false, so classes can't be dropped (condition_dropout {self.condition_dropout}); "
+                f"set it to true, or {fix}"
+            )
+
     def _check_model(self) -> None:
         """Refuse settings that the training of a model would pass over."""
         of_tokenizers = (
@@ -140,6 +155,8 @@ class Recipe(Plan):
                     f"{name} has no effect on a model; set it for the tokenizer's own recipe "
                     f"({self.tokenizer_recipe or 'task=tokenizer'}), and give what that trains as tokenizer_path"
                 )
+        if not self.init:
+            self.check_null_class(self.model)
         data = self.data
         for name in ("augment", "shift"):
             if getattr(data, name) != getattr(DataConfig, name):

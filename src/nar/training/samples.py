@@ -121,7 +121,7 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
     """
     data = recipe.data
     if sources:
-        if learns_classes(recipe):  # before the work
+        if recipe.learns_classes:  # before the work
             _labels_in(sources[0].class_names, sources[1])
         made = [_extract(recipe, source, name, tokenizer, workers) for name, source in zip(_SETS, sources, strict=True)]
         return made[0], _renumbered(recipe, *made)
@@ -138,11 +138,6 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
                 f"({codes.manifest['tokenizer'][:12]}..., not {digest(tokenizer)[:12]}...); extract them again with it"
             )
     return train, _renumbered(recipe, train, heldout)
-
-
-def learns_classes(recipe: Recipe) -> bool:
-    """Whether the model is told the classes of samples."""
-    return not (recipe.text_encoder.source or recipe.given_frames) if recipe.classes is None else recipe.classes
 
 
 def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarray:
@@ -163,7 +158,7 @@ def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarra
 
 
 def _renumbered(recipe: Recipe, train: Codes, heldout: Codes) -> Codes:
-    if not learns_classes(recipe):
+    if not recipe.learns_classes:
         return heldout
     manifest = heldout.manifest | {"class_names": list(train.class_names)}
     return dataclasses.replace(heldout, labels=_labels_in(train.class_names, heldout), manifest=manifest)
