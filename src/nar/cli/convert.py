@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -65,13 +64,12 @@ def convert(
 
 
 def _names(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
+    from nar.storage.files import read_json
+    from nar.storage.text import read_lines
+
     if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        names = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return [line.strip() for line in read_lines(path) if line.strip()]
+    names: list[str] = read_json(path, list)
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a JSON list of names, in the order of the classes")
     return names

@@ -23,7 +23,7 @@ from nar.metrics.frechet import nearest
 from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import Source, batches
 from nar.metrics.scores import mean_interval
-from nar.storage.files import digest
+from nar.storage.files import digest, read_json
 from nar.text.encoder import load_pretrained
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -299,7 +299,7 @@ def normalisation(
 ) -> Callable[[Image.Image], Tensor]:
     """From a picture to (1, 3, H, W), by mean and spread of the folder's preprocessor_config.json, or those given."""
     path = Path(folder).expanduser() / "preprocessor_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     means, spreads = (
         torch.tensor(settings.get(key, default)).view(1, 3, 1, 1)
         for key, default in (("image_mean", mean), ("image_std", std))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nar.storage.files import atomically
+from nar.storage.files import atomically, write_json
 from nar.storage.folder import CONFIG, from_dict, read_config
 from nar.text.encoder import TextEncoder, TextEncoderConfig
 
@@ -100,8 +100,7 @@ def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *,
     config = encoder.config
     kept = Path(folder) / f"{config.digest[:16]}-{config.max_length}{'-clean' if config.clean else ''}"
     if not (kept / CONFIG).is_file():
-        record = json.dumps(dataclasses.asdict(config) | {"dim": encoder.dim}, indent=1)
-        atomically(kept / CONFIG, lambda staged: staged.write_text(record + "\n", "utf-8"))
+        write_json(kept / CONFIG, dataclasses.asdict(config) | {"dim": encoder.dim})
     features = Features(kept)
     missing = [caption for caption in dict.fromkeys(captions) if caption not in features]
     with tqdm(
