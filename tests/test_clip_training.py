@@ -30,24 +30,47 @@ pa = pytest.importorskip("pyarrow")
 
 LARP: dict[str, Any] = {
     "video_tokenizer": {
-        "num_frames": 8, "image_size": 16, "encoder_dim": 32, "num_encoder_layers": 1, "num_encoder_heads": 2,
-        "decoder_dim": 32, "num_decoder_layers": 1, "num_decoder_heads": 2, "num_tokens": 8, "grid": [2, 2, 2],
-        "vocab_size": 64, "code_dim": 8,
+        "num_frames": 8,
+        "image_size": 16,
+        "encoder_dim": 32,
+        "num_encoder_layers": 1,
+        "num_encoder_heads": 2,
+        "decoder_dim": 32,
+        "num_decoder_layers": 1,
+        "num_decoder_heads": 2,
+        "num_tokens": 8,
+        "grid": [2, 2, 2],
+        "vocab_size": 64,
+        "code_dim": 8,
     },
     "tokenizer_loss": {"l1": 0.5, "l2": 0.0, "codebook": 0.1, "commitment": 0.025},
     "adversary": {
-        "network": "transformer", "weight": 0.3, "adaptive": False, "channels": 16, "num_layers": 1, "num_heads": 2,
-        "every": 2, "lecam": 0.001,
+        "network": "transformer",
+        "weight": 0.3,
+        "adaptive": False,
+        "channels": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "every": 2,
+        "lecam": 0.001,
     },
     "prior": {"weight": 0.06, "dim": 16, "num_layers": 1, "num_heads": 2},
-}  # fmt: skip
+}
 CAUSAL: dict[str, Any] = {
     "causal_tokenizer": {
-        "vocab_size": 64, "code_dim": 4, "frames_per_code": 7, "channels": 16, "num_blocks": 1, "dim": 32,
-        "num_heads": 2, "hidden_dim": 32, "num_encoder_blocks": 1, "num_decoder_blocks": 1,
+        "vocab_size": 64,
+        "code_dim": 4,
+        "frames_per_code": 7,
+        "channels": 16,
+        "num_blocks": 1,
+        "dim": 32,
+        "num_heads": 2,
+        "hidden_dim": 32,
+        "num_encoder_blocks": 1,
+        "num_decoder_blocks": 1,
     },
     "tokenizer_loss": {"l1": 0.2, "l2": 1.0, "restart_every": 3},
-}  # fmt: skip
+}
 
 
 def moving_squares(folder: Path, count: int = 40) -> Path:
@@ -73,8 +96,12 @@ def recipe(folder: Path, own: dict[str, Any], **values: Any) -> Path:
         "task": "tokenizer",
         "data": {"source": str(moving_squares(folder)), "size": 16, "augment": "flip", "heldout_share": 0.2},
         "optim": {"learning_rate": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup_images": 32},
-        "batch_size": 8, "num_images": 32, "log_every": 1, "preview_every": 100, "checkpoint_every": 2,
-    }  # fmt: skip
+        "batch_size": 8,
+        "num_images": 32,
+        "log_every": 1,
+        "preview_every": 100,
+        "checkpoint_every": 2,
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**common, **own, **values}))
     return path
@@ -154,9 +181,13 @@ def test_what_the_adversary_can_not_judge_is_refused_before_the_first_step(tmp_p
     with pytest.raises(ValueError, match=r"can't judge samples of 6x16x16 \(.*not a multiple of the .* patch 4x8x8"):
         run_recipe(
             str(recipe(tmp_path, LARP, **late)),
-            [f"run={tmp_path / 'run'}", "data.num_frames=6", "video_tokenizer.num_frames=6",
-             "video_tokenizer.temporal_patch_size=2"],
-        )  # fmt: skip
+            [
+                f"run={tmp_path / 'run'}",
+                "data.num_frames=6",
+                "video_tokenizer.num_frames=6",
+                "video_tokenizer.temporal_patch_size=2",
+            ],
+        )
     pictures = tokenizer_recipe(tmp_path, adversary={"weight": 0.5, "start": 100, "learn_from": 100})
     with pytest.raises(ValueError, match=r"adversary\.network 'transformer' .* samples of 16x16 \(clips must be"):
         run_recipe(str(pictures), [f"run={tmp_path / 'run'}", "adversary.network=transformer"])

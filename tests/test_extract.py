@@ -57,9 +57,18 @@ def noise(folder: Path, count: int, size: int = 24, seed: int = 0) -> Path:
 def test_the_command_writes_codes_that_datasets_opens_too(tmp_path: Path, tokenizer: Path) -> None:
     pictures = noise(tmp_path / "pictures", 10)
     said = nar(
-        "extract", tokenizer, "--data", pictures, "--size", 16, "--views", "ten-crop", "-o", tmp_path / "codes",
+        "extract",
+        tokenizer,
+        "--data",
+        pictures,
+        "--size",
+        16,
+        "--views",
+        "ten-crop",
+        "-o",
+        tmp_path / "codes",
         processes=2,
-    )  # fmt: skip
+    )
     assert "10 pictures, 10 views of 4x4 codes each, 0 broken" in said
     codes = Codes.open(tmp_path / "codes")
     assert codes.class_names == ("ant", "bee")
@@ -244,9 +253,11 @@ def test_rows_without_names_are_told_apart_by_what_they_hold(tmp_path: Path, tok
 
     words = ["a", "b", "c", "d"]
     first, again, pictures, captions = (
-        table("1.parquet", 1, words), table("2.parquet", 1, words), table("3.parquet", 2, words),
+        table("1.parquet", 1, words),
+        table("2.parquet", 1, words),
+        table("3.parquet", 2, words),
         table("4.parquet", 1, ["a", "b", "c", "e"]),
-    )  # fmt: skip
+    )
     extract(tokenizer, first, tmp_path / "codes", size=16, quiet=True)
     extract(tokenizer, again, tmp_path / "codes", size=16, quiet=True)
     for other in (pictures, captions):
@@ -357,8 +368,9 @@ def test_the_hub_is_read_without_its_decoder(monkeypatch: pytest.MonkeyPatch) ->
     )
     rows = {
         "img": [{"bytes": data.getvalue(), "path": None}, {"bytes": b"broken", "path": None}],
-        "label": [1, 0], "text": ["a dog", "a cat"],
-    }  # fmt: skip
+        "label": [1, 0],
+        "text": ["a dog", "a cat"],
+    }
     table = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("someone/pets", "train"): table}[name, split])
     source = open_source("someone/pets", size=8)

@@ -257,15 +257,21 @@ class _Reader(FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     _allowed: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
         "torch": {"Size"},
         "pathlib": {"PosixPath", "WindowsPath"},
         "pathlib._local": {"PosixPath", "WindowsPath"},
-    }  # fmt: skip
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         number_format = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

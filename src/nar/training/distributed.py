@@ -135,9 +135,12 @@ def joined(device: str = "auto") -> Iterator[Workers]:
 
 
 def spread(
-    step: nn.Module, blocks: Sequence[nn.Module], averages: tuple[nn.Module, Sequence[nn.Module]], engine: Engine,
+    step: nn.Module,
+    blocks: Sequence[nn.Module],
+    averages: tuple[nn.Module, Sequence[nn.Module]],
+    engine: Engine,
     workers: Workers,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Prepare `step`, a module whose forward is the loss, for training on all processes.
 
     `blocks` are its repeated parts, which are recomputed, compiled and sharded one by one; `averages`, a copy with its

@@ -91,8 +91,11 @@ class ModelTask:
         if recipe.given_frames:
             self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
         told: dict[str, Any] = {
-            "classes": classes, "text": self.text, "wording": recipe.data.wording, "continuation": self.continuation
-        }  # fmt: skip
+            "classes": classes,
+            "text": self.text,
+            "wording": recipe.data.wording,
+            "continuation": self.continuation,
+        }
         self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **told)
         self.heldout = Samples(heldout, **told)
         self.pairs = None if pairs is None else Samples(pairs, **told)
@@ -102,8 +105,10 @@ class ModelTask:
     def _sizes(self, codes: Codes) -> dict[str, Any]:
         """The sizes of the model that follow from data, tokenizer and text encoder."""
         sizes: dict[str, Any] = {
-            "grid": codes.grid, "vocab_size": self.tokenizer.config.vocab_size, "num_classes": len(self.class_names)
-        }  # fmt: skip
+            "grid": codes.grid,
+            "vocab_size": self.tokenizer.config.vocab_size,
+            "num_classes": len(self.class_names),
+        }
         if self.text is not None:
             sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
         if given := self.recipe.given_frames:
@@ -326,9 +331,12 @@ def _text(recipe: Recipe, sets: Sequence[Codes | None], composed: Codes | None, 
     scenes = [] if composed is None else [form for forms in composed.wordings("plain") for form in forms]
     folders = [Path(folder) / TEXT for folder in (recipe.data.codes, recipe.data.heldout_codes) if folder]
     return Text(
-        recipe.text_encoder, [*captions, *_prompts(recipe, sets[1]), *scenes], kind=recipe.data.text_features,
-        folders=[*folders, Path(recipe.run) / TEXT], workers=workers,
-    )  # fmt: skip
+        recipe.text_encoder,
+        [*captions, *_prompts(recipe, sets[1]), *scenes],
+        kind=recipe.data.text_features,
+        folders=[*folders, Path(recipe.run) / TEXT],
+        workers=workers,
+    )
 
 
 def _prompts(recipe: Recipe, heldout: Codes | None) -> list[str]:

@@ -63,9 +63,13 @@ class Prior:
         every = torch.arange(quantizer.vocab_size, device=points.device)
         share = self.config.mix * min(1.0, step / (self.config.mix_until * self._num_steps))
         return self.network.losses(
-            F.normalize(straight_through, dim=-1), made.codes.flatten(1), F.normalize(quantizer.entries(every), dim=-1),
-            uniforms.to(points.device), share, self.config.temperature,
-        )  # fmt: skip
+            F.normalize(straight_through, dim=-1),
+            made.codes.flatten(1),
+            F.normalize(quantizer.entries(every), dim=-1),
+            uniforms.to(points.device),
+            share,
+            self.config.temperature,
+        )
 
     def update(self) -> None:
         """One step of the prior with the gradient that the tokenizer's backward pass has left, of all processes."""

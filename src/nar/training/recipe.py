@@ -145,8 +145,14 @@ class Recipe(Plan):
     def _check_model(self) -> None:
         """Refuse settings that the training of a model would pass over."""
         of_tokenizers = (
-            "tokenizer", "causal_tokenizer", "video_tokenizer", "tokenizer_loss", "adversary", "prior", "train_encoder"
-        )  # fmt: skip
+            "tokenizer",
+            "causal_tokenizer",
+            "video_tokenizer",
+            "tokenizer_loss",
+            "adversary",
+            "prior",
+            "train_encoder",
+        )
         defaults = {field.name: field for field in dataclasses.fields(Recipe)}
         for name in of_tokenizers:
             made = defaults[name].default_factory

@@ -62,7 +62,7 @@ class Samples:
         if continuation is not None and not continuation.causal:
             self._given = {
                 count: codes.beside(codes.folder / given_folder(count)) for count in continuation.counts if count
-            }  # fmt: skip
+            }
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -219,9 +219,13 @@ def facts(recipe: Recipe, sources: Sequence[Source]) -> dict[str, str]:
     for part, source in zip(("to learn from", "held out"), sources, strict=True):
         words = [source.captions, source.tags, source.styles]
         values = {
-            "number": len(source), "names": list(source.names), "classes": source.class_names,
-            "labels": source.labels.tolist(), "words": words, "groups": source.groups,
-        }  # fmt: skip
+            "number": len(source),
+            "names": list(source.names),
+            "classes": source.class_names,
+            "labels": source.labels.tolist(),
+            "words": words,
+            "groups": source.groups,
+        }
         found |= {f"{name} {part}": _short(value) for name, value in values.items()}
         found[f"pictures {part}"] = fingerprint(source)
     return found
@@ -249,9 +253,7 @@ def record_held_out(recipe: Recipe, heldout: Codes, pairs: Codes | None) -> None
     pair_rows: list[tuple[str, ...]] = []
     if pairs is not None:
         pair_rows = sorted(set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True)))
-    record = {
-        "groups": sorted(set(heldout.groups)), "pairs": pair_rows, "styles": list(recipe.data.heldout_styles)
-    }  # fmt: skip
+    record = {"groups": sorted(set(heldout.groups)), "pairs": pair_rows, "styles": list(recipe.data.heldout_styles)}
     atomically(run / "held-out.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
 
 
@@ -263,8 +265,15 @@ def _extract(
 ) -> Codes:
     """Encode a source into the run's folder; the training set, and what goes with it, in the recipe's views."""
     folder = extract(
-        tokenizer, source, Path(recipe.run) / "codes" / name, size=recipe.data.size,
-        kind=recipe.data.views if (views_of or name) == "train" else "centre", device=workers.device,
-        threads=recipe.engine.workers, rank=workers.rank, count=workers.count, wait=workers.wait,
-    )  # fmt: skip
+        tokenizer,
+        source,
+        Path(recipe.run) / "codes" / name,
+        size=recipe.data.size,
+        kind=recipe.data.views if (views_of or name) == "train" else "centre",
+        device=workers.device,
+        threads=recipe.engine.workers,
+        rank=workers.rank,
+        count=workers.count,
+        wait=workers.wait,
+    )
     return Codes.open(folder)
