@@ -218,19 +218,16 @@ def _write_shard(
 ) -> None:
     import pyarrow as pa
 
-    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    width = int(np.prod(codes.shape[1:]))
-    flat = pa.array(codes.reshape(-1).astype(dtype))
+    flat = pa.array(codes.reshape(-1).astype(np.uint16 if vocab_size <= 2**16 else np.uint32))
     columns = {
-        "codes": pa.FixedSizeListArray.from_arrays(flat, width),
+        "codes": pa.FixedSizeListArray.from_arrays(flat, int(np.prod(codes.shape[1:]))),
         "label": pa.array(source.labels[rows].astype(np.int32)),
         "caption": pa.array([source.captions[row] if source.captions is not None else "" for row in rows], pa.string()),
         "group": pa.array([(source.groups or source.names)[row] for row in rows], pa.string()),
     }
-    if source.tags is not None:
-        columns["tags"] = pa.array([list(source.tags[row]) for row in rows], pa.list_(pa.string()))
-    if source.rewordings is not None:
-        columns["rewordings"] = pa.array([list(source.rewordings[row]) for row in rows], pa.list_(pa.string()))
+    for name, words in (("tags", source.tags), ("rewordings", source.rewordings)):
+        if words is not None:
+            columns[name] = pa.array([list(words[row]) for row in rows], pa.list_(pa.string()))
     if source.styles is not None:
         columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
@@ -244,25 +241,20 @@ def _write_shard(
 
 
 def _finish(
-    folder: Path,
-    names: Sequence[str],
-    settings: dict[str, Any],
-    source: Source,
-    tokenizer_folder: str | Path,
-    tokenizer: Any,
+    folder: Path, names: Sequence[str], settings: dict[str, Any], source: Source, tokenizer_folder: Any, tokenizer: Any
 ) -> None:
     """Write what makes the shards a whole: the tokenizer, the list of broken pictures, and last the manifest."""
     import pyarrow as pa
 
-    broken: list[str] = []
-    num_samples, grid, kept = 0, list[int](), list[str]()
+    broken, kept = list[str](), list[str]()
+    num_samples, grid, schema = 0, list[int](), pa.schema([])
     for name in names:
         with pa.memory_map(str(folder / name)) as file:
             reader = pa.ipc.open_stream(file)
             metadata, rows = reader.schema.metadata, sum(len(batch) for batch in reader)
         broken += json.loads(metadata[b"broken"])
         if rows:
-            grid = json.loads(metadata[b"grid"])
+            grid, schema = json.loads(metadata[b"grid"]), reader.schema
             num_samples += rows
             kept.append(name)
     source.check_broken(broken)
@@ -272,31 +264,14 @@ def _finish(
         write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
     if not (folder / "tokenizer").is_dir():
         atomically(folder / "tokenizer", lambda staged: shutil.copytree(tokenizer_folder, staged))
-    values = [{"dtype": "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32", "_type": "Value"}]
-    width = VIEWS[settings["views"]] * int(np.prod(grid))
-    features: dict[str, dict[str, Any]] = {
-        "codes": {"feature": values[0], "length": width, "_type": "List"},
-        "label": {"dtype": "int32", "_type": "Value"},
-        "caption": {"dtype": "string", "_type": "Value"},
-        "group": {"dtype": "string", "_type": "Value"},
-    }
-    if source.tags is not None:
-        features["tags"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
-    if source.rewordings is not None:
-        features["rewordings"] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
-    if source.styles is not None:
-        features["style"] = {"dtype": "string", "_type": "Value"}
-    files = [{"filename": name} for name in kept]
-    write_json(folder / "dataset_info.json", {"features": features})
+    # What `datasets.load_from_disk` reads.
+    write_json(folder / "dataset_info.json", {"features": {field.name: _feature(field.type) for field in schema}})
     unset = dict.fromkeys(("_format_columns", "_format_type", "_split"))
-    state = {"_data_files": files, "_fingerprint": settings["source"], "_format_kwargs": {}, **unset}
-    write_json(folder / "state.json", state | {"_output_all_columns": False})
-    manifest = {
+    state = {"_data_files": [{"filename": name} for name in kept], "_fingerprint": settings["source"], **unset}
+    write_json(folder / "state.json", state | {"_format_kwargs": {}, "_output_all_columns": False})
+    manifest = {name: settings[name] for name in ("tokenizer", "size", "views")} | {
         "version": __version__,
-        "tokenizer": settings["tokenizer"],
         "vocab_size": tokenizer.config.vocab_size,
-        "size": settings["size"],
-        "views": settings["views"],
         "num_views": VIEWS[settings["views"]],
         "grid": grid,
         "num_samples": num_samples,
@@ -308,3 +283,11 @@ def _finish(
         "shards": kept,
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def _feature(kind: Any) -> dict[str, Any]:
+    """An Arrow type as `datasets` spells it."""
+    if not hasattr(kind, "value_type"):
+        return {"dtype": str(kind), "_type": "Value"}
+    length = {"length": kind.list_size} if hasattr(kind, "list_size") else {}
+    return {"feature": _feature(kind.value_type), **length, "_type": "List"}
