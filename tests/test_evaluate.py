@@ -392,7 +392,10 @@ def test_some_real_pictures_can_be_chosen(tmp_path: Path) -> None:
         judge([real], [fake], only_real=[3, 4, 90])
 
 
-def test_progress_is_shown_with_the_number_of_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_with_the_number_of_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with pytest.warns(UserWarning, match="is biased upwards"):
         judge([pictures(30, 1)], [pictures(20, 2), pictures(5, 3)], progress=True, resamplings=0, batch_size=5)
     said = capsys.readouterr().err

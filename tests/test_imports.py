@@ -24,11 +24,11 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "storage", "precision"},
     "tokenizer": {"storage", "attention", "media"},
     "text": {"storage", "progress"},
-    "likelihood": {"model", "condition"},
+    "likelihood": {"progress", "model", "condition"},
     "sampling": {"model", "order", "attention", "condition", "precision", "storage"},
     "convert": {"model", "tokenizer", "storage"},
     "data": {"progress", "tokenizer", "text", "media", "storage"},
-    "metrics": {"data", "text", "media", "storage"},
+    "metrics": {"progress", "data", "text", "media", "storage"},
     "pipeline": {"sampling", "model", "condition", "precision", "tokenizer", "text", "media", "storage"},
     "training": {
         "progress",
@@ -47,6 +47,7 @@ ALLOWED = {
         "storage",
     },
     "evaluation": {
+        "progress",
         "pipeline",
         "metrics",
         "data",

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from nar.condition import ClassCondition, Condition
 from nar.model import Dropout, Transformer
+from nar.progress import steps as shown
 
 RANK = 16
 STEPS = 120
@@ -80,7 +80,7 @@ def bits_per_token(
     """
     condition = ClassCondition(condition) if isinstance(condition, Tensor) else condition
     parts = []
-    for start in tqdm(range(0, len(codes), batch_size), desc="likelihood", unit="batch", disable=not progress):
+    for start in shown(range(0, len(codes), batch_size), "likelihood", "batches", quiet=not progress):
         rows = slice(start, start + batch_size)
         losses = token_losses(model, codes[rows].long().to(model.device), condition.rows(rows).to(model.device))
         parts.append(sample_losses(model, losses, None if known is None else known[rows].to(model.device)))
@@ -155,7 +155,7 @@ def independence_cost(
     for rate in RATES:
         coupling = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([coupling], lr=rate)
-        for step in tqdm(range(steps), desc="coupling", unit="step", disable=not progress):
+        for step in shown(range(steps), "coupling", "steps", quiet=not progress):
             loss = losses(torch.randint(num_fitted, (min(batch_size, num_fitted),), generator=generator), coupling)
             optimizer.zero_grad()
             loss.mean((1, 2)).sum().backward()

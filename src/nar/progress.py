@@ -8,18 +8,21 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, TypeVar
 
+Item = TypeVar("Item")
 FIRST, EVERY = 5.0, 30.0  # seconds to the first line, and between lines
 
 
 class Progress:
     """A context in which `update` is called as work is done: "extracting codes: 512 of 2,048 pictures (25 %), ...".
 
-    `done` of `total` were done before. A line also comes where nothing was updated, so that silence means the end.
+    `done` of `total`, which None leaves open, were done before. A line also comes where nothing was updated, so that
+    silence means the end.
     """
 
-    def __init__(self, doing: str, total: int, unit: str, *, done: int = 0, quiet: bool = False) -> None:
+    def __init__(self, doing: str, total: int | None, unit: str, *, done: int = 0, quiet: bool = False) -> None:
         self.doing, self.total, self.unit = doing, total, unit
         self._first = self._done = done
         self._quiet, self._shown, self._said = quiet, dict[str, str](), False
@@ -70,13 +73,23 @@ class Progress:
 
     def _line(self) -> str:
         done, seconds = self._done, time.monotonic() - self._began
-        share = f" ({done / self.total:.0%})" if self.total else ""
         rate = (done - self._first) / seconds
-        left = f", {rate:,.3g} a second, {duration((self.total - done) / rate)} left" if rate else ""
-        return f"{self.doing}: {done:,} of {self.total:,} {self.unit}{share}{left}{self._details()}"
+        share = f" of {self.total:,}" if self.total else ""
+        share += f" {self.unit}" + (f" ({done / self.total:.0%})" if self.total else "")
+        left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
+        speed = f", {rate:,.3g} a second" if rate else ""
+        return f"{self.doing}: {done:,}{share}{speed}{left}{self._details()}"
 
     def _details(self) -> str:
         return "".join(f", {name} {value}" for name, value in self._shown.items())
+
+
+def steps(items: Sequence[Item], doing: str, unit: str, *, quiet: bool = False) -> Iterator[Item]:
+    """Yield items, and show how many of them are done."""
+    with Progress(doing, len(items), unit, quiet=quiet) as progress:
+        for item in items:
+            yield item
+            progress.update()
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ Knows options, which are called like the arguments of the functions in `nar.eval
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +171,7 @@ def evaluate(
     elif samples or tokenizer is not None:
         _refuse(context, "judging with a tokenizer", "calibration")
     sampling = (*setting_names(), "model", "fake", "labels", "dtype")
-    how = Comparison(**_options(context, *sampling), progress=sys.stderr.isatty())
+    how = Comparison(**_options(context, *sampling), progress=True)
     settings = given_settings(locals())
 
     def judge() -> Report:
@@ -342,7 +341,7 @@ def reference(
     from nar.precision import usable_device
 
     options = _options(context, "real", "split", "output")
-    options |= {"batch_size": batch_size or BATCH, "device": usable_device(device), "progress": sys.stderr.isatty()}
+    options |= {"batch_size": batch_size or BATCH, "device": usable_device(device), "progress": True}
     pictures = opened(real, split=split, size=size)
     _written(lambda path: write_reference(path, pictures, **options), output)
 

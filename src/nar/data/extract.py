@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nar import __version__
 from nar.data.clips import ClipSource
@@ -26,6 +25,7 @@ from nar.data.source import BROKEN, Source, content_of
 from nar.media.crops import VIEWS
 from nar.media.pixels import as_pixels, pad_to_multiple
 from nar.media.video import Windows
+from nar.progress import Progress
 from nar.storage.files import atomically, claim, read_json, write_json, write_text
 from nar.storage.folder import digest
 from nar.tokenizer import load_tokenizer
@@ -87,12 +87,8 @@ def extract(
     mine = [index for index in range(rank, len(starts), count) if not (folder / names[index]).is_file()]
     rows = {index: range(starts[index], min(starts[index] + SHARD_SIZE, len(source))) for index in mine}
     try:
-        with tqdm(
-            total=sum(map(len, rows.values())),
-            desc="extracting codes",
-            unit="img",
-            disable=True if quiet or rank else None,
-        ) as bar:
+        total = sum(map(len, rows.values()))
+        with Progress("extracting codes", total, f"{source.noun}s", quiet=quiet or rank > 0 or not total) as bar:
             broken: list[str] = []
             for index in mine:
                 good, codes, found = encoder.shard(source, rows[index], broken, bar)
@@ -125,7 +121,7 @@ class _Encoder:
                 return
 
     def shard(
-        self, source: Source, rows: range, broken: list[str], bar: Any
+        self, source: Source, rows: range, broken: list[str], bar: Progress
     ) -> tuple[list[int], np.ndarray, list[str]]:
         """Encode some rows: those that could be decoded, their codes (n, v, *grid), and why the others could not.
 

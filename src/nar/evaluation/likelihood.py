@@ -7,7 +7,6 @@ likelihoods are computed (`nar.likelihood`), nor options. Dimensions: M samples,
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nar import __version__
 from nar.condition import Condition
@@ -30,6 +28,7 @@ from nar.media.video import Windows
 from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
+from nar.progress import steps
 from nar.storage.folder import digest, find_model, read_config
 
 ROWS = {
@@ -154,7 +153,7 @@ class _Samples:
     def bits(self, count: int) -> np.ndarray:
         """Bits per token (M,) of what follows the first `count` frames."""
         parts = []
-        for start in tqdm(range(0, len(self.heldout), _BATCH), desc="likelihood", unit="batch", disable=None):
+        for start in steps(range(0, len(self.heldout), _BATCH), "likelihood", "batches"):
             rows = slice(start, start + _BATCH)
             condition = self.condition(rows, count)
             known = self.pipe.continuation.known(condition)
@@ -166,7 +165,7 @@ class _Samples:
         condition = self.condition(slice(None), count)
         known = self.pipe.continuation.known(condition)
         return independence_cost(
-            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=sys.stderr.isatty()
+            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=True
         ).numpy()
 
 
@@ -193,7 +192,7 @@ def _held_out(
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good, broken = [], [], [], []
     device, step = pipe.model.device, max(1, _ENCODED // math.prod(pipe.pixel_shape[:-2]))
-    for start in tqdm(range(0, len(source), step), desc="encoding", unit="batch", disable=None):
+    for start in steps(range(0, len(source), step), "encoding", "batches"):
         images = []
         for row in range(start, min(start + step, len(source))):
             try:

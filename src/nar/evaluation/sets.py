@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm, trange
 
 from nar import __version__
 from nar.condition import NULL_CLASS
 from nar.media.pixels import as_images
 from nar.pipeline import Pipeline, Request
+from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.files import atomically, claim
 from nar.storage.folder import digest, read_config
@@ -152,7 +152,7 @@ def sample_set(
     folder = output.with_name(f".{output.name}.parts")
     parts = [folder / f"{start:09d}.npy" for start in range(0, count, chunk)]
     claim(folder, record)
-    for part in tqdm(parts[rank::num_processes], desc=f"{chunk} each", unit="part", disable=True if rank else None):
+    for part in steps(parts[rank::num_processes], "sampling", f"parts of {chunk}", quiet=rank > 0):
         if not part.is_file():
             start = int(part.stem)
             images = list(sampled.part(start, min(start + chunk, count)))
@@ -245,7 +245,7 @@ def geneval_set(
     sampling = sampling or pipe.sampling
     record = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
     claim(output, record | {"prompts": _hash(lines)})
-    for index in trange(rank, len(prompts), num_processes, unit="prompt", disable=True if rank else None):
+    for index in steps(range(rank, len(prompts), num_processes), "sampling", "prompts", quiet=rank > 0):
         folder = output / f"{index:05d}"
         if folder.is_dir():
             continue

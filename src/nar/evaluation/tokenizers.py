@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from nar import __version__
 from nar.data.config import DataConfig, recorded
@@ -37,6 +36,7 @@ from nar.metrics.reconstruction import (
 )
 from nar.metrics.reference import ENOUGH
 from nar.precision import usable_device
+from nar.progress import steps
 from nar.storage.files import atomically
 from nar.storage.folder import digest, find_model, read_config
 from nar.tokenizer import load_tokenizer
@@ -165,7 +165,7 @@ def _reconstructed(
     device = next(tokenizer.parameters()).device
     reconstructed, codes = [], []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(images), batch_size), desc=doing, unit="batch", disable=None):
+        for start in steps(range(0, len(images), batch_size), doing, "batches"):
             pixels = as_pixels(images[start : start + batch_size]).to(device)
             code = encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
             reconstructed.append(

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector
 from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, score_of_splits, split_score
 from nar.metrics.pictures import Opened, batches, count, fingerprint
+from nar.progress import Progress
 from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
@@ -129,7 +129,7 @@ def gather(
     if only is not None:
         stream = batches(_at(stream, only), batch_size)
     total = count(source, num_frames) if only is None else len(only)
-    with tqdm(total=total, desc=name, unit=" pictures", disable=not progress) as bar:
+    with Progress(name, total, "pictures", quiet=not progress) as bar:
         for images in stream:
             images = images if defect is None else defect.change(images, pooled.count)
             shape = images.shape[1:-1]

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from nar.progress import Progress
 from nar.storage.files import atomically, write_json
 from nar.storage.folder import CONFIG, from_dict, read_config
 from nar.text.encoder import TextEncoder, TextEncoderConfig
@@ -103,9 +103,7 @@ def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *,
         write_json(kept / CONFIG, dataclasses.asdict(config) | {"dim": encoder.dim})
     features = Features(kept)
     missing = [caption for caption in dict.fromkeys(captions) if caption not in features]
-    with tqdm(
-        total=len(missing), desc="encoding captions", unit="caption", disable=True if quiet or not missing else None
-    ) as bar:
+    with Progress("encoding captions", len(missing), "captions", quiet=quiet or not missing) as bar:
         for start in range(0, len(missing), PART_SIZE):
             piece = missing[start : start + PART_SIZE]
             features.write(piece, encoder.states(piece))

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from nar import __version__
 from nar.metrics.geneval.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
 from nar.metrics.scores import mean_interval
 from nar.metrics.text_image import IMAGENET_MEAN, IMAGENET_STD, ClipScorer, normalisation, weights_digest
+from nar.progress import steps
 from nar.text.encoder import load_pretrained
 
 GREY = (153, 153, 153)  # behind an object whose colour is asked for
@@ -167,7 +167,7 @@ def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: b
         ValueError: metadata or a picture that can't be read, prompts without pictures; named.
     """
     rows: list[dict[str, Any]] = []
-    for place in tqdm(_prompt_folders(folder), desc="prompts", unit="", disable=None if progress else True):
+    for place in steps(_prompt_folders(folder), "judging", "prompts", quiet=not progress):
         wanted = checked((place / "metadata.jsonl").read_text(encoding="utf-8"), str(place / "metadata.jsonl"))
         for file in _samples(place):
             try:
