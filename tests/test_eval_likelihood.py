@@ -44,7 +44,7 @@ def test_classes_have_the_bits_that_training_logs(tmp_path: Path) -> None:
     report = judge_likelihood(str(run / "model"), "toy")
     assert report["bits_per_token"] == pytest.approx(logged(run, "bits_per_token")["bits_per_token"], abs=1e-5)
     assert report["settings"]["num_real"] == 256
-    assert report["settings"]["real"]["classes"] == 4
+    assert report["settings"]["real"]["num_classes"] == 4
     assert abs(report["independence_cost"]) < report["bits_per_token"]
     low, high = report["interval"]["bits_per_token"]
     assert low < report["bits_per_token"] < high
