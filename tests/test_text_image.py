@@ -16,6 +16,7 @@ from conftest import load_script
 from nar import Pipeline
 from nar.cli import main
 from nar.data.open import load_pictures, open_source
+from nar.metrics import frechet
 from nar.metrics.text_image import (
     CAPTION_MAP,
     CaptionMap,
@@ -242,6 +243,18 @@ def test_near_copies() -> None:
     assert near_copies(real, training, real)["near_copies"] == pytest.approx(0.01)
     with pytest.raises(ValueError, match="training must be uint8"):
         near_copies(real, training.astype(np.float32), real)
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_the_nearest_across_blocks(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "BLOCK_NUMBERS", 64)
+    rows, references = (noise(number, 2, seed).reshape(number, -1) for number, seed in ((50, 1), (41, 2)))
+    by_hand = np.sqrt(np.square(rows[:, None].astype(float) - references).sum(-1))
+    distances, places = frechet.nearest(rows, references, candidates=candidates)
+    assert places.tolist() == by_hand.argmin(1).tolist()
+    np.testing.assert_allclose(distances.numpy(), by_hand.min(1), rtol=1e-12)
+    with pytest.raises(ValueError, match="have no nearest"):
+        frechet.nearest(rows, references[:0])
 
 
 def test_copies_are_at_distance_nothing() -> None:

@@ -27,7 +27,7 @@ from nar.media.pixels import as_pixels, pad_to_multiple
 from nar.media.video import Windows
 from nar.progress import Progress
 from nar.storage.files import atomically, claim, read_json, write_json, write_text
-from nar.storage.folder import digest
+from nar.storage.folder import model_digest
 from nar.tokenizer import load_tokenizer
 
 SHARD_SIZE = 4096
@@ -73,7 +73,7 @@ def extract(
     if not (folder / _SETTINGS).is_file():
         encoder.try_one(source)  # before anything is written
     settings = {
-        "tokenizer": digest(tokenizer_folder),
+        "tokenizer": model_digest(tokenizer_folder),
         "size": size,
         "views": kind,
         "source": named,

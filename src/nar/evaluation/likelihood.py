@@ -29,7 +29,7 @@ from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
 from nar.progress import steps
-from nar.storage.folder import digest, find_model, read_config
+from nar.storage.folder import find_model, model_digest, read_config
 
 ROWS = {
     "bits_per_token": "held-out bits per token",
@@ -74,7 +74,7 @@ def judge_likelihood(
     """
     names = [model] if against is None else [model, against]
     folders = [find_model(name) for name in names]
-    tokenizers = [digest(folder / "tokenizer") for folder in folders if (folder / "tokenizer").is_dir()]
+    tokenizers = [model_digest(folder / "tokenizer") for folder in folders if (folder / "tokenizer").is_dir()]
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     load = partial(Pipeline.from_pretrained, device=usable_device(device), dtype=dtype)
@@ -111,7 +111,7 @@ def judge_likelihood(
             "schedule": [pipe.model.config.schedule for pipe in pipes],
             "guidance_scale": 1.0,
             "real": {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"},
-            "weights_sha256": [digest(folder) for folder in folders],
+            "weights_sha256": [model_digest(folder) for folder in folders],
             "tokenizer_sha256": tokenizers[0],
             "versions": {"nar": __version__, "torch": torch.__version__},
         },

@@ -24,7 +24,7 @@ from nar.metrics.pictures import Source, opened
 from nar.metrics.reference import is_reference
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
-from nar.storage.folder import bundled_names, digest, find_model
+from nar.storage.folder import bundled_names, find_model, model_digest
 from nar.tokenizer import Tokenizer, load_tokenizer
 
 NUMBER = 10_000  # pictures that a model samples
@@ -185,7 +185,7 @@ def _report(
 def token_defects(tokenizer_folder: Path, device: str | None, seed: int) -> list[Defect]:
     """Real pictures with some of their tokens resampled: what a model that errs now and then would make of them."""
     tokenizer = load_tokenizer(tokenizer_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = digest(tokenizer_folder)
+    weights = model_digest(tokenizer_folder)
 
     def defect(share: float) -> Defect:
         return Defect(

@@ -31,7 +31,7 @@ from nar.pipeline import Pipeline, Request
 from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.files import atomically, claim
-from nar.storage.folder import digest, read_config
+from nar.storage.folder import model_digest, read_config
 
 BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are sampled or judged at a time
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
@@ -100,8 +100,8 @@ def made_by(folder: Path) -> dict[str, Any]:
     """What a report should say of the model in a folder: the hash of its weights and how they were averaged."""
     training = read_config(folder).get("training") or {}
     return {
-        "weights_sha256": digest(folder),
-        "tokenizer_sha256": digest(folder / "tokenizer"),
+        "weights_sha256": model_digest(folder),
+        "tokenizer_sha256": model_digest(folder / "tokenizer"),
         "ema_decay": training.get("config", {}).get("ema_decay"),
         "images_seen": training.get("images_seen"),
     }

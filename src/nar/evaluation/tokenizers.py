@@ -38,7 +38,7 @@ from nar.metrics.reference import ENOUGH
 from nar.precision import usable_device
 from nar.progress import steps
 from nar.storage.files import atomically
-from nar.storage.folder import digest, find_model, read_config
+from nar.storage.folder import find_model, model_digest, read_config
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer
 from nar.tokenizer.refine import refine_codes
@@ -104,7 +104,7 @@ def judge_tokenizer(
         _write_sheet(sheet, images, reconstructed, kind)
     report["settings"] = {
         "tokenizer": folder,
-        "weights_sha256": digest(folder),
+        "weights_sha256": model_digest(folder),
         "config": dataclasses.asdict(tokenizer.config),
         "real": heldout.counts() | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
         "num_real": len(images),

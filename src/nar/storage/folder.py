@@ -204,7 +204,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in weights.shapes}
 
 
-def digest(folder: str | Path) -> str:
+def model_digest(folder: str | Path) -> str:
     """SHA-256 of a model folder's weights: what names a tokenizer in the codes that it made."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():

@@ -26,7 +26,7 @@ from nar.metrics.geneval.scenes import composed_source
 from nar.pipeline.continuation import Continuation
 from nar.storage import files
 from nar.storage.files import atomically
-from nar.storage.folder import digest
+from nar.storage.folder import model_digest
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
 from nar.training.words import Conditions, Labels, Text, Words
@@ -132,10 +132,11 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
         out = held_out(train.groups, data.heldout_share)
         train, heldout = train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
     for codes in (train, heldout):
-        if codes.manifest["tokenizer"] != digest(tokenizer):
+        if codes.manifest["tokenizer"] != model_digest(tokenizer):
             raise ValueError(
                 f"the codes in {codes.folder} were made by another tokenizer than {tokenizer} "
-                f"({codes.manifest['tokenizer'][:12]}..., not {digest(tokenizer)[:12]}...); extract them again with it"
+                f"({codes.manifest['tokenizer'][:12]}..., not {model_digest(tokenizer)[:12]}...); extract them "
+                "again with it"
             )
     return train, _renumbered(recipe, train, heldout)
 
