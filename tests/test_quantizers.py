@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from pathlib import Path
 
@@ -228,6 +229,16 @@ def test_fsq_rounds_to_the_nearest_of_all_lattice_points() -> None:
     assert ends.tolist() == [[0, made.vocab_size - 1]]
 
 
+def test_fsq_bounds_latents_as_the_paper_does() -> None:
+    """(L - 1) (1 + 0.001) / 2 tanh(z + shift) - offset, where even L are off by a half and 0 stays at 0."""
+    made = ScalarQuantizer((8, 5))
+    for value in (-99.0, -0.7, 0.0, 0.4, 99.0):
+        even = 3.5035 * math.tanh(value + math.atanh(0.5 / 3.5035)) - 0.5
+        odd = 2.002 * math.tanh(value)
+        found = made.points(torch.full((1, 2, 1), value))[0, 0]
+        torch.testing.assert_close(found, torch.tensor([even / 4, odd / 2]), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("spherical", [False, True])
 def test_binary_codes_are_signs_and_their_entropies_are_those_of_the_softmax(spherical: bool) -> None:
     made, latents = BinaryQuantizer(4, spherical=spherical), torch.randn(3, 4, 5)
@@ -345,3 +356,56 @@ def test_a_moving_average_follows_its_latents() -> None:
     torch.testing.assert_close(made.embedding.weight.data, torch.tensor([[2 / 1.2, 0.4 / 1.2], [-1.4, 0.2]]))
     assert not made.embedding.weight.requires_grad
     assert float(book.scalars()["usage"]) == 1.0
+
+
+def test_each_loss_moves_its_own_side() -> None:
+    """The codebook loss pulls entries to latents, the commitment loss latents to entries."""
+    made, latents = quantizer("vq"), torch.randn(2, 8, 5, requires_grad=True)
+    found = made(latents)
+    sides = (made.embedding.weight, latents)
+    for loss, moved in ((found.codebook_loss, (True, False)), (found.commitment_loss, (False, True))):
+        gradients = torch.autograd.grad(loss, sides, retain_graph=True, allow_unused=True)
+        assert tuple(gradient is not None and bool(gradient.any()) for gradient in gradients) == moved
+    torch.testing.assert_close(found.codebook_loss, found.commitment_loss)
+
+
+def used(book: Codebook, codes: list[int], steps: range, num_steps: int = 100) -> None:
+    """Let the codes be used, each by a latent at its entry."""
+    made = book.quantizer
+    for step in steps:
+        book.observe(made.decode(torch.tensor([codes])), torch.tensor([codes]))
+        book.update(step, num_steps, torch.Generator().manual_seed(step))
+
+
+def test_what_is_used_stays_and_nothing_moves_after_the_restarts() -> None:
+    made = quantizer("vq")
+    before = made.embedding.weight.detach().clone()
+    book = Codebook(made, CodebookConfig(restart_every=1, restart_until=0.5), ALONE, fresh=False)
+    used(book, [1, 2], range(4), 10)
+    assert torch.equal(made.embedding.weight[1:3], before[1:3]), "used in this very step"
+    assert not (made.embedding.weight[3:] == before[3:]).all(1).any()
+    moved = made.embedding.weight.detach().clone()
+    used(book, [1, 2], range(6, 9), 10)
+    assert torch.equal(made.embedding.weight, moved), "after half of the training"
+
+
+def test_perplexity_forgets() -> None:
+    book = Codebook(quantizer("vq"), CodebookConfig(), ALONE)
+    used(book, [0], range(200), 10**6)
+    used(book, list(range(4)), range(200, 200 + 8 * 256), 10**6)
+    assert float(book.scalars()["perplexity"]) == pytest.approx(4, rel=0.05)
+
+
+def test_averages_of_entries_that_are_not_used_stay_and_begin_anew_where_they_are_put() -> None:
+    made = VectorQuantizer(3, 2, l2_norm=False)
+    made.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 5.0]]))
+    before = made.embedding.weight.detach().clone()
+    book = Codebook(made, CodebookConfig(codebook_decay=0.5), ALONE, fresh=False)
+    used(book, [0, 1], range(20))  # the last one's average is of a millionth of a latent
+    torch.testing.assert_close(made.embedding.weight.detach(), before)
+    book = Codebook(made, CodebookConfig(codebook_decay=0.5, restart_every=10), ALONE, fresh=False)
+    used(book, [0, 1], range(11))
+    put = made.embedding.weight.detach().clone()
+    assert put[2].tolist() in put[:2].tolist(), "on a latent of the batch"
+    used(book, [0, 1], range(11, 14))
+    torch.testing.assert_close(made.embedding.weight.detach(), put)
