@@ -1,7 +1,7 @@
 """Likelihood of held-out pictures or clips: bits per token of one model, or of two on the same samples.
 
 Knows models, what their samples are conditioned on, and the tokenizer whose codes are predicted; does not know how
-likelihoods are computed (`nar.likelihood`), nor options. Dimensions: M samples, B of them at a time, T frames.
+numbers are computed (`nar.likelihood`, `independence`), nor options. Dimensions: M samples, B at a time, T frames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from nar.condition import Condition
 from nar.data.open import open_source
 from nar.data.source import BROKEN, Source
 from nar.data.wording import wordings
-from nar.likelihood import bits_per_token, independence_cost
+from nar.evaluation.independence import independence_cost
+from nar.likelihood import bits_per_token
 from nar.media.pixels import as_pixels
 from nar.media.video import Windows
 from nar.metrics.scores import mean_interval
@@ -164,9 +165,7 @@ class _Samples:
         """What the independence of a front's tokens costs (M / 2,) of what follows `count` frames."""
         condition = self.condition(slice(None), count)
         known = self.pipe.continuation.known(condition)
-        return independence_cost(
-            self.pipe.model, self.heldout.codes, condition, known=known, seed=seed, progress=True
-        ).numpy()
+        return independence_cost(self.pipe.model, self.heldout.codes, condition, known=known, seed=seed).numpy()
 
 
 def _trained(folder: Path) -> dict[str, Any]:
