@@ -387,6 +387,15 @@ def test_changed_rates_take_effect(tmp_path: Path, change: str) -> None:
         assert losses(tmp_path / "run", name) == pytest.approx([3e-3, 3e-3, expected, expected])
 
 
+@pytest.mark.parametrize("change", ["model.dim=64", "optim.muon_learning_rate=1e-3"])
+def test_a_checkpoint_of_another_model_is_no_damage(tmp_path: Path, change: str) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", "num_images=64"])
+    with pytest.raises(ValueError, match="step-000000002 is whole, but of another model or other optimizers"):
+        run_recipe(str(path), [f"run={run}", change], override=True)
+    assert (run / "checkpoints" / "step-000000002").is_dir()
+
+
 @pytest.mark.parametrize("task", ["model", "tokenizer"])
 @pytest.mark.parametrize("change", ["names", "labels", "words", "pictures", "number"])
 def test_other_data_are_noticed(tmp_path: Path, task: str, change: str) -> None:

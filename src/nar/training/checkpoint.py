@@ -142,7 +142,9 @@ class Checkpoints:
         try:
             take(fill)
         except (CheckpointException, Exception) as error:  # damaged files make PyTorch raise anything
-            raise ValueError(f"{path} can't be read ({_reason(error)})") from error
+            whole = "files" in read_record(path)
+            why = "is whole, but of another model or other optimizers" if whole else "can't be read"
+            raise ValueError(f"{path} {why} ({_reason(error)})") from error
 
     def _write(self, step: int, state: dict[str, Any], record: dict[str, Any]) -> None:
         target = self.folder / f"{_PREFIX}{step:09d}"
