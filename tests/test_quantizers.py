@@ -390,10 +390,10 @@ def test_what_is_used_stays_and_nothing_moves_after_the_restarts() -> None:
 
 
 def test_perplexity_forgets() -> None:
-    book = Codebook(quantizer("vq"), CodebookConfig(), ALONE)
-    used(book, [0], range(200), 10**6)
-    used(book, list(range(4)), range(200, 200 + 8 * 256), 10**6)
-    assert float(book.scalars()["perplexity"]) == pytest.approx(4, rel=0.05)
+    book = Codebook(VectorQuantizer(8, 2), CodebookConfig(warn_usage=0), ALONE)
+    used(book, [0, 0, 0, 0], range(400))
+    used(book, [0, 1, 2, 3], range(400, 800))
+    assert float(book.scalars()["perplexity"]) == pytest.approx(4, rel=0.01)
 
 
 def test_averages_of_entries_that_are_not_used_stay_and_begin_anew_where_they_are_put() -> None:
@@ -403,9 +403,32 @@ def test_averages_of_entries_that_are_not_used_stay_and_begin_anew_where_they_ar
     book = Codebook(made, CodebookConfig(codebook_decay=0.5), ALONE, fresh=False)
     used(book, [0, 1], range(20))  # the last one's average is of a millionth of a latent
     torch.testing.assert_close(made.embedding.weight.detach(), before)
-    book = Codebook(made, CodebookConfig(codebook_decay=0.5, restart_every=10), ALONE, fresh=False)
-    used(book, [0, 1], range(11))
+    book = Codebook(made, CodebookConfig(codebook_decay=0.5, restart_every=5), ALONE, fresh=False)
+    used(book, [0, 1], range(6))
     put = made.embedding.weight.detach().clone()
     assert put[2].tolist() in put[:2].tolist(), "on a latent of the batch"
-    used(book, [0, 1], range(11, 14))
+    used(book, [0, 1], range(6, 9))
     torch.testing.assert_close(made.embedding.weight.detach(), put)
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+def test_codes_are_those_of_the_nearest_entries(l2_norm: bool) -> None:
+    """Entries of very different lengths: without `l2_norm` the longest is not the nearest for being long."""
+    generator = torch.Generator().manual_seed(0)
+    made, latents = VectorQuantizer(64, 4, l2_norm=l2_norm), torch.randn(2, 4, 50, generator=generator)
+    made.embedding.weight.data = torch.randn(64, 4, generator=generator) * torch.arange(64)[:, None] / 16
+    points, entries = latents.movedim(1, -1), made.embedding.weight.detach()
+    if l2_norm:
+        points, entries = F.normalize(points, dim=-1), F.normalize(entries, dim=-1)
+    expected = torch.linalg.vector_norm(points[:, :, None] - entries, dim=-1).argmin(-1)
+    assert torch.equal(made.encode(latents), expected)
+    torch.testing.assert_close(made.decode(expected), entries[expected].movedim(-1, 1))
+
+
+def test_a_step_of_kmeans_moves_entries_to_the_means_of_their_latents() -> None:
+    """Of one latent too; an entry without any stays."""
+    made = VectorQuantizer(3, 2, l2_norm=False)
+    made.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 9.0]]))
+    latents = torch.tensor([[2.0, 4.0, -3.0], [1.0, -1.0, 1.0]])[None]
+    assert made.cluster(latents).tolist() == [2, 1, 0]
+    assert made.embedding.weight.tolist() == [[3.0, 0.0], [-3.0, 1.0], [0.0, 9.0]]
