@@ -19,9 +19,12 @@ from nar.metrics.frechet import (
     density_coverage,
     feature_statistics,
     frechet_distance,
+    frechet_influence,
     inception_score,
+    kernel_distance,
     nearest,
     precision_recall,
+    resampled_kernel_distance,
     score_of_splits,
     split_score,
 )
@@ -156,3 +159,36 @@ def test_intervals_of_means_hold_19_of_20() -> None:
         low, high = mean_interval(generator.normal(size=80), resamplings=200, seed=seed)
         held += low < 0 < high
     assert 180 <= held <= 198
+
+
+def test_the_kernel_distance_by_hand() -> None:
+    """Kernel (x y + 1)^3 of 0 and 1 with 2 and 4: 1 + 729 - 2 (1 + 1 + 27 + 125) / 4; and with the 0 drawn twice."""
+    real, fake, ones = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [4.0]]), torch.ones(2, 1)
+    assert kernel_distance(real, fake) == 653
+    counts = torch.cat([ones, torch.tensor([[2.0], [1.0]])], 1)
+    assert resampled_kernel_distance(real, fake, (counts, ones.expand(-1, 2))).tolist() == [653, 1 + 729 - 2 * 26]
+
+
+def test_the_influence_of_a_row_is_the_derivative_by_its_weight() -> None:
+    generator = np.random.default_rng(0)
+    real, rows = generator.normal(size=(60, 3)), generator.normal(size=(40, 3)) * [1, 2, 0.5] + [0.5, 0, 1]
+
+    def weighted(weights: np.ndarray) -> Statistics:
+        mean = weights @ rows
+        return Statistics(mean, (rows - mean).T * weights @ (rows - mean), len(rows))
+
+    first, even = feature_statistics([real]), np.full(40, 1 / 40)
+    influence = frechet_influence(first, weighted(even), rows)
+    for row in (0, 7, 39):
+        step = 1e-5 * (np.eye(40)[row] - even)
+        slope = (frechet_distance(first, weighted(even + step)) - frechet_distance(first, weighted(even - step))) / 2e-5
+        assert influence[row] == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_an_interval_leaves_a_fortieth_out_on_either_side() -> None:
+    """Of 1,000 normal contributions: 1.96 of their spread over the root of their number."""
+    rows, influence = torch.randn(30, 6), np.random.default_rng(1).normal(size=1000)
+    fake = features(rows, score=5.0, score_influence=influence - influence.mean())
+    _, intervals = scores(features(rows), fake, Projections(), resamplings=4000)
+    half = 1.96 * influence.std() / 1000**0.5
+    assert intervals["IS"] == pytest.approx([5 - half, 5 + half], abs=0.06 * half)
