@@ -84,9 +84,8 @@ def test_training_reaches_encoder_decoder_and_codebook() -> None:
 def test_a_stored_temperature_is_the_one_that_samples(tmp_path: Path) -> None:
     tokenizer = make(temperature=None)
     uniforms = torch.rand(2, *tokenizer.config.grid)
-    assert torch.equal(
-        tokenizer(clips(), uniforms=uniforms).codes, make(temperature=0.1)(clips(), uniforms=uniforms)[1]
-    )
+    tenth = make(temperature=0.1)(clips(), uniforms=uniforms)
+    assert torch.equal(tokenizer(clips(), uniforms=uniforms).codes, tenth.codes)
     tokenizer.inverse_temperature.fill_(1e4)  # of a converted checkpoint, say
     tokenizer.save_pretrained(tmp_path)
     again = VideoTokenizer.from_pretrained(tmp_path)
@@ -179,8 +178,8 @@ def test_errors_say_what_to_do(wrong: Any, message: str) -> None:
         ({"norm": "group"}, "norm must be one of none, layer"),
         ({"l2_norm": False}, "set l2_norm to true, or stochastic to false"),
         ({"num_encoder_heads": 3}, "must be a multiple of 4 and of num_encoder_heads 3"),
-        ({"patch_size": 3}, "image_size 8 is not a multiple of patch_size 3"),
-        ({"num_frames": 3}, "num_frames 3 is not a multiple of temporal_patch_size 2"),
+        ({"patch_size": 3}, "image_size 8 must be a multiple of patch_size 3"),
+        ({"num_frames": 3}, "num_frames 3 must be a multiple of temporal_patch_size 2"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
     ],

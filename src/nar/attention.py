@@ -49,6 +49,13 @@ def rotations(coordinates: Tensor, head_dim: int, base: float) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
+def sinusoids(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
+    """Positions (n,) to (n, dim) float64: sines, then cosines, of frequencies base ** (-k / (dim / 2))."""
+    frequencies = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 def rotate(x: Tensor, phases: Tensor) -> Tensor:
     """Rotate adjacent pairs of `x` (B, S, ..., hd) by `phases` (S, P, 2), in float32.
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations
+from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations, sinusoids
 from nar.condition import AnyCondition, Condition, PrefixCodes, TextFeatures
 from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
@@ -159,7 +159,7 @@ class Layout:
                 condition[count - 1 - len(places) : count - 1] = places
             phases = torch.cat([condition, tokens])
         elif config.positions == "sincos":
-            table = _sincos(count + schedule.num_positions, config.dim)
+            table = sinusoids(torch.arange(count + schedule.num_positions), config.dim).float()
         rows = torch.cat([torch.arange(count), count + schedule.places])
         names = {name: getattr(schedule, name) for name in ("order", "source", "weight", "slots")}
         return cls(schedule, **names, levels=schedule.slot_levels(), rows=rows, phases=phases, table=table)
@@ -550,10 +550,3 @@ class Transformer(nn.Module):
         config = {"kind": "transformer", "model": model, "class_names": names, **extra}
         state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
         write_folder(folder, config, state, parts={"tokenizer": tokenizer} if tokenizer else None)
-
-
-def _sincos(length: int, dim: int) -> Tensor:
-    """Fixed position embeddings (length, dim): sines, then cosines, of 10000 ** (-k / (dim / 2))."""
-    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], -1).float()

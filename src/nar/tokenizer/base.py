@@ -22,8 +22,8 @@ class Reconstruction(NamedTuple):
     """One pass through a tokenizer for training."""
 
     pixels: Tensor  # as given
-    codes: Tensor
     latents: Tensor  # (B, D, *grid of codes) before quantisation
+    codes: Tensor
     codebook_loss: Tensor
     commitment_loss: Tensor
 
@@ -45,6 +45,12 @@ class Tokenizer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    def forward(self, pixels: Tensor) -> Reconstruction:
+        """Reconstruct pixels, with the quantiser's losses."""
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents)
+        return Reconstruction(self.decode_latents(quantized.latents), latents, *quantized[1:])
 
     @property
     def last_layer(self) -> Tensor:
@@ -81,19 +87,12 @@ class Tokenizer(nn.Module):
         return {}
 
     def check_pixels(self, pixels: Tensor) -> None:
-        """Refuse what the encoder would turn into nonsense.
-
-        Raises:
-            ValueError: no tensor, wrong axes or channels, a size that it can't take, or values that are not finite or
-                far outside -1..1.
-        """
+        """Raise ValueError for no tensor, other axes or sizes, and values that are not finite or far outside -1..1."""
         noun = "pictures" if len(self.pixel_axes) == 2 else "clips"
         wanted = f"(batch, 3, {', '.join(self.pixel_axes)})"
         if not isinstance(pixels, Tensor):
-            raise ValueError(
-                f"{noun} must be a float tensor {wanted} in -1..1, not {type(pixels).__name__}; "
-                "nar.media.pixels.as_pixels makes one of uint8 arrays (batch, ..., 3)"
-            )
+            found = f"{type(pixels).__name__}; nar.media.pixels.as_pixels makes one of uint8 arrays"
+            raise ValueError(f"{noun} must be a float tensor {wanted} in -1..1, not {found}")
         if pixels.ndim != 2 + len(self.pixel_axes) or pixels.shape[1] != 3:
             raise ValueError(f"{noun} must be {wanted}, not {tuple(pixels.shape)}; convert to RGB first")
         self._check_size(*pixels.shape[2:])
@@ -131,10 +130,8 @@ def check_patches(patch_size: int, size: Sequence[int], noun: str) -> None:
     """Raise ValueError for a height and width that patches of so many pixels a side do not divide."""
     height, width = size
     if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
-            f"{noun} of {height}x{width} pixels are not a multiple of the patch size {patch_size}; "
-            "resize or pad them first"
-        )
+        found = f"{noun} of {height}x{width} pixels"
+        raise ValueError(f"{found} are not a multiple of the patch size {patch_size}; resize or pad them first")
 
 
 def _converted(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

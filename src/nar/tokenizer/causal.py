@@ -64,7 +64,10 @@ class CausalTokenizerConfig:
 
 
 class CausalTokenizer(Tokenizer):
-    """Clips in -1..1 to codes and back: 1 + k * g frames, of any size that is a multiple of the patch."""
+    """Clips in -1..1 to codes and back: 1 + (t - 1) * g frames, of any size that is a multiple of the patch.
+
+    The first grids of a clip's codes give its first frames, which all of them give in more detail.
+    """
 
     kind = "causal-tokenizer"
     config_class = CausalTokenizerConfig
@@ -110,43 +113,28 @@ class CausalTokenizer(Tokenizer):
             nn.init.zeros_(layer.bias)
 
     def forward(self, clips: Tensor) -> Reconstruction:
-        """Reconstruct `clips` (B, 3, T, H, W) in -1..1, with the quantiser's losses."""
         latents, quantized, memories = self._encode(clips)
         losses = (torch.stack(parts).mean() for parts in list(zip(*quantized, strict=True))[2:])
         codes = torch.stack([grid.codes for grid in quantized], 1)
-        return Reconstruction(self._decode(memories), codes, latents, *losses)
+        return Reconstruction(self._decode(memories), latents, codes, *losses)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight that makes most of the pixels, where losses are balanced."""
-        return self.group_out.weight
+        return self.group_out.weight  # it makes most of the pixels
 
     def encoder_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        """What decides the codes of a clip; its memory of codes is the decoder's as well."""
         seeing = (self.first_in, self.group_in, self.pixel_blocks, self.down, self.known, self.encoder_blocks)
         coding = (self.encoder_norm, self.to_code, self.quantizer)
-        return *seeing, *coding, self.nothing, self.from_code, self.memory_blocks
+        return *seeing, *coding, self.nothing, self.from_code, self.memory_blocks  # the decoder's memory, too
 
     def latents(self, clips: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) to continuous latents (B, D, t, h, w), not yet of unit length.
-
-        Those of a group depend on the codes of the groups before it.
-        """
+        """Clips (B, 3, T, H, W) to latents (B, D, t, h, w); those of a group depend on the codes of earlier ones."""
         return self._encode(clips)[0]
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W), float in -1..1, to codes (B, t, h, w) int64; T = 1 + (t - 1) * g."""
         return torch.stack([grid.codes for grid in self._encode(clips)[1]], 1)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, t, h, w) to clips (B, 3, T, H, W), about -1..1 and not clamped; T = 1 + (t - 1) * g.
-
-        The first grids of a clip's codes give its first frames, which all of them give in more detail.
-        """
-        return super().decode(codes)
-
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Quantised latents (B, D, t, h, w) to clips (B, 3, T, H, W); with a gradient."""
         memories: list[Tensor] = [self.nothing]
         for grid in latents.unbind(2):
             memories.append(self._remember(memories[-1], grid))
@@ -200,10 +188,8 @@ class CausalTokenizer(Tokenizer):
         frames, step = size[0], self.config.frames_per_code
         check_patches(self.config.patch_size, size[1:], "clips")
         if frames < 1 or (frames - 1) % step:
-            raise ValueError(
-                f"clips have {frames} frames, this tokenizer reads 1 + {step}k: {1 + step}, {1 + 2 * step}, ...; "
-                "cut them, or repeat the last frame"
-            )
+            readable = f"1 + {step}k: {1 + step}, {1 + 2 * step}, ...; cut them, or repeat the last frame"
+            raise ValueError(f"clips have {frames} frames, this tokenizer reads {readable}")
 
 
 class _Convolution(nn.Module):
@@ -243,7 +229,7 @@ def _unfold(x: Tensor, frames: int, side: int) -> Tensor:
 
 
 def _fold_channels(x: Tensor, side: int) -> Tensor:
-    """(B, t, h*side, w*side, C) to (B, t, h, w, side*side*C)."""
+    """Positions (B, t, h*side, w*side, C) to channels (B, t, h, w, side*side*C)."""
     return cast(Tensor, x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4))
 
 

@@ -7,6 +7,7 @@ Knows pixels and codes; does not know how codes are generated. Legend: `B` batch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Annotated, cast
 
 import torch
@@ -14,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.storage.fields import Range, Size, check
-from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
+from nar.tokenizer.base import Tokenizer, check_patches
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
-
-NORM_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ImageTokenizerConfig:
     num_blocks: Size = 2
     latent_channels: Size = 256
     l2_norm: bool = True
-    norm_groups: Size = NORM_GROUPS
+    norm_groups: Size = 32
     pixel_shuffle: Size = 1
     quantizer: str = "vq"
     levels: tuple[Size, ...] = ()
@@ -52,9 +51,8 @@ class ImageTokenizerConfig:
             raise ValueError("channel_multipliers must name at least one resolution, such as [1, 2, 4]")
         for multiplier in self.channel_multipliers:
             if self.channels * multiplier % self.norm_groups:
-                raise ValueError(
-                    f"channels {self.channels} x {multiplier} is not a multiple of norm_groups {self.norm_groups}"
-                )
+                width = f"channels {self.channels} x {multiplier}"
+                raise ValueError(f"{width} is not a multiple of norm_groups {self.norm_groups}")
         check_quantizer(self.quantizer, self.vocab_size, self.code_dim, self.levels)
 
     @property
@@ -81,13 +79,6 @@ class ImageTokenizer(Tokenizer):
         self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
-    def forward(self, pixels: Tensor) -> Reconstruction:
-        """Reconstruct `pixels` (B, 3, H, W) in -1..1, with the quantiser's losses."""
-        latents = self.latents(pixels)
-        quantized = self.quantizer(latents)
-        decoded = self.decode_latents(quantized.latents)
-        return Reconstruction(decoded, quantized.codes, latents, quantized.codebook_loss, quantized.commitment_loss)
-
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
@@ -96,7 +87,6 @@ class ImageTokenizer(Tokenizer):
         return self.encoder, self.to_code, self.quantizer
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) to continuous latents (B, code_dim, h, w)."""
         self.check_pixels(pixels)
         return cast(Tensor, self.to_code(self.encoder(pixels)))
 
@@ -110,12 +100,21 @@ class ImageTokenizer(Tokenizer):
         self.check_codes(codes)
         if tile is not None and not 0 <= overlap < tile:
             raise ValueError(f"overlap must be from 0 to less than the tile of {tile} codes, not {overlap}")
-        if tile is not None and tile < max(codes.shape[1:]):
-            return self._decode_tiles(codes, tile, overlap)
-        return self.decode_latents(self.quantizer.decode(codes))
+        if tile is None or tile >= max(codes.shape[1:]):
+            return self.decode_latents(self.quantizer.decode(codes))
+        height, width = codes.shape[1:]
+        patch = self.config.patch_size
+        total = torch.zeros(len(codes), 3, height * patch, width * patch, device=codes.device)
+        weights = torch.zeros_like(total[0, 0])
+        for top, left in product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
+            decoded = self.decode(codes[:, top : top + tile, left : left + tile])
+            rows, columns = (_ramp(size // patch, overlap, patch, decoded) for size in decoded.shape[-2:])
+            area = (slice(top * patch, top * patch + len(rows)), slice(left * patch, left * patch + len(columns)))
+            total[..., *area] += decoded * (weight := rows[:, None] * columns)
+            weights[area] += weight
+        return (total / weights).to(decoded.dtype)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Quantised latents (B, code_dim, h, w) to pictures (B, 3, H, W); with a gradient."""
         return cast(Tensor, self.decoder(self.from_code(latents.to(self.from_code.weight.dtype))))
 
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,24 +122,6 @@ class ImageTokenizer(Tokenizer):
 
     def _check_size(self, *size: int) -> None:
         check_patches(self.config.patch_size, size, "pictures")
-
-    def _decode_tiles(self, codes: Tensor, tile: int, overlap: int) -> Tensor:
-        height, width = codes.shape[1:]
-        patch = self.config.patch_size
-        total: Tensor | None = None
-        weights = torch.zeros(height * patch, width * patch, device=codes.device)
-        for top in _starts(height, tile, overlap):
-            for left in _starts(width, tile, overlap):
-                decoded = self.decode(codes[:, top : top + tile, left : left + tile])
-                rows, columns = (_ramp(size // patch, overlap, patch, decoded) for size in decoded.shape[-2:])
-                weight = rows[:, None] * columns
-                if total is None:
-                    total = decoded.new_zeros(*decoded.shape[:2], *weights.shape)
-                area = (slice(top * patch, top * patch + len(rows)), slice(left * patch, left * patch + len(columns)))
-                total[..., area[0], area[1]] += decoded * weight
-                weights[area] += weight
-        assert total is not None
-        return total / weights
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -157,51 +138,44 @@ def _ramp(size: int, overlap: int, patch: int, like: Tensor) -> Tensor:
 class _Encoder(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        self.pixel_shuffle = config.pixel_shuffle
+        self.pixel_shuffle, groups = config.pixel_shuffle, config.norm_groups
+        widths = [config.channels, *(config.channels * multiplier for multiplier in config.channel_multipliers)]
         self.conv_in = nn.Conv2d(3 * config.pixel_shuffle**2, config.channels, 3, padding=1)
-        self.levels = nn.ModuleList()
-        width = config.channels
-        for index, target in enumerate(widths):
-            coarsest = index == len(widths) - 1
-            self.levels.append(_Level(width, target, config.num_blocks, config.norm_groups, attention=coarsest))
-            width = target
-        self.downsamples = nn.ModuleList(_Downsample(width) for width in widths[:-1])
-        self.mid = _middle(width, config.norm_groups)
-        self.norm_out = _norm(width, config.norm_groups)
-        self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            _Level(*pair, config.num_blocks, groups, attention=index == len(widths) - 2)
+            for index, pair in enumerate(pairwise(widths))
+        )
+        self.downsamples = nn.ModuleList(_Downsample(width) for width in widths[1:-1])
+        self.mid = _middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(F.pixel_unshuffle(x, self.pixel_shuffle))
-        for index, level in enumerate(self.levels):
-            x = level(x)
-            if index < len(self.downsamples):
-                x = self.downsamples[index](x)
+        for level, downsample in zip(self.levels, [*self.downsamples, nn.Identity()], strict=True):
+            x = downsample(level(x))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(self.mid(x)))))
 
 
 class _Decoder(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
+        self.pixel_shuffle, groups = config.pixel_shuffle, config.norm_groups
         widths = [config.channels * multiplier for multiplier in reversed(config.channel_multipliers)]
-        width = widths[0]
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.mid = _middle(width, config.norm_groups)
-        self.levels = nn.ModuleList()
-        for index, target in enumerate(widths):
-            self.levels.append(_Level(width, target, config.num_blocks + 1, config.norm_groups, attention=index == 0))
-            width = target
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], groups)
+        self.levels = nn.ModuleList(
+            _Level(*pair, config.num_blocks + 1, groups, attention=index == 0)
+            for index, pair in enumerate(pairwise([widths[0], *widths]))
+        )
         self.upsamples = nn.ModuleList(_Upsample(width) for width in widths[:-1])
-        self.norm_out = _norm(width, config.norm_groups)
-        self.pixel_shuffle = config.pixel_shuffle
-        self.conv_out = nn.Conv2d(width, 3 * config.pixel_shuffle**2, 3, padding=1)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.pixel_shuffle**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
-        for index, level in enumerate(self.levels):
-            x = level(x)
-            if index < len(self.upsamples):
-                x = self.upsamples[index](x)
+        for level, upsample in zip(self.levels, [*self.upsamples, nn.Identity()], strict=True):
+            x = upsample(level(x))
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.pixel_shuffle)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar.attention import sinusoids
 from nar.storage.fields import OneOf, Positive, Range, Size, check
 from nar.tokenizer.base import Reconstruction, Tokenizer
 from nar.tokenizer.quantize import VectorQuantizer, sample_codes
@@ -65,20 +66,18 @@ class VideoTokenizerConfig:
     def __post_init__(self) -> None:
         check(self)
         if math.prod(self.grid) != self.num_tokens:
-            raise ValueError(
-                f"grid {self.grid} has {math.prod(self.grid)} places for num_tokens {self.num_tokens}; they must agree"
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.num_frames % self.temporal_patch_size:
-            raise ValueError(
-                f"num_frames {self.num_frames} is not a multiple of temporal_patch_size {self.temporal_patch_size}"
-            )
-        for dim, heads in (("encoder_dim", "num_encoder_heads"), ("decoder_dim", "num_decoder_heads")):
-            if getattr(self, dim) % getattr(self, heads) or getattr(self, dim) % 4:
-                raise ValueError(
-                    f"{dim} {getattr(self, dim)} must be a multiple of 4 and of {heads} {getattr(self, heads)}"
-                )
+            places = f"{math.prod(self.grid)} places for num_tokens {self.num_tokens}"
+            raise ValueError(f"grid {self.grid} has {places}; they must agree")
+        for size, name, least in (
+            ("image_size", "patch_size", 1),
+            ("num_frames", "temporal_patch_size", 1),
+            ("encoder_dim", "num_encoder_heads", 4),
+            ("decoder_dim", "num_decoder_heads", 4),
+        ):
+            value, step = getattr(self, size), getattr(self, name)
+            if value % step or value % least:
+                also = f"{least} and of " if least > 1 else ""
+                raise ValueError(f"{size} {value} must be a multiple of {also}{name} {step}")
         if self.stochastic and not self.l2_norm:
             raise ValueError("a stochastic quantiser compares directions: set l2_norm to true, or stochastic to false")
 
@@ -107,27 +106,22 @@ class VideoTokenizer(Tokenizer):
         self.code_axes = tuple(map(str, config.grid))
         stride = (config.temporal_patch_size, config.patch_size, config.patch_size)
         wide, narrow = config.encoder_dim, config.decoder_dim
+        count, base = config.num_tokens, config.position_base
         self.patch_embed = nn.Conv3d(3, wide, stride, stride=stride)
         self.patch_positions = _GridPositions(
             config.patch_grid, wide, learned=config.learned_patch_positions, shift=config.patch_type
         )
-        self.queries = _Positions(
-            config.num_tokens, wide, config.position_base, learned=config.learned_queries, shift=config.query_type
-        )
+        self.queries = _Positions(count, wide, base, learned=config.learned_queries, shift=config.query_type)
         self.encoder = Bidirectional(wide, config.num_encoder_layers, config.num_encoder_heads)
         self.to_code = nn.Linear(wide, config.code_dim)
-        self.code_norm = _code_norm(config)
+        self.code_norm = nn.Identity() if config.norm == "none" else _OverCodes(config.norm, count, config.code_dim)
         self.quantizer = VectorQuantizer(config.vocab_size, config.code_dim, l2_norm=config.l2_norm)
         stored_temperature = config.stochastic and config.temperature is None
         self.inverse_temperature: Tensor  # a parameter in the published code, which starts from 10 as well
         self.register_buffer("inverse_temperature", torch.tensor(10.0) if stored_temperature else None)
         self.from_code = nn.Linear(config.code_dim, narrow)
         self.code_positions = _Positions(
-            config.num_tokens,
-            narrow,
-            config.position_base,
-            learned=config.learned_code_positions,
-            shift=config.code_type,
+            count, narrow, base, learned=config.learned_code_positions, shift=config.code_type
         )
         self.pixel_queries = _GridPositions(
             config.patch_grid, narrow, learned=config.learned_pixel_queries, shift=config.pixel_query_type
@@ -153,16 +147,11 @@ class VideoTokenizer(Tokenizer):
         training; else they are the nearest.
         """
         latents = self.latents(clips)
-        points, codes = self._quantize(latents, uniforms)
-        entries = self.quantizer.decode(codes)
-        straight_through = points + (entries - points).detach()
-        return Reconstruction(
-            self.decode_latents(straight_through, num_frames=clips.shape[2]),
-            codes,
-            latents,
-            F.mse_loss(entries, points.detach()),
-            F.mse_loss(points, entries.detach()),
-        )
+        codes = self.quantizer.encode(latents) if uniforms is None else self._sample(latents, uniforms)
+        points, entries = self.quantizer.points(latents).movedim(-1, 1), self.quantizer.decode(codes)
+        decoded = self.decode_latents(points + (entries - points).detach(), num_frames=clips.shape[2])
+        losses = F.mse_loss(entries, points.detach()), F.mse_loss(points, entries.detach())
+        return Reconstruction(decoded, latents, codes, *losses)
 
     @property
     def last_layer(self) -> Tensor:
@@ -184,24 +173,18 @@ class VideoTokenizer(Tokenizer):
         return cast(Tensor, x.reshape(len(clips), -1, *self.config.grid))
 
     def encode(self, clips: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Clips (B, 3, T, H, W), float in -1..1, to codes (B, *grid) int64.
+        """Clips (B, 3, T, H, W), float in -1..1, to the nearest codes (B, *grid) int64.
 
-        The nearest codes, or, with `generator`, codes sampled from a stochastic quantiser.
-
-        Raises:
-            ValueError: wrong axes, size, number of frames or values; a `generator` for a deterministic quantiser.
+        With `generator` they are sampled; raises ValueError where the quantiser is deterministic.
         """
-        uniforms = None
-        if generator is not None:
-            uniforms = torch.rand(len(clips), *self.config.grid, generator=generator, device=generator.device)
-        return self._quantize(self.latents(clips), uniforms)[1]
+        latents = self.latents(clips)
+        if generator is None:
+            return self.quantizer.encode(latents)
+        uniforms = torch.rand(len(clips), *self.config.grid, generator=generator, device=generator.device)
+        return self._sample(latents, uniforms)
 
     def decode(self, codes: Tensor, *, num_frames: int | None = None) -> Tensor:
-        """Codes (B, *grid) to clips (B, 3, T, H, W), about -1..1 and not clamped; T is `num_frames`, or all.
-
-        Raises:
-            ValueError: codes of another grid or another tokenizer; a number of frames that it cannot give.
-        """
+        """Codes (B, *grid) to clips (B, 3, T, H, W), about -1..1 and not clamped; T is `num_frames`, or all."""
         self.check_codes(codes)
         return self.decode_latents(self.quantizer.decode(codes), num_frames=num_frames)
 
@@ -211,10 +194,8 @@ class VideoTokenizer(Tokenizer):
         num_frames = config.num_frames if num_frames is None else num_frames
         step = config.temporal_patch_size
         if not 0 < num_frames <= config.num_frames or num_frames % step:
-            raise ValueError(
-                f"num_frames {num_frames} is impossible: this tokenizer gives up to {config.num_frames} frames, "
-                f"in multiples of {step}"
-            )
+            possible = f"up to {config.num_frames} frames, in multiples of {step}"
+            raise ValueError(f"num_frames {num_frames} is impossible: this tokenizer gives {possible}")
         grid = (num_frames // step, *config.patch_grid[1:])
         codes = self.from_code(latents.flatten(2).transpose(1, 2).to(self.from_code.weight.dtype))  # (B, Q, C)
         codes = codes + self.code_positions()
@@ -231,20 +212,14 @@ class VideoTokenizer(Tokenizer):
     def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002 a code belongs to no place
         return self.config.num_frames, self.config.image_size, self.config.image_size
 
-    def _quantize(self, latents: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents (B, D, *grid) to points as they are compared, of the same shape, and codes (B, *grid)."""
+    def _sample(self, latents: Tensor, uniforms: Tensor) -> Tensor:
+        """Codes (B, *grid) of latents (B, D, *grid), one for each of `uniforms`."""
+        if not self.config.stochastic:
+            raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
         with torch.autocast(latents.device.type, enabled=False):
-            points = latents.float()
-            if self.config.l2_norm:
-                points = F.normalize(points, dim=1)
-            if uniforms is None:
-                return points, self.quantizer.encode(points.detach())
-            if not self.config.stochastic:
-                raise ValueError("this tokenizer's quantiser is deterministic (stochastic: false); omit generator")
-            scores = points.detach().movedim(1, -1).flatten(0, -2) @ self.quantizer.codebook().float().T
+            scores = self.quantizer.points(latents.detach()).flatten(0, -2) @ self.quantizer.codebook().float().T
             scale = 1.0 / self.config.temperature if self.config.temperature else self.inverse_temperature
-            sampled = sample_codes(scores * scale, uniforms.to(scores.device).flatten())
-            return points, sampled.reshape(len(points), *self.config.grid)
+            return sample_codes(scores * scale, uniforms.to(scores.device).flatten()).view(uniforms.shape)
 
     def _check_size(self, *size: int) -> None:
         config, side = self.config, self.config.image_size
@@ -252,9 +227,9 @@ class VideoTokenizer(Tokenizer):
         if (height, width) != (side, side):
             raise ValueError(f"clips of {height}x{width} pixels, this tokenizer reads {side}x{side}; resize them first")
         if not 0 < frames <= config.num_frames or frames % config.temporal_patch_size:
+            readable = f"up to {config.num_frames}, in multiples of {config.temporal_patch_size}"
             raise ValueError(
-                f"clips have {frames} frames, this tokenizer reads up to {config.num_frames}, in multiples of "
-                f"{config.temporal_patch_size}; cut them, or repeat the last frame"
+                f"clips have {frames} frames, this tokenizer reads {readable}; cut them, or repeat the last frame"
             )
 
 
@@ -293,7 +268,7 @@ class _GridPositions(nn.Module):
         super().__init__()
         if learned:
             self.time, self.row, self.column = (
-                nn.Parameter(_sinusoid(torch.arange(size, dtype=torch.float64), dim).float()) for size in grid
+                nn.Parameter(sinusoids(torch.arange(size), dim).float()) for size in grid
             )
         else:
             self.register_buffer("table", sinusoid_grid(grid, dim))
@@ -318,8 +293,7 @@ class _Positions(nn.Module):
         if learned:
             self.table = nn.Parameter(0.02 * torch.randn(size, dim))
         else:
-            table = _sinusoid(torch.arange(size, dtype=torch.float64), dim, base)
-            self.register_buffer("table", table.float())
+            self.register_buffer("table", sinusoids(torch.arange(size), dim, base).float())
         self.shift = nn.Parameter(0.02 * torch.randn(dim)) if shift else None
 
     def forward(self) -> Tensor:
@@ -328,47 +302,25 @@ class _Positions(nn.Module):
 
 
 class _OverCodes(nn.Module):
-    """Apply a norm to latents (B, Q, D) in the axis order it expects, in float32."""
+    """Normalise latents (B, Q, D), in float32."""
 
-    def __init__(self, norm: nn.Module, layout: str) -> None:
+    def __init__(self, kind: str, count: int, dim: int) -> None:
         super().__init__()
-        self.norm = norm
-        self.layout = layout
+        self.kind = kind
+        if kind.startswith("layer"):
+            self.norm: nn.Module = nn.LayerNorm(dim if kind == "layer" else (count, dim))
+        else:
+            self.norm = nn.BatchNorm1d(dim if kind == "batch" else count * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            if self.layout == "channels_second":
+            if self.kind == "batch":
                 return cast(Tensor, self.norm(x.transpose(1, 2)).transpose(1, 2))
-            if self.layout == "flat":
-                return cast(Tensor, self.norm(x.flatten(1)).reshape(x.shape))
-            return cast(Tensor, self.norm(x))
-
-
-def _code_norm(config: VideoTokenizerConfig) -> nn.Module:
-    shape = (config.num_tokens, config.code_dim)
-    if config.norm == "layer":
-        return _OverCodes(nn.LayerNorm(config.code_dim), "channels_last")
-    if config.norm == "layer_all":
-        return _OverCodes(nn.LayerNorm(shape), "channels_last")
-    if config.norm == "batch":
-        return _OverCodes(nn.BatchNorm1d(config.code_dim), "channels_second")
-    if config.norm == "batch_all":
-        return _OverCodes(nn.BatchNorm1d(math.prod(shape)), "flat")
-    return nn.Identity()
-
-
-def _sinusoid(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
-    """Positions (n,) float64 to (n, dim): sines, then cosines, of geometrically falling frequencies."""
-    frequency = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
-    angle = positions[:, None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), dim=1)
+            return cast(Tensor, self.norm(x.flatten(1) if self.kind == "batch_all" else x)).view(x.shape)
 
 
 def sinusoid_grid(grid: tuple[int, int, int], dim: int) -> Tensor:
     """One row a patch, (P, dim): the table of its time plus [table of its column | table of its row]."""
-    time, row, column = (
-        axis.flatten()
-        for axis in torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
-    )
-    return (_sinusoid(time, dim) + torch.cat((_sinusoid(column, dim // 2), _sinusoid(row, dim // 2)), dim=1)).float()
+    time, row, column = torch.cartesian_prod(*map(torch.arange, grid)).unbind(1)
+    return (sinusoids(time, dim) + torch.cat((sinusoids(column, dim // 2), sinusoids(row, dim // 2)), 1)).float()

@@ -124,9 +124,8 @@ class VectorQuantizer(Quantizer):
         counts, sums = (total(part) for part in self.members(latents, self.encode(latents)))
         used = counts > 0
         means = sums[used] / counts[used, None]
-        self.embedding.weight[used] = (F.normalize(means, dim=-1) if self.l2_norm else means).to(
-            self.embedding.weight.dtype
-        )
+        means = F.normalize(means, dim=-1) if self.l2_norm else means
+        self.embedding.weight[used] = means.to(self.embedding.weight.dtype)
         return counts
 
     @torch.no_grad()
@@ -151,7 +150,11 @@ class ScalarQuantizer(Quantizer):
         self.vocab_size = math.prod(levels)
 
     def points(self, latents: Tensor) -> Tensor:
-        half, shift, offset = self._bounds(latents)
+        levels = torch.tensor(self.levels, dtype=torch.float64)
+        half = (levels - 1) * 1.001 / 2  # a little more, so that the ends are reached
+        offset = (1 - levels % 2) / 2  # by which even numbers of levels are off
+        shift = (offset / half).atanh()  # which keeps 0 at 0
+        half, offset, shift = torch.stack((half, offset, shift)).float().to(latents.device).unbind()
         bounded = torch.tanh(latents.movedim(1, -1).float() + shift) * half - offset
         return bounded / (self._levels(latents) // 2)
 
@@ -170,13 +173,6 @@ class ScalarQuantizer(Quantizer):
 
     def _places(self, like: Tensor) -> Tensor:
         return torch.tensor([math.prod(self.levels[:index]) for index in range(len(self.levels))], device=like.device)
-
-    def _bounds(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Half the range, a shift that keeps 0 at 0, and the half level by which even numbers of levels are off."""
-        half = [(level - 1) * 1.001 / 2 for level in self.levels]  # a little more, so that the ends are reached
-        offset = [0.0 if level % 2 else 0.5 for level in self.levels]
-        shift = [math.atanh(off / reach) for off, reach in zip(offset, half, strict=True)]
-        return tuple(torch.tensor(values, device=like.device) for values in (half, shift, offset))  # type: ignore[return-value]
 
 
 class BinaryQuantizer(Quantizer):
@@ -254,12 +250,9 @@ def build_quantizer(
     kind: str, vocab_size: int, code_dim: int, *, l2_norm: bool = True, levels: tuple[int, ...] = ()
 ) -> Quantizer:
     """The quantiser that a tokenizer's config describes, see `check_quantizer`."""
-    check_quantizer(kind, vocab_size, code_dim, levels)
-    if kind == "fsq":
-        return ScalarQuantizer(levels)
-    if kind in ("lfq", "bsq"):
-        return BinaryQuantizer(code_dim, spherical=kind == "bsq")
-    return VectorQuantizer(vocab_size, code_dim, l2_norm=l2_norm)
+    if kind == "vq":
+        return VectorQuantizer(vocab_size, code_dim, l2_norm=l2_norm)
+    return ScalarQuantizer(levels) if kind == "fsq" else BinaryQuantizer(code_dim, spherical=kind == "bsq")
 
 
 def check_quantizer(kind: str, vocab_size: int, code_dim: int, levels: tuple[int, ...]) -> None:
@@ -268,16 +261,11 @@ def check_quantizer(kind: str, vocab_size: int, code_dim: int, levels: tuple[int
         raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, not {kind!r}")
     if kind != "fsq" and levels:
         raise ValueError(f"levels {levels} are of quantizer fsq, not of {kind}; leave them out")
-    if kind == "fsq":
-        if not levels or min(levels) < 2:
-            raise ValueError(f"quantizer fsq needs levels of at least 2 each, such as [8, 8, 8, 5, 5], not {levels}")
-        if (math.prod(levels), len(levels)) != (vocab_size, code_dim):
-            raise ValueError(
-                f"levels {levels} make vocab_size {math.prod(levels)} and code_dim {len(levels)}, "
-                f"not {vocab_size} and {code_dim}; they must agree"
-            )
+    if kind == "fsq" and min(levels, default=0) < 2:
+        raise ValueError(f"quantizer fsq needs levels of at least 2 each, such as [8, 8, 8, 5, 5], not {levels}")
+    if kind == "fsq" and (math.prod(levels), len(levels)) != (vocab_size, code_dim):
+        made = f"vocab_size {math.prod(levels)} and code_dim {len(levels)}"
+        raise ValueError(f"levels {levels} make {made}, not {vocab_size} and {code_dim}; they must agree")
     if kind in ("lfq", "bsq") and vocab_size != 2**code_dim:
-        raise ValueError(
-            f"quantizer {kind} has one bit a dimension: code_dim {code_dim} makes vocab_size {2**code_dim}, "
-            f"not {vocab_size}"
-        )
+        bits = f"one bit a dimension: code_dim {code_dim} makes vocab_size {2**code_dim}"
+        raise ValueError(f"quantizer {kind} has {bits}, not {vocab_size}")
