@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -319,6 +319,14 @@ def test_int8_rounds_every_row_with_a_scale_of_its_own() -> None:
     exact = x @ weight.T
     assert not together[2].any()
     assert float(((together - exact).detach().norm(dim=1) / exact.norm(dim=1).clamp_min(1e-9)).max()) < 0.02
+
+
+def test_weights_beyond_float16_take_its_largest_number() -> None:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no FBGEMM here")
+    layers = nn.Sequential(nn.Linear(8, 2, bias=False))
+    layers[0].weight.data = torch.tensor([[1e6], [-1e6]]).expand(2, 8)
+    assert convert(layers, "float16", "cpu")(torch.ones(1, 8)).tolist() == [[8 * 65504, -8 * 65504]]
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])

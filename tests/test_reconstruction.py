@@ -86,6 +86,7 @@ def test_code_use_needs_no_float64_of_the_device() -> None:
 def test_code_use_counts() -> None:
     use = code_use(torch.tensor([5, 5, 0, 0, 5, 5, 0, 0]))
     assert use == pytest.approx({"usage": 0.5, "perplexity": 4.0, "dead_codes": 4.0})
+    assert code_use(torch.tensor([1, 2, 0, 0]))["usage"] == 0.5  # once is enough
 
 
 def test_clips_have_the_motion_that_a_mean_frame_lacks() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nar.metrics import evaluate
 from nar.metrics.detectors import Detected
-from nar.metrics.features import SPLIT, FeatureSet
+from nar.metrics.features import SPLIT, FeatureSet, Reservoir
 from nar.metrics.frechet import (
     Statistics,
     density_coverage,
@@ -192,3 +192,15 @@ def test_an_interval_leaves_a_fortieth_out_on_either_side() -> None:
     _, intervals = scores(features(rows), fake, Projections(), resamplings=4000)
     half = 1.96 * influence.std() / 1000**0.5
     assert intervals["IS"] == pytest.approx([5 - half, 5 + half], abs=0.06 * half)
+
+
+def test_every_item_of_a_stream_is_kept_as_often() -> None:
+    times = np.zeros(40)
+    for seed in range(1500):
+        kept = Reservoir(10, seed)
+        for start in range(0, 40, 8):
+            kept.add(np.arange(start, start + 8)[:, None])
+        assert [int(item[0]) for item in kept.items] == kept.indices
+        times[kept.indices] += 1
+    assert times.sum() == 15_000
+    assert abs(times / 1500 - 0.25).max() < 0.05  # four and a half times the spread
