@@ -149,11 +149,7 @@ def _reordered(weight: Tensor) -> Product:
 
 
 def _float16(weight: Tensor) -> Product:
-    limit = torch.finfo(torch.float16).max
-    low, high = torch.aminmax(weight)
-    if low < -limit or high > limit:
-        weight = weight.clamp(-limit, limit)
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)  # warns of what it clamps to 65,504
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
