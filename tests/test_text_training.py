@@ -101,7 +101,10 @@ def test_captions_that_clean_to_nothing_are_the_null_condition(encoder_folder: P
     for clean, blank in ((False, [False, True, True, False]), (True, [False, True, True, True])):
         config = TextEncoderConfig(str(encoder_folder), 8, clean)
         text = Text(config, captions, kind="cached", folders=[tmp_path], workers=Workers(0, 1, torch.device("cpu")))
-        assert text.condition(text.places(captions)).null.tolist() == blank
+        features = text.condition(text.places(captions)).text
+        assert features is not None
+        assert features.null is not None
+        assert features.null.tolist() == blank
 
 
 def test_low_rank_additions_to_a_model_of_words(trained: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that logs, draws previews and exports."""
+        """Whether this is the process that logs, samples previews and exports."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def joined(device: str = "auto") -> Iterator[Workers]:
         yield Workers(rank, count, place)
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait while the first draws previews
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait while the first samples previews
     # And while it encodes captions, or shares of pictures differ: torchrun ends them all when one fails.
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:

@@ -101,7 +101,7 @@ class Task(Protocol):
 
 
 Metrics = Callable[[nn.Module, Task], dict[str, float]]
-"""Called with the averaged module and its task whenever previews are drawn; what it returns is logged."""
+"""Called with the averaged module and its task whenever previews are sampled; what it returns is logged."""
 
 
 def train(

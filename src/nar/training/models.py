@@ -90,15 +90,15 @@ class ModelTask:
         self.continuation: Continuation | None = None
         if recipe.given_frames:
             self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
-        told: dict[str, Any] = {
+        conditioning: dict[str, Any] = {
             "classes": classes,
             "text": self.text,
             "wording": recipe.data.wording,
             "continuation": self.continuation,
         }
-        self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **told)
-        self.heldout = Samples(heldout, **told)
-        self.pairs = None if pairs is None else Samples(pairs, **told)
+        self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **conditioning)
+        self.heldout = Samples(heldout, **conditioning)
+        self.pairs = None if pairs is None else Samples(pairs, **conditioning)
         self.num_samples = len(train)
         self.summary = summary(train, heldout)
 
@@ -350,7 +350,7 @@ def mixed(codes: Tensor, most: float) -> Tensor:
     """Codes (B, *grid) of which a share, uniform in [0, most] for each sample, is that of the sample before it.
 
     A model that only ever sees pictures of the training set knows one by its first codes and need not read the words,
-    and never meets a wrong code, as there are among those that it draws itself. Shown these it has to ask the words
+    and never meets a wrong code, as there are among those that it samples itself. Shown these it has to ask the words
     (compare noisy context learning, arXiv 2502.20388).
     """
     share = torch.rand(len(codes), *(1,) * (codes.ndim - 1), device=codes.device) * most

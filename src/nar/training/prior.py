@@ -117,14 +117,14 @@ class CodePrior(nn.Module):
 
         `points` (B, Q, D) are the vectors of the codes, through which the gradient reaches the encoder; `codebook`
         (V, D) has entries of unit length. In the second round a `share` of the inputs is replaced by what the first
-        round predicts in their place: `uniforms` (B, 2, Q) in [0, 1) say which, and what is drawn.
+        round predicts in their place: `uniforms` (B, 2, Q) in [0, 1) say which, and what is sampled.
         """
         inputs, targets = points[:, :-1], codes[:, 1:]
         first = self(inputs) @ codebook.float().T / temperature  # (B, Q - 1, V)
         with torch.no_grad():
-            drawn = F.embedding(sample_codes(first, uniforms[:, 1, 1:]), codebook).to(points.dtype)
+            sampled = F.embedding(sample_codes(first, uniforms[:, 1, 1:]), codebook).to(points.dtype)
             replaced = (uniforms[:, 0, 1:-1] < share)[..., None]
-        mixed = torch.cat((inputs[:, :1], torch.where(replaced, drawn[:, :-1], inputs[:, 1:])), dim=1)
+        mixed = torch.cat((inputs[:, :1], torch.where(replaced, sampled[:, :-1], inputs[:, 1:])), dim=1)
         second = self(mixed) @ codebook.float().T / temperature
         return torch.stack(
             [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in (first, second)]

@@ -82,15 +82,15 @@ class Samples:
         scene in place of the sample; None takes the first, and no scene. `counts` (b,) are those of given frames.
         """
         codes = self.codes.read(rows, views)
-        told = rows
+        conditioned = rows
         if composed is not None and self._composed is not None:
             taken = composed < self._share
             scenes = (composed[taken] / self._share * len(self._composed)).astype(np.int64)
             scenes = scenes.clip(max=len(self._composed) - 1)
             codes[taken] = self._composed.read(scenes)
-            told = rows.copy()
-            told[taken] = len(self.codes) + scenes
-        parts = [conditions.read(told, wordings) for conditions in self._conditions]
+            conditioned = rows.copy()
+            conditioned[taken] = len(self.codes) + scenes
+        parts = [conditions.read(conditioned, wordings) for conditions in self._conditions]
         if self._continuation is not None and counts is not None:
             parts.append(self._prefix(self._continuation, codes, rows, views, counts))
         return torch.from_numpy(codes), Condition.of(parts)

@@ -37,7 +37,7 @@ def run_recipe(
     """Train what a recipe describes; returns the folder of the result, or None when a signal stopped it before.
 
     Running it again resumes, from the newest checkpoint or from `start`, such as "step-200"; with `override` also with
-    other settings. `metrics` is called with the averaged module whenever previews are drawn.
+    other settings. `metrics` is called with the averaged module whenever previews are sampled.
     """
     # The short form of the command line: data=FOLDER.
     overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
