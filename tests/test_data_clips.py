@@ -144,7 +144,7 @@ def test_what_is_no_source_of_clips(tmp_path: Path, clips: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no clips"):
         open_source(tmp_path / "empty", size=16, windows=Windows(2))
-    with pytest.raises(FileNotFoundError, match=r"a folder, or a .parquet, .tar, .npz or .csv file of clips"):
+    with pytest.raises(FileNotFoundError, match=r"a folder, a \.parquet, \.tar, \.csv or \.npz file"):
         open_source(tmp_path / "nowhere", size=16, windows=Windows(2))
     source = open_source(clips, size=16, windows=Windows(2))
     with pytest.raises(ValueError, match="clips have the views centre, flip and loop"):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nar.data.source import WORDS
 from nar.data.wording import WORDINGS, wordings
 
 MANIFEST = "manifest.json"
@@ -59,23 +61,15 @@ class Codes:
             )
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         width = manifest["num_views"] * int(np.prod(manifest["grid"]))
-        shards, labels, groups, captions = [], [], list[str](), list[str]()
-        tags, styles, rewordings = list[tuple[str, ...]](), list[str](), list[tuple[str, ...]]()
+        shards, columns = list[np.ndarray](), defaultdict[str, list[Any]](list)
         for name in manifest["shards"]:
             try:
                 with pa.memory_map(str(folder / name)) as source:
                     table = pa.ipc.open_stream(source).read_all().combine_chunks()
                 flat = table.column("codes").combine_chunks().flatten().to_numpy()
                 shards.append(flat.reshape(len(table), width))
-                labels.append(table.column("label").to_numpy())
-                groups += table.column("group").to_pylist()
-                captions += table.column("caption").to_pylist()
-                if "tags" in table.column_names:
-                    tags += [tuple(found) for found in table.column("tags").to_pylist()]
-                if "rewordings" in table.column_names:
-                    rewordings += [tuple(found) for found in table.column("rewordings").to_pylist()]
-                if "style" in table.column_names:
-                    styles += table.column("style").to_pylist()
+                for column in {"label", "group", "caption", *table.column_names} - {"codes"}:
+                    columns[column] += table.column(column).to_pylist()
             except (OSError, pa.ArrowException, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
@@ -87,18 +81,17 @@ class Codes:
                 f"{folder} has {ends[-1] if ends else 0} samples but {MANIFEST} says {manifest['num_samples']}; "
                 "run the same `nar extract` again"
             )
-        written = tuple(captions) if manifest["captions"] else None
         return cls(
             folder,
             manifest,
-            np.concatenate(labels).astype(np.int64),
-            tuple(groups),
-            written,
+            np.array(columns["label"], np.int64),
+            tuple(columns["group"]),
+            tuple(columns["caption"]) if manifest["captions"] else None,
             tuple(shards),
             ends,
-            tags=tuple(tags) or None,
-            styles=tuple(styles) or None,
-            rewordings=tuple(rewordings) or None,
+            tags=tuple(map(tuple, columns["tags"])) or None,
+            styles=tuple(columns["style"]) or None,
+            rewordings=tuple(map(tuple, columns["rewordings"])) or None,
         )
 
     def __len__(self) -> int:
@@ -134,16 +127,10 @@ class Codes:
 
     def take(self, rows: np.ndarray) -> Codes:
         """The samples at these rows, still on disk."""
-        return dataclasses.replace(
-            self,
-            labels=self.labels[rows],
-            groups=tuple(self.groups[row] for row in rows),
-            captions=None if self.captions is None else tuple(self.captions[row] for row in rows),
-            rows=rows if self.rows is None else self.rows[rows],
-            tags=None if self.tags is None else tuple(self.tags[row] for row in rows),
-            styles=None if self.styles is None else tuple(self.styles[row] for row in rows),
-            rewordings=None if self.rewordings is None else tuple(self.rewordings[row] for row in rows),
-        )
+        columns = {name: getattr(self, name) for name in WORDS}
+        taken: dict[str, Any] = {name: tuple(of[row] for row in rows) for name, of in columns.items() if of is not None}
+        taken |= {"labels": self.labels[rows], "rows": rows if self.rows is None else self.rows[rows]}
+        return dataclasses.replace(self, **taken)
 
     def beside(self, folder: str | Path) -> Codes:
         """The same samples as another folder has them: codes of the same source, otherwise seen.

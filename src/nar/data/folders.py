@@ -11,21 +11,15 @@ import os
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from nar.data.source import Source, listed
-from nar.data.tables import (
-    METADATA,
-    as_clips,
-    open_listed,
-    open_parquet,
-    parse_json,
-    records_table,
-)
+from nar.data.clips import open_list
+from nar.data.source import Source, Wanted, listed
+from nar.data.tables import METADATA, as_clips, columns_of, open_array, open_listed, open_parquet, parse_json, table
 from nar.media import pictures, video
 from nar.storage.files import read_json
 from nar.storage.text import composed, decode_text
@@ -100,28 +94,47 @@ def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
     return dict(found)
 
 
-def open_folder(folder: Path, label: str, group: str, *, clips: bool = False) -> Source:
+def open_files(paths: Sequence[Path], wanted: Wanted) -> Source:
+    """Open a folder without splits, or files of one kind: tables, tars, an array, or lists of clips."""
+    path, ending = paths[0], paths[0].suffix.lower()
+    if path.is_dir():
+        return _open_folder(path, wanted)
+    if ending == ".csv" and wanted.clips:
+        wanted.check_columns(path)
+        return open_list(paths)
+    if ending == ".parquet":
+        return open_parquet(paths, wanted)
+    if ending == ".tar":
+        return _open_tars(paths, wanted)
+    if ending == ".npz":
+        return open_array(path, wanted)
+    reason = "is packed: unpack it" if ending in PACKED else "is a file"
+    reason = "is a single array: save it with np.savez" if ending == ".npy" else reason
+    raise ValueError(f"{path} {reason}; allowed are {allowed_files(wanted)}, or a folder with {wanted.noun}s")
+
+
+def allowed_files(wanted: Wanted) -> str:
+    """Which files may be given, in words."""
+    return f"a .parquet, .tar{', .csv' if wanted.clips else ''} or .npz file"
+
+
+def _open_folder(folder: Path, wanted: Wanted) -> Source:
     """Find the pictures, or clips, of a folder without splits: in tables, a list, or folders of classes."""
     files = walk(folder)
     top = [file for file in files if file.parent == folder]
     for ending in (".tar", ".parquet"):
         if tables := [file for file in top if file.suffix.lower() == ending]:
-            is_tar = ending == ".tar"
-            found = open_tars(tables, label, group, clips=clips) if is_tar else open_parquet(tables, label, group)
-            return _with_left_out(found, _by_ending(folder, [file for file in files if file not in tables]))
-    if any((folder / name).is_file() for name in METADATA):
-        names = {folder / name for name in METADATA}
-        endings = video.ENDINGS if clips else pictures.ENDINGS
-        shown = [file for file in files if file.suffix.lower() in endings]
-        found = open_listed(folder, shown, label, group)
-        return _with_left_out(found, _by_ending(folder, [f for f in files if f not in names and f not in shown]))
-    return _open_files(folder, [file for file in files if file.name != SAMPLES], label, group, clips=clips)
+            return _with_left_out(open_files(tables, wanted), _by_ending(folder, files, {*tables}))
+    if listing := {file for file in top if file.name in METADATA}:
+        shown = [file for file in files if file.suffix.lower() in wanted.endings]
+        return _with_left_out(open_listed(folder, shown, wanted), _by_ending(folder, files, listing | {*shown}))
+    return _open_classes(folder, [file for file in files if file.name != SAMPLES], wanted)
 
 
-def _open_files(folder: Path, files: Sequence[Path], label: str, group: str, *, clips: bool) -> Source:
+def _open_classes(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source:
     """Samples by class, those of a class in natural order; the classes are folders, or there is one."""
-    noun = "clip" if clips else "picture"
-    samples, left_out, beside = _samples(folder, files, clips=clips)
+    noun = wanted.noun
+    samples, left_out, beside = _samples(folder, files, clips=wanted.clips)
     here = [name for name in samples if "/" not in name]
     if len(here) < len(samples) and any(not isinstance(samples[name], list) for name in here):
         inner = next(name for name in samples if "/" in name)
@@ -134,32 +147,28 @@ def _open_files(folder: Path, files: Sequence[Path], label: str, group: str, *, 
     folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     empty = [] if flat and samples else [name for name in sorted(folders) if composed(name) not in classes.values()]
     if empty or not samples:
-        _refuse_empty(folder / empty[0] if empty else folder, left_out, clips=clips)
-    if not clips:
+        _refuse_empty(folder / empty[0] if empty else folder, left_out, wanted)
+    if not wanted.clips:
         _refuse_animations([place for place in samples.values() if isinstance(place, Path)])
-    class_names = sorted(set(classes.values()))
     names = sorted(samples, key=classes.__getitem__)  # stable: in a class, the order of the walk
     records = [_record(beside.get(name, {}), Path.read_bytes, with_class=flat) for name in names]
-    if not any("caption" in record for record in records):
-        prompts = _prompts(folder / SAMPLES)
-        records = [
-            record | ({"caption": prompts.get(name.rpartition("/")[2], "")} if prompts else {})
-            for name, record in zip(names, records, strict=True)
-        ]
-    found = records_table(folder, names, records, lambda index: samples[names[index]], label, group)
+    if not any("caption" in record for record in records) and (prompts := _prompts(folder / SAMPLES)):
+        for name, record in zip(names, records, strict=True):
+            record["caption"] = prompts.get(name.rpartition("/")[2], "")
+    found = table(folder, names, columns_of(records), lambda index: samples[names[index]], wanted)
     if not (flat and found.has_classes):
+        class_names = sorted(set(classes.values()))
         labels = np.array([class_names.index(classes[name]) for name in names], np.int64)
         found = dataclasses.replace(found, labels=labels, class_names=tuple(class_names), class_numbers=())
-    return _with_left_out(as_clips(found) if clips else found, left_out)
+    return _with_left_out(as_clips(found) if wanted.clips else found, left_out)
 
 
-def _refuse_empty(folder: Path, left_out: Mapping[str, Sequence[str]], *, clips: bool) -> None:
-    noun, endings = ("clips", video.ENDINGS) if clips else ("pictures", pictures.ENDINGS)
+def _refuse_empty(place: Path, left_out: Mapping[str, Sequence[str]], wanted: Wanted) -> NoReturn:
     packed = [name for names in left_out.values() for name in names if name.lower().endswith(PACKED)]
     fix = f"unpack {packed[0]}" if packed else "add some or give another folder"
-    fix += "" if clips else ", and for clips say how many frames (data.num_frames)"
+    fix += "" if wanted.clips else ", and for clips say how many frames (data.num_frames)"
     there = f"; {listed(left_out)}" if left_out else ""
-    raise ValueError(f"{folder} holds no {noun} ({', '.join(sorted(endings))}); {fix}{there}")
+    raise ValueError(f"{place} holds no {wanted.noun}s ({', '.join(sorted(wanted.endings))}); {fix}{there}")
 
 
 def _samples(
@@ -183,11 +192,7 @@ def _samples(
             samples |= {file.relative_to(folder).as_posix(): file for file in found}
     others = [name for name, file in named.items() if file.suffix.lower() not in shown]
     beside, left_out = pair(list(samples), others)
-    return (
-        samples,
-        left_out,
-        {name: {end: named[text] for end, text in found.items()} for name, found in beside.items()},
-    )
+    return samples, left_out, {name: {end: named[text] for end, text in of.items()} for name, of in beside.items()}
 
 
 def _is_clip(file: Path) -> bool:
@@ -276,48 +281,50 @@ def _prompts(path: Path) -> dict[str, str]:
     return {record["file"]: str(record.get("prompt", "")) for record in records if record.get("prompt")}
 
 
-def open_tars(paths: Sequence[Path], label: str, group: str, *, clips: bool = False) -> Source:
+def _open_tars(paths: Sequence[Path], wanted: Wanted) -> Source:
     """Webdataset shards: uncompressed tars, indexed once by their headers and then read where a picture lies."""
-    noun, endings = ("clip", video.ENDINGS) if clips else ("picture", pictures.ENDINGS)
     names, places, records = list[str](), list[tuple[Path, int, int]](), list[dict[str, Any]]()
     left_out = defaultdict[str, list[str]](list)
     for path in paths:
-        found = dict[str, tuple[int, int]]()
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if any(is_hidden(part) for part in member.name.split("/") if part != "."):
-                        continue
-                    if member.isfile():
-                        found[member.name] = (member.offset_data, member.size)
-                    elif not member.isdir():
-                        left_out["that is a link or a device"].append(f"{path.name}:{member.name}")
-        except (tarfile.TarError, OSError, ValueError) as error:
-            head = path.read_bytes()[:6] if path.is_file() else b""
-            if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):
-                raise ValueError(
-                    f"shard {path} is compressed, and pictures are read where they lie; unpack it"
-                ) from error
-            raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
-        shown = [name for name in found if _ending(name) in endings]
-        beside, others = pair(shown, [name for name in found if _ending(name) not in endings])
-        for what, which in others.items():
+        found, links = _members(path)
+        shown = [name for name in found if _ending(name) in wanted.endings]
+        beside, others = pair(shown, [name for name in found if _ending(name) not in wanted.endings])
+        for what, which in {**others, "that is a link or a device": links}.items():
             left_out[what] += [f"{path.name}:{name}" for name in which]
 
-        def read_text_of(name: str, path: Path = path, found: dict[str, tuple[int, int]] = found) -> bytes:
-            return _part_of(path, *found[name]).getvalue()
+        def read(name: str, found: dict[str, tuple[Path, int, int]] = found) -> bytes:
+            return _part_of(*found[name]).getvalue()
 
         try:
-            records += [_record(beside.get(name, {}), read_text_of) for name in shown]
+            records += [_record(beside.get(name, {}), read) for name in shown]
         except ValueError as error:
             raise ValueError(f"shard {path}: {error}") from error
         names += [f"{path.name}:{_stem(name)}" for name in shown]
-        places += [(path, *found[name]) for name in shown]
+        places += [found[name] for name in shown]
     if not names:
-        there = f"; {listed(left_out)}" if left_out else ""
-        raise ValueError(f"{paths[0]} holds no {noun}s ({', '.join(sorted(endings))}){there}")
-    made = records_table(paths[0], names, records, lambda index: _part_of(*places[index]), label, group)
-    return _with_left_out(as_clips(made) if clips else made, left_out)
+        _refuse_empty(paths[0], left_out, wanted)
+    made = table(paths[0], names, columns_of(records), lambda index: _part_of(*places[index]), wanted)
+    return _with_left_out(as_clips(made) if wanted.clips else made, left_out)
+
+
+def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], list[str]]:
+    """Where the files of a tar lie, by name, and what else is in it."""
+    found, links = dict[str, tuple[Path, int, int]](), list[str]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                    continue
+                if member.isfile():
+                    found[member.name] = (path, member.offset_data, member.size)
+                elif not member.isdir():
+                    links.append(member.name)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        head = path.read_bytes()[:6] if path.is_file() else b""
+        if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):
+            raise ValueError(f"shard {path} is compressed, and pictures are read where they lie; unpack it") from error
+        raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
+    return found, links
 
 
 def _part_of(path: Path, offset: int, length: int) -> io.BytesIO:
@@ -326,10 +333,12 @@ def _part_of(path: Path, offset: int, length: int) -> io.BytesIO:
         return io.BytesIO(file.read(length))
 
 
-def _by_ending(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+def _by_ending(folder: Path, files: Sequence[Path], read: Set[Path]) -> dict[str, list[str]]:
+    """Names of the files that are not `read`."""
     found = defaultdict[str, list[str]](list)
     for file in files:
-        found[file.suffix.lower() or "without an ending"].append(file.relative_to(folder).as_posix())
+        if file not in read:
+            found[file.suffix.lower() or "without an ending"].append(file.relative_to(folder).as_posix())
     return dict(found)
 
 

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from nar.data.builtin import FASHION_MNIST, TOY, draw_toy, find_fashion_mnist, idx_file, of_arrays, read_idx
-from nar.data.clips import ClipSource, open_list
-from nar.data.folders import PACKED, open_folder, open_tars, splits_of
-from nar.data.source import BROKEN, BROKEN_POLICIES, Pictures, Source
-from nar.data.tables import as_clips, check_columns, open_array, open_hub, open_parquet
+from nar.data.clips import ClipSource
+from nar.data.folders import allowed_files, open_files, splits_of
+from nar.data.source import BROKEN_POLICIES, Pictures, Source, Wanted
+from nar.data.tables import as_clips, open_hub
 from nar.media.video import Windows
 
 MOST_PIXELS = 2**14  # a side
 NAMED_SIZE = 32  # of what has no files, where none is asked for
 # What is taken for a split, the first of these that is there.
 _WANTED = {"train": ("train",), "test": ("test", "val"), "t10k": ("test", "val"), "val": ("val", "test")}
+_HUB = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}  # what data sets there call them
 
 
 def open_source(
@@ -79,7 +80,7 @@ def open_source(
         raise ValueError(f"split {split!r} is not one of {', '.join(_WANTED)}")
     if broken not in BROKEN_POLICIES:
         raise ValueError(f"broken must be {' or '.join(BROKEN_POLICIES)}, not {broken!r}")
-    found = _open(source, size or NAMED_SIZE, split, label, group, clips=windows is not None, whole=whole)
+    found = _open(source, size or NAMED_SIZE, split, Wanted(label, group, windows is not None), whole=whole)
     found = dataclasses.replace(found, broken=broken, origin=str(source))
     if windows is not None:
         clips = found if isinstance(found, ClipSource) else as_clips(found)
@@ -98,102 +99,51 @@ def load_pictures(source: str | Path | Source, *, size: int, split: str = "train
     """
     if not isinstance(source, Source):
         source = open_source(source, size=size, split=split, whole=whole)
-    images = np.empty((len(source), 0), np.uint8)
-    good: list[int] = []
-    broken: list[str] = []
-    for index in range(len(source)):
-        try:
-            made = source.array(index, size)
-        except BROKEN as error:
-            broken.append(f"{source.names[index]} ({error})")
-            continue
+    images, good = np.empty((len(source), 0), np.uint8), list[int]()
+    for row, made in source.decoded(size):
         if not good:
             images = np.empty((len(source), *made.shape), np.uint8)
         images[len(good)] = made
-        good.append(index)
-    source.check_broken(broken)
+        good.append(row)
     if isinstance(source, ClipSource) and source.short_clips():
         warnings.warn(source.short_clips(), stacklevel=2)
     return Pictures(images[: len(good)], source.labels[good], source.class_names)
 
 
-def _open(source: str | Path, size: int, split: str, label: str, group: str, *, clips: bool, whole: bool) -> Source:
+def _open(source: str | Path, size: int, split: str, wanted: Wanted, *, whole: bool) -> Source:
     path = Path(source).expanduser()
     if not path.exists() and str(source) in (TOY, FASHION_MNIST):
-        check_columns(source, label, group)
+        wanted.check_columns(source)
         if str(source) == TOY:
             return of_arrays(draw_toy(size, split))
         path = find_fashion_mnist()
-    if clips and (lists := _lists(source)):
-        _check_unsplit(lists[0], split, whole=whole)
-        check_columns(source, label, group)
-        return open_list(lists)
-    if path.is_file():
-        _check_unsplit(path, split, whole=whole)
-        return _open_file(path, label, group, clips=clips)
+    if files := (_lists(source) if wanted.clips else []) or ([path] if path.is_file() else []):
+        _check_unsplit(files[0], split, whole=whole)
+        return open_files(files, wanted)
     if not path.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.is_dir():
-            return open_hub(str(source), _hub_splits(split), label, group)
-        kinds = (
-            "a folder, or a .parquet, .tar, .npz or .csv file of clips"
-            if clips
-            else (f"a folder, a .parquet, .tar or .npz file, a hub id, or the word {FASHION_MNIST!r}")
+            return open_hub(str(source), [name for part in _WANTED[split] for name in _HUB[part]], wanted)
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder, {allowed_files(wanted)}, a hub id, or the word {FASHION_MNIST!r}"
         )
-        raise FileNotFoundError(f"{path} does not exist; give {kinds}")
     if any(idx_file(path, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k")):
-        check_columns(path, label, group)
+        wanted.check_columns(path)
         return of_arrays(read_idx(path, split, size))
-    splits = splits_of(path, clips=clips)
+    splits = splits_of(path, clips=wanted.clips)
     if not splits:
         _check_unsplit(path, split, whole=whole)
-        return open_folder(path, label, group, clips=clips)
+        return open_files([path], wanted)
     chosen = next((name for name in _WANTED[split] if name in splits), None)
     if chosen is None:
         has = " and ".join(splits)
         raise FileNotFoundError(f"{path} has a {has} split but no {split!r}; add {path / split}, or ask for one it has")
-    return dataclasses.replace(_open_split(splits[chosen], label, group, clips=clips), splits=tuple(splits))
-
-
-def _open_split(paths: list[Path], label: str, group: str, *, clips: bool) -> Source:
-    if paths[0].is_dir():
-        return open_folder(paths[0], label, group, clips=clips)
-    if paths[0].suffix.lower() == ".csv":
-        check_columns(paths[0], label, group)
-        return open_list(paths)
-    return (
-        open_parquet(paths, label, group)
-        if paths[0].suffix.lower() == ".parquet"
-        else open_tars(paths, label, group, clips=clips)
-    )
-
-
-def _open_file(path: Path, label: str, group: str, *, clips: bool) -> Source:
-    ending = path.suffix.lower()
-    if ending == ".parquet":
-        return open_parquet([path], label, group)
-    if ending == ".tar":
-        return open_tars([path], label, group, clips=clips)
-    if ending == ".npz":
-        return open_array(path, label, group, clips=clips)
-    reason = "is packed: unpack it" if ending in PACKED else "is a file"
-    reason = "is a single array: save it with np.savez" if ending == ".npy" else reason
-    kinds = (
-        "a .parquet, .tar, .npz or .csv file or a folder with clips"
-        if clips
-        else ("a .parquet, .tar or .npz file or a folder with pictures")
-    )
-    raise ValueError(f"{path} {reason}; allowed are {kinds}")
+    return dataclasses.replace(open_files(splits[chosen], wanted), splits=tuple(splits))
 
 
 def _lists(source: str | Path) -> list[Path]:
     """The lists of clips that a source names with "+" between; none where it is something else."""
     paths = [Path(part).expanduser() for part in str(source).split("+")]
     return paths if all(path.suffix == ".csv" and path.is_file() for path in paths) else []
-
-
-def _hub_splits(split: str) -> list[str]:
-    spelled = {"train": ["train"], "val": ["validation", "val"], "test": ["test"]}
-    return [name for wanted in _WANTED[split] for name in spelled[wanted]]
 
 
 def _check_unsplit(path: Path, split: str, *, whole: bool) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,44 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from nar.media import pictures, video
 from nar.media.crops import centre_crop, random_crop, views
-from nar.media.pictures import read_picture
 
 BROKEN_POLICIES = ("skip", "refuse")
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
 BROKEN = (OSError, ValueError)  # what decoding a broken picture raises
 _MOST_CLASSES = 1_000_000  # that a model of an earlier version could have had
 _SHOWN = 3  # names in a message
+WORDS = ("groups", "captions", "tags", "styles", "rewordings")  # columns of a Source, maybe None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a place: pictures or `clips`, and the columns of tables that hold their class and group."""
+
+    label: str = "label"
+    group: str = ""
+    clips: bool = False
+
+    @property
+    def noun(self) -> str:
+        """What one sample is."""
+        return "clip" if self.clips else "picture"
+
+    @property
+    def endings(self) -> frozenset[str]:
+        """The endings of its file."""
+        return video.ENDINGS if self.clips else pictures.ENDINGS
+
+    def check_columns(self, source: Path | str, known: Iterable[str] = ()) -> None:
+        """Refuse a `label` or `group` that is none of the `known` columns; the default label may be missing."""
+        for key, column, default in (("group", self.group, ""), ("label", self.label, "label")):
+            if column not in ("", default, *known):
+                has = ", ".join(sorted(known))
+                fix = "name one of these" if has else "give a table with it (.parquet, .tar, metadata.jsonl)"
+                raise ValueError(
+                    f"{source} has no column {column!r} for {key}, it has {has or 'none'}; {fix}, or leave {key} out"
+                )
 
 
 @dataclass(frozen=True)
@@ -112,7 +142,7 @@ class Source:
     def picture(self, index: int) -> Image.Image:
         """Decode picture `index` to RGB; raises one of `BROKEN` when it can't be."""
         opened = self.open(index)
-        return opened if isinstance(opened, Image.Image) else read_picture(opened)
+        return opened if isinstance(opened, Image.Image) else pictures.read_picture(opened)
 
     def array(
         self, index: int, size: int | None, draws: Mapping[str, float] | None = None, *, crop: bool = False
@@ -131,21 +161,30 @@ class Source:
         """The views (v, size, size, 3) uint8 of picture `index`, see `nar.media.crops.views`."""
         return np.stack([np.asarray(view) for view in views(self.picture(index), size, kind)])
 
+    def decoded(self, size: int | None, broken: list[str] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the row and `array` of samples that can be decoded; the others are added to `broken`, with reasons.
+
+        Raises:
+            ValueError: too many can't be, see `check_broken`.
+        """
+        broken = [] if broken is None else broken
+        for row, name in enumerate(self.names):
+            try:
+                made = self.array(row, size)
+            except BROKEN as error:
+                broken.append(f"{name} ({error})")
+                if self.too_many(len(broken)) and len(broken) > _SHOWN:
+                    break
+            else:
+                yield row, made
+        self.check_broken(broken)
+
     def take(self, rows: np.ndarray) -> Self:
         """The source with only these rows, in this order."""
         picked = [int(row) for row in rows]
-        names = ("captions", "groups", "tags", "styles", "rewordings")
-        columns: dict[str, Any] = {name: getattr(self, name) for name in names}
-        columns = {
-            name: None if column is None else [column[row] for row in picked] for name, column in columns.items()
-        }
-        return dataclasses.replace(
-            self,
-            names=[self.names[row] for row in picked],
-            labels=self.labels[rows],
-            open=lambda index: self.open(picked[index]),
-            **columns,
-        )
+        columns = {name: getattr(self, name) for name in ("names", *WORDS)}
+        taken: dict[str, Any] = {name: [of[row] for row in picked] for name, of in columns.items() if of is not None}
+        return dataclasses.replace(self, labels=self.labels[rows], open=lambda index: self.open(picked[index]), **taken)
 
     def as_before(self) -> list[Self]:
         """Give the same samples as earlier versions had them, for folders of codes that these began.

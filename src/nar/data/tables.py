@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from nar.data.clips import ClipSource
-from nar.data.source import Source
+from nar.data.source import Source, Wanted
 from nar.storage.text import composed, read_lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -31,7 +31,7 @@ _MOST_UNPACKED = 2**31  # bytes of an npz array that is packed more than _MOST_P
 _MOST_PACKED = 200
 
 
-def open_listed(folder: Path, files: Sequence[Path], label: str, group: str) -> Source:
+def open_listed(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source:
     """A folder whose `metadata.jsonl`, `.csv` or `.json` lists its pictures; `files` are those that lie in it."""
     path = next(folder / name for name in METADATA if (folder / name).is_file())
     records = read_records(path)
@@ -46,7 +46,7 @@ def open_listed(folder: Path, files: Sequence[Path], label: str, group: str) -> 
     places = [here.get(composed(place.relative_to(folder).as_posix()), place) for place in places]
     listed = set(places)
     unlisted = [str(file.relative_to(folder)) for file in files if file not in listed]
-    found = table(path, names, _columns(records), lambda index: places[index], label, group)
+    found = table(path, names, columns_of(records), lambda index: places[index], wanted)
     return dataclasses.replace(found, left_out={f"not in {path.name}": unlisted} if unlisted else {})
 
 
@@ -96,7 +96,7 @@ def inside(folder: Path, name: str, origin: Path | str) -> Path:
     return folder / path
 
 
-def open_array(path: Path, label: str, group: str, *, clips: bool = False) -> Source:
+def open_array(path: Path, wanted: Wanted) -> Source:
     """An .npz file as evaluators and `nar sample` have it.
 
     It holds `arr_0` uint8 (N, H, W, 3) or (N, 3, H, W), of clips (N, T, H, W, 3), and maybe `labels` or `arr_1` (N,),
@@ -120,7 +120,7 @@ def open_array(path: Path, label: str, group: str, *, clips: bool = False) -> So
     images = found["arr_0"]
     if images.ndim in (4, 5) and images.shape[-1] != 3 and images.shape[1] == 3:
         images = np.moveaxis(images, 1, -1)
-    axes = 5 if clips or images.ndim == 5 else 4
+    axes = 5 if wanted.clips or images.ndim == 5 else 4
     if dtype != np.uint8 or images.ndim != axes or images.shape[-1] != 3 or not len(images):
         what = "clips" if axes == 5 else "pictures"
         expected = "(N, T, H, W, 3)" if axes == 5 else "(N, H, W, 3)"
@@ -135,11 +135,10 @@ def open_array(path: Path, label: str, group: str, *, clips: bool = False) -> So
             columns[column] = found[key].tolist()
     class_names = [str(name) for name in found.get("class_names", np.empty(0)).tolist()]
     names = [f"picture {index}" for index in range(len(images))]
-    source = table(
-        path, names, columns, lambda index: Image.fromarray(images[index]), label, group, schema_names=class_names
-    )
+    read = images.__getitem__ if axes == 5 else lambda index: Image.fromarray(images[index])
+    source = table(path, names, columns, read, wanted, schema_names=class_names)
     source = dataclasses.replace(source, numbered=bool(source.class_numbers) and not class_names)
-    return dataclasses.replace(as_clips(source), open=lambda index: images[index]) if axes == 5 else source
+    return as_clips(source) if axes == 5 else source
 
 
 def _stated(path: Path, name: str) -> tuple[tuple[int, ...], Any]:
@@ -164,7 +163,7 @@ def _stated(path: Path, name: str) -> tuple[tuple[int, ...], Any]:
     return shape, dtype
 
 
-def open_hub(name: str, splits: Sequence[str], label: str, group: str) -> Source:
+def open_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Source:
     """A data set that `datasets` reads, memory-mapped; pictures are decoded here, so that a broken one is only one.
 
     It is the first of `splits` that the data set has.
@@ -188,22 +187,21 @@ def open_hub(name: str, splits: Sequence[str], label: str, group: str) -> Source
     if not images:
         raise ValueError(f"{name} has the columns {', '.join(rows.column_names)}, but none of pictures")
     rows = rows.cast_column(images[0], datasets.Image(decode=False))
-    texts = rows.remove_columns([key for key in rows.column_names if key == images[0]])
-    columns = {key: list(texts[key]) for key in texts.column_names if key in (label, group, "label_name", *_WORDS)}
-    schema_names = getattr(rows.features.get(label), "names", None) or []
+    texts = rows.remove_columns(images[:1])
+    columns = {key: list(texts[key]) for key in texts.column_names if key in _read(wanted)}
+    schema_names = getattr(rows.features.get(wanted.label), "names", None) or []
     return table(
         name,
         [f"row {index}" for index in range(len(rows))],
         columns,
         lambda index: _opened(rows[index][images[0]], None, name),
-        label,
-        group,
+        wanted,
         known=texts.column_names,
         schema_names=schema_names,
     )
 
 
-def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
+def open_parquet(paths: Sequence[Path], wanted: Wanted) -> Source:
     """Parquet files as one table; clips where the column is `strip` or `video`."""
     try:
         import pyarrow as pa
@@ -218,25 +216,25 @@ def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
     for number, path in enumerate(paths):
         try:
             file = pq.ParquetFile(path)
-            known = file.schema_arrow.names
+            known = set(file.schema_arrow.names)
             cell = cell or next((key for key in _CELLS if key in known), "")
             if cell not in known:
                 raise ValueError(
-                    f"{path} has the columns {', '.join(known)}; needed is `image` (or `strip` or `video`, of clips), "
-                    "in all files the same, and `label` for classes"
+                    f"{path} has the columns {', '.join(file.schema_arrow.names)}; needed is `image` (or `strip` or "
+                    "`video`, of clips), in all files the same, and `label` for classes"
                 )
-            every.update(known)
-            wanted = [key for key in dict.fromkeys((label, "label_name", group, *_WORDS)) if key in known]
-            rows = file.read(wanted)
+            every |= known
+            present = known & _read(wanted)
+            rows = file.read(list(present))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
-        for key in wanted:
+        for key in present:
             columns.setdefault(key, [None] * len(places)).extend(rows.column(key).to_pylist())
         for row_group in range(file.num_row_groups):
             places += [(number, row_group, row) for row in range(file.metadata.row_group(row_group).num_rows)]
         for column in columns.values():  # what this file lacks and an earlier one has
             column.extend([None] * (len(places) - len(column)))
-        schema_names = schema_names or _schema_names(file.schema_arrow.metadata or {}, label)
+        schema_names = schema_names or _schema_names(file.schema_arrow.metadata or {}, wanted.label)
     if not places:
         raise ValueError(f"{paths[0]} holds no pictures")
 
@@ -249,15 +247,14 @@ def open_parquet(paths: Sequence[Path], label: str, group: str) -> Source:
         return _opened(cells(number, row_group)[row].as_py(), paths[number].parent, paths[number])
 
     names = [f"row {index}" for index in range(len(places))]
-    found = table(paths[0], names, columns, read, label, group, known=every, schema_names=schema_names)
+    found = table(paths[0], names, columns, read, wanted, known=every, schema_names=schema_names)
     return found if cell == "image" else as_clips(found, strips=cell == "strip")
 
 
 def as_clips(source: Source, *, strips: bool = False) -> ClipSource:
     """The same rows as clips: their files, or `strips`, which are pictures of stacked frames."""
-    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(Source)}
-    fields["class_names"] = source.class_names if source.has_classes else (ClipSource.noun,)
-    return ClipSource(**fields | {"open": source.picture if strips else source.open})
+    class_names = source.class_names if source.has_classes else (ClipSource.noun,)
+    return ClipSource(**vars(source) | {"class_names": class_names, "open": source.picture if strips else source.open})
 
 
 def _opened(cell: Any, folder: Path | None, origin: Path | str) -> Any:
@@ -269,47 +266,29 @@ def _opened(cell: Any, folder: Path | None, origin: Path | str) -> Any:
     raise ValueError("neither bytes nor a path")
 
 
-def check_columns(source: Path | str, label: str, group: str, known: Iterable[str] = ()) -> None:
-    """Refuse a `label` or `group` that is none of the `known` columns; the default label may be missing."""
-    for key, column, default in (("group", group, ""), ("label", label, "label")):
-        if column not in ("", default, *known):
-            has = ", ".join(sorted(known))
-            fix = "name one of these" if has else "give a table with it (.parquet, .tar, metadata.jsonl)"
-            raise ValueError(
-                f"{source} has no column {column!r} for {key}, it has {has or 'none'}; {fix}, or leave {key} out"
-            )
-
-
 def table(
     where: Path | str,
     names: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     read: Callable[[int], Any],
-    label: str,
-    group: str,
+    wanted: Wanted,
     *,
     known: Iterable[str] | None = None,
     schema_names: Sequence[str] = (),
 ) -> Source:
     """The source that columns describe; `known` are the names of all that there are, None means these."""
-    check_columns(where, label, group, columns if known is None else known)
-    classes = _classes(columns, len(names), schema_names, where, label)
-    return Source(names, open=read, groups=_groups(columns, group), **classes, **_words(columns, where))
+    wanted.check_columns(where, columns if known is None else known)
+    classes = _classes(columns, len(names), schema_names, where, wanted.label)
+    return Source(names, open=read, groups=_groups(columns, wanted.group), **classes, **_words(columns, where))
 
 
-def records_table(
-    where: Path | str,
-    names: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    read: Callable[[int], Any],
-    label: str,
-    group: str,
-) -> Source:
-    """The source that one record a picture describes."""
-    return table(where, names, _columns(records), read, label, group)
+def _read(wanted: Wanted) -> set[str]:
+    """The columns that are read, beside that of the pictures."""
+    return {wanted.label, wanted.group, "label_name", *_WORDS}
 
 
-def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def columns_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of a table that has one record a row."""
     keys = dict.fromkeys(key for record in records for key in record)
     return {key: [record.get(key) for record in records] for key in keys}
 
@@ -363,11 +342,7 @@ def _schema_names(metadata: Mapping[bytes, bytes], label: str) -> list[str]:
 
 
 def _classes(
-    columns: Mapping[str, Sequence[Any]],
-    count: int,
-    schema_names: Sequence[str],
-    path: Path | str,
-    label: str,
+    columns: Mapping[str, Sequence[Any]], count: int, schema_names: Sequence[str], path: Path | str, label: str
 ) -> dict[str, Any]:
     """Find labels (N,) 0..K-1 and K names: from `label_name`, else the schema, else the numbers.
 

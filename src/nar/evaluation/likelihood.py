@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from nar import __version__
 from nar.condition import Condition
 from nar.data.open import open_source
-from nar.data.source import BROKEN, Source
+from nar.data.source import Source
 from nar.data.wording import wordings
 from nar.evaluation.independence import independence_cost
 from nar.likelihood import bits_per_token
@@ -29,7 +30,7 @@ from nar.media.video import Windows
 from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
-from nar.progress import steps
+from nar.progress import Progress, steps
 from nar.storage.folder import find_model, model_digest, read_config
 
 ROWS = {
@@ -189,20 +190,14 @@ def _held_out(
         source = opening()
     source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
     context = max(count for one in pipes for count in one.continuation.counts)
-    codes, frames, good, broken = [], [], [], []
-    device, step = pipe.model.device, max(1, _ENCODED // math.prod(pipe.pixel_shape[:-2]))
-    for start in steps(range(0, len(source), step), "encoding", "batches"):
-        images = []
-        for row in range(start, min(start + step, len(source))):
-            try:
-                images.append(source.array(row, size))
-                good.append(row)
-            except BROKEN as error:
-                broken.append(f"{source.names[row]} ({error})")
-        if images:
-            with torch.inference_mode():
-                codes.append(pipe.tokenizer.encode(as_pixels(np.stack(images)).to(device)).cpu())
-            frames += [clip[:context] for clip in images if context]
-    source.check_broken(broken)
-    source = source.take(np.array(good)) if broken else source
+    codes, frames, good = [], [], []
+    samples, step = source.decoded(size), max(1, _ENCODED // math.prod(pipe.pixel_shape[:-2]))
+    with Progress("encoding", len(source), f"{source.noun}s") as bar, torch.inference_mode():
+        while batch := list(islice(samples, step)):
+            pixels = as_pixels(np.stack([image for _, image in batch])).to(pipe.model.device)
+            codes.append(pipe.tokenizer.encode(pixels).cpu())
+            frames += [clip[:context] for _, clip in batch if context]
+            good += [row for row, _ in batch]
+            bar.update(len(batch))
+    source = source.take(np.array(good)) if len(good) < len(source) else source
     return HeldOut(source, torch.cat(codes), np.stack(frames) if frames else None)

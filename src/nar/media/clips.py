@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from nar.media.pictures import ENDINGS, natural, read_picture, upright_rgb
+from nar.media.pictures import ENDINGS, natural, upright_rgb
+from nar.media.video import File, timeline
 from nar.media.video import frames as decoded
-from nar.media.video import timeline
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 MOST_FRAMES = 2000  # of a clip to continue and of its continuation, which are held in memory
@@ -48,7 +48,10 @@ def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"frames must be uint8 (H, W, 3), not {frame.dtype} {frame.shape}")
         shapes.add(frame.shape)
-        clip.append(frame if size is None else _fitted(frame, size))
+        if size is not None and frame.shape[:2] != size:
+            picture = ImageOps.fit(Image.fromarray(frame), (size[1], size[0]), Image.Resampling.BILINEAR)
+            frame = np.asarray(picture)
+        clip.append(frame)
         if len(shapes) > 1:
             break
     if len(shapes) != 1:
@@ -63,35 +66,18 @@ def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
             yield np.asarray(upright_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame)
         return
     path = Path(frames)
+    file: File = path
     if path.is_dir():
-        shown = (file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
-        files = sorted(shown, key=natural)
-        if not files:
+        shown = [still for still in path.iterdir() if still.suffix.lower() in ENDINGS and still.name[0] != "."]
+        if not shown:
             raise ValueError(f"{path} holds no frames: pictures, in the order of their numbers")
-        _check_count(path, len(files))
-        for file in files:
-            yield np.asarray(read_picture(file))
-        return
-    rows = timeline(path).steady_rows(frame_rate)
-    _check_count(path, len(rows))
-    yield from decoded(path, rows.tolist())
-
-
-def _check_count(path: Path, count: int) -> None:
-    if count > MOST_FRAMES:
-        raise ValueError(f"{path} has {count} frames; cut out what is to be continued, at most {MOST_FRAMES} frames")
-
-
-def _fitted(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle of a frame (H, W, 3), resized to `size` where it has another."""
-    height, width = size
-    if frame.shape[:2] == size:
-        return frame
-    factor = min(frame.shape[0] / height, frame.shape[1] / width)
-    box_height, box_width = height * factor, width * factor
-    top, left = (frame.shape[0] - box_height) / 2, (frame.shape[1] - box_width) / 2
-    box = (left, top, left + box_width, top + box_height)
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box))
+        file = sorted(shown, key=natural)
+    rows = timeline(file).steady_rows(frame_rate)
+    if len(rows) > MOST_FRAMES:
+        raise ValueError(
+            f"{path} has {len(rows)} frames; cut out what is to be continued, at most {MOST_FRAMES} frames"
+        )
+    yield from decoded(file, rows.tolist())
 
 
 def save_clip(frames: Frames, path: Path, *, frame_rate: float) -> None:

@@ -55,10 +55,7 @@ def random_crop(picture: Image.Image, size: int, draws: Mapping[str, float], *, 
     whether the square is mirrored.
     """
     side = size + int(draws["crop_side"] * (math.ceil(size / smallest) - size + 1))
-    while min(picture.size) >= 2 * side:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = side / min(picture.size)
-    width, height = round(picture.width * scale), round(picture.height * scale)
+    picture, (width, height) = _halved(picture, side)
     left, top = int(draws["crop_left"] * (width - size + 1)), int(draws["crop_top"] * (height - size + 1))
     square = resized_square(picture, (width, height), (left, top), size, Image.Resampling.BICUBIC)
     return ImageOps.mirror(square) if draws["mirror"] < 0.5 else square
@@ -66,12 +63,17 @@ def random_crop(picture: Image.Image, size: int, draws: Mapping[str, float], *, 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` and cut the middle, as ADM does (halving with a box filter, then bicubic)."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = round(picture.width * scale), round(picture.height * scale)
+    picture, (width, height) = _halved(picture, size)
     corner = ((width - size) // 2, (height - size) // 2)
     return resized_square(picture, (width, height), corner, size, Image.Resampling.BICUBIC)
+
+
+def _halved(picture: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture, halved while its shorter side is at least twice `side`, and its size where that side is `side`."""
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    return picture, (round(picture.width * scale), round(picture.height * scale))
 
 
 def resized_square(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -116,7 +116,7 @@ class Timeline:
         """
         counts = np.diff([*self.times, self.seconds]) * frame_rate
         whole = np.round(counts)
-        if frame_rate and (np.abs(counts - whole) <= _UNSTEADY * whole).all():
+        if frame_rate and self.seconds and (np.abs(counts - whole) <= _UNSTEADY * whole).all():
             return np.repeat(np.arange(len(self.times)), whole.astype(np.int64))
         return self.rows(frame_rate)
 
@@ -332,19 +332,19 @@ def _pillow_timeline(file: str | Path | io.BytesIO) -> Timeline:
             picture.seek(number)
             picture.load()  # a webp knows its frame's time only then
             lengths.append(picture.info.get("duration", 0) / 1000 or _UNTIMED_SECONDS)
-        if picture.format == "GIF" and b"\0;" not in _last_bytes(file):
+        if picture.format == "GIF" and b"\0;" not in _ends(file)[1]:
             raise ValueError(f"{_name(file)} ends early: {count} frames are there, and no end; copy it again")
     ends = np.cumsum(lengths)
     return Timeline(np.concatenate([[0.0], ends[:-1]]), float(ends[-1]))
 
 
-def _last_bytes(file: str | Path | io.BytesIO) -> bytes:
-    """The end of a file, where a gif has its trailer after the end of a block."""
-    if isinstance(file, io.BytesIO):
-        return file.getvalue()[-64:]
-    with Path(file).open("rb") as data:
-        data.seek(-min(64, Path(file).stat().st_size), io.SEEK_END)
-        return data.read()
+def _ends(file: str | Path | io.BytesIO) -> tuple[bytes, bytes]:
+    """The first and the last 64 bytes of a file, where formats say what they are, and a gif that it is whole."""
+    with nullcontext(file) if isinstance(file, io.BytesIO) else Path(file).open("rb") as data:
+        data.seek(0)
+        head = data.read(64)
+        data.seek(max(0, data.seek(0, io.SEEK_END) - 64))
+        return head, data.read()
 
 
 def _pillow_frames(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterator[np.ndarray]:
@@ -356,21 +356,17 @@ def _pillow_frames(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterat
 
 def _is_picture(file: str | Path | io.BytesIO) -> bool:
     """Whether Pillow is to read it: PyAV decodes no animated webp, and loses the transparency of gifs."""
-    if isinstance(file, io.BytesIO):
-        head = file.getvalue()[:12]
-    else:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} does not exist")
-        with Path(file).open("rb") as data:
-            head = data.read(12)
-    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+    if not isinstance(file, io.BytesIO) and not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    head, _ = _ends(file)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
     return head.startswith((b"GIF8", b"\x89PNG", b"\xff\xd8", b"II*\0", b"MM\0*", b"BM")) or head[4:11] == b"ftypavi"
 
 
 def _name(file: File) -> str:
-    if isinstance(file, np.ndarray):
+    if isinstance(file, str | Path):
+        return str(file)
+    if isinstance(file, np.ndarray | io.BytesIO):
         return "a clip in memory"
-    if isinstance(file, Sequence) and not isinstance(file, str):
-        return str(file[0].parent) if len(file) else "a folder of frames"
-    return "a clip in memory" if isinstance(file, io.BytesIO) else str(file)
+    return str(file[0].parent) if len(file) else "a folder of frames"

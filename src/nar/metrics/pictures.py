@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from nar.data.open import open_source
-from nar.data.source import BROKEN
 from nar.data.source import Source as DataSource
 from nar.media.crops import centre_crop
 from nar.media.pictures import upright_rgb
@@ -70,9 +69,12 @@ def batches(
     source = opened(source, size=size, num_frames=num_frames)
     found: list[np.ndarray] = []
     first: tuple[str, tuple[int, ...]] | None = None
-    for name, piece in (
-        _of_source(source, size, broken) if isinstance(source, DataSource) else _of_items(source, size, num_frames)
-    ):
+    pieces = (
+        _of_items(source, size, num_frames)
+        if not isinstance(source, DataSource)
+        else ((source.names[row], piece) for row, piece in source.decoded(size, broken))
+    )
+    for name, piece in pieces:
         first = first or (name, piece.shape)
         if piece.shape != first[1]:
             raise ValueError(
@@ -119,23 +121,6 @@ def fingerprint(source: Opened) -> str | None:
         state.update(f"{array.dtype} {array.shape}".encode())
         state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
-
-
-def _of_source(source: DataSource, size: int | None, broken: list[str] | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every sample that can be decoded, with its name for messages."""
-    skipped: list[str] = []
-    for index, name in enumerate(source.names):
-        try:
-            piece = source.array(index, size)
-        except BROKEN as error:
-            skipped.append(f"{name} ({error})")
-            if source.too_many(len(skipped)):
-                source.check_broken(skipped)
-            continue
-        yield name, piece
-    source.check_broken(skipped)
-    if broken is not None:
-        broken += skipped
 
 
 def _of_items(items: Iterable[Any], size: int | None, num_frames: int | None) -> Iterator[tuple[str, np.ndarray]]:
