@@ -82,6 +82,11 @@ def test_one_clip_or_several() -> None:
     np.testing.assert_array_equal(as_array(list(clip)), clip)
 
 
+@pytest.mark.parametrize("side", [29, 58, 123])  # 28 * (29 / 28) is more than 29
+def test_frames_of_any_size_are_fitted(side: int) -> None:
+    assert as_array(np.zeros((2, side, side + 7, 3), np.uint8), (28, 28)).shape == (2, 28, 28, 3)
+
+
 def test_sheets_of_clips() -> None:
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     strips = np.asarray(film_strips([[red, blue, red], [blue]], ["first\nline", "x" * 100_000]))
