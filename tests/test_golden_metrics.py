@@ -28,7 +28,7 @@ from nar.metrics.frechet import (
     precision_recall,
 )
 from nar.metrics.networks.inception import POOLED_DIMS, Inception, load_inception, resize_tensorflow1
-from nar.text import clean_caption, left_pad, prepare_caption
+from nar.text import clean_caption, prepare_caption
 
 
 def check_image_metrics(fixture: Fixture) -> None:
@@ -312,19 +312,6 @@ def test_inception_weights_load_with_or_without_counters_and_strictly(tmp_path: 
         load_inception(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         loaded(torch.zeros(1, 1, 8, 8))
-
-
-def test_left_pad_moves_valid_tokens_to_the_end() -> None:
-    features = torch.arange(1.0, 17.0).reshape(2, 4, 2)
-    features[0, 3] = math.nan  # whatever an encoder leaves in the padding
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    moved, moved_mask = left_pad(features, mask)
-    assert moved_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
-    assert moved_mask.dtype == mask.dtype
-    assert moved[0].tolist() == [[0, 0], [0, 0], [1, 2], [3, 4]]
-    torch.testing.assert_close(moved[1], features[1])
-    with pytest.raises(ValueError, match="do not fit"):
-        left_pad(features, mask[:, :3])
 
 
 def test_cleaning_without_its_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

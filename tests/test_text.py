@@ -124,11 +124,11 @@ def test_captions_are_cleaned_only_where_asked_for(folders: dict[str, Path]) -> 
 def test_an_encoder_is_known_by_its_weights_and_words(folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = TextEncoder.from_pretrained(folders["bert"], max_length=8)
     copied = shutil.copytree(folders["bert"], tmp_path / "copy")
-    moved = TextEncoder.open(TextEncoderConfig(str(copied), 8, False, encoder.digest))
+    moved = TextEncoder(TextEncoderConfig(str(copied), 8, False, encoder.digest))
     assert moved.config.digest == encoder.digest
     other = tiny_encoder(tmp_path / "other", "bert", seed=1)
     with pytest.raises(ValueError, match="another text encoder"):
-        TextEncoder.open(TextEncoderConfig(str(other), 8, False, encoder.digest))
+        TextEncoder(TextEncoderConfig(str(other), 8, False, encoder.digest))
 
 
 def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_errors_say_what_is_needed(folders: dict[str, Path], tmp_path: Path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     wordless = shutil.copytree(folders["t5"], tmp_path / "wordless")
     (wordless / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"has no vocabulary \(tokenizer\.json, .* copy the encoder's tokenizer there"):
+    with pytest.raises(ValueError, match=r"has no vocabulary \(tokenizer\.json, .* copy its tokenizer there"):
         TextEncoder.from_pretrained(wordless)
     (wordless / "spiece.model").write_bytes(b"words")
     with pytest.raises(ModuleNotFoundError, match="needs sentencepiece: pip install sentencepiece"):

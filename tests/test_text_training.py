@@ -122,7 +122,7 @@ def test_captions_are_learned(trained: Path) -> None:
     right = losses(trained, "heldout_bits_per_token")[-1]
     assert right < losses(trained, "heldout_bits_per_token_without_words")[-1] - 0.05
     codes = Codes.open(trained / "codes" / "heldout")
-    encoder = TextEncoder.open(TextEncoderConfig(**read_config(trained / "model")["text_encoder"]), device="cpu")
+    encoder = TextEncoder(TextEncoderConfig(**read_config(trained / "model")["text_encoder"]), device="cpu")
     captions = [forms[0] for forms in codes.wordings("varied")]
     other = {"red": "green", "green": "blue", "blue": "red", "flat": "old", "noto": "flat", "old": "noto"}
     wrong = [" ".join(other.get(word, word) for word in caption.split()) for caption in captions]
@@ -316,7 +316,7 @@ def test_extracted_features_stand_for_the_encoder(tmp_path: Path, monkeypatch: p
     run_recipe(str(path), [f"run={tmp_path / 'run'}", *data])
     config = read_config(tmp_path / "run" / "model")["text_encoder"]
     assert config["source"] == str(tmp_path / "encoder")
-    assert TextEncoder.open(TextEncoderConfig(**config | {"source": str(tmp_path / "elsewhere")})).dim == 16
+    assert TextEncoder(TextEncoderConfig(**config | {"source": str(tmp_path / "elsewhere")})).dim == 16
     with pytest.raises(FileNotFoundError, match="is no text encoder"):
         run_recipe(str(path), [f"run={tmp_path / 'other'}", *data, "text_encoder.max_length=9"])
 

@@ -135,7 +135,7 @@ def extract(
             from nar.text import TextEncoder, TextEncoderConfig, cached
 
             forms = [form for forms in Codes.open(output).wordings(wording) for form in forms]
-            encoder = TextEncoder.open(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
+            encoder = TextEncoder(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
             typer.echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
         if workers.first:
             manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))

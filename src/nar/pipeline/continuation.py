@@ -81,10 +81,8 @@ class Continuation:
         if num_frames is not None and num_frames <= max(lengths):
             raise ValueError(f"num_frames {num_frames} must be more than the {max(lengths)} that are given")
         if not self.prefix and num_frames is not None and num_frames > self.num_frames:
-            raise ValueError(
-                f"num_frames {num_frames} is more than this model's {self.num_frames}, and it can't continue a clip; "
-                "models with frame prediction can"
-            )
+            longest = f"this model's {self.num_frames}, and it can't continue a clip; models with frame prediction can"
+            raise ValueError(f"num_frames {num_frames} is more than {longest}")
 
     @torch.inference_mode()
     def condition(self, clips: Sequence[Tensor | None]) -> Condition:

@@ -1,5 +1,4 @@
-"""Classes, words or context frames in, pictures or clips out: where text encoder, condition, sampling and tokenizer
-meet.
+"""Classes, words or context frames in, pictures or clips out: text encoder, condition, sampling and tokenizer meet.
 
 Knows model folders, names of classes, captions and pixels; does not know the command line or HTTP. Legend: `B` batch,
 `T H W` frames and pixels.
@@ -12,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from nar.pipeline.requests import Inputs, Request, known_codes, seeds_of
 from nar.precision import usable_device
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
 from nar.storage.folder import CONFIG, find_model, from_dict, read_config
-from nar.text import TextEncoderConfig
-from nar.text.captions import Captions, Encoder
+from nar.text import TextEncoder, TextEncoderConfig
+from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer, load_tokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -79,22 +79,17 @@ class Pipeline:
         class_names: Sequence[str] = (),
         sampling: Sampling | None = None,
         *,
-        text: TextEncoderConfig | Encoder | None = None,
+        text: TextEncoderConfig | TextEncoder | None = None,
         given_frames: Sequence[int] = (),
         frame_rate: float | None = None,
     ) -> None:
         config = model.config
         if tokenizer.config.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"the model has {config.vocab_size} codes but the tokenizer {tokenizer.config.vocab_size}: "
-                "they do not belong together"
-            )
-        self.model = model
-        self.session = Session(model)
+            codes = f"{config.vocab_size} codes but the tokenizer {tokenizer.config.vocab_size}"
+            raise ValueError(f"the model has {codes}: they do not belong together")
+        self.model, self.tokenizer, self.session = model, tokenizer, Session(model)
         self._half = next(model.parameters()).dtype == torch.bfloat16
-        self.tokenizer = tokenizer
-        self.class_names = tuple(class_names)
-        self.sampling = sampling or Sampling()
+        self.class_names, self.sampling = tuple(class_names), sampling or Sampling()
         self.captions = Captions(text, length=config.text_length, dim=config.text_dim, device=model.device)
         self.pixel_shape = tokenizer.pixel_shape(config.grid)
         self.continuation = Continuation(model, tokenizer, given_frames)
@@ -113,12 +108,11 @@ class Pipeline:
     ) -> Pipeline:
         """Load a bundled name, a model folder or a hub id (`revision`: its branch, tag or commit).
 
-        `device` defaults to cuda where there is one.
-
-        The weights of the tokenizer stay in float32, whatever the `dtype` of the transformer: "float32", "bfloat16",
-        "float16", or on a CPU "int8"; with "bfloat16" its decoder computes in that. On a CPU "float16" means
-        half-precision weights and float32 arithmetic; see `nar.precision`. `text_encoder` (a folder or hub id) takes
-        the place of the one that the folder names; published text models name none. It is loaded at the first prompt.
+        `device` defaults to cuda where there is one. The weights of the tokenizer stay in float32, whatever the `dtype`
+        of the transformer: "float32", "bfloat16", "float16", or on a CPU "int8"; with "bfloat16" its decoder computes
+        in that. On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
+        `text_encoder` (a folder or hub id) takes the place of the one that the folder names; published text models name
+        none. It is loaded at the first prompt.
 
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
@@ -151,14 +145,8 @@ class Pipeline:
 
     def at_grid(self, grid: Sequence[int]) -> Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
-        other = Pipeline(
-            self.model.at_grid(tuple(grid)),
-            self.tokenizer,
-            self.class_names,
-            self.sampling,
-            given_frames=self.continuation.counts,
-            frame_rate=self._trained_rate,
-        )
+        parts = self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling
+        other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
         other.captions = self.captions
         return other
 
@@ -168,12 +156,12 @@ class Pipeline:
         return len(self.pixel_shape) == 3
 
     @property
-    def text(self) -> TextEncoderConfig | Encoder | None:
+    def text(self) -> TextEncoderConfig | TextEncoder | None:
         """The encoder for prompts; its config as long as it is not open."""
         return self.captions.encoder
 
-    def text_encoder(self) -> Encoder:
-        """The encoder for prompts, opened when it is first asked for; see `nar.text.captions.Captions.open`."""
+    def text_encoder(self) -> TextEncoder:
+        """The encoder for prompts, opened when it is first asked for."""
         return self.captions.open()
 
     def drop_text_encoder(self) -> None:
@@ -246,30 +234,20 @@ class Pipeline:
         self._check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
         kept = None if known is None else known_codes(known, len(requests), self.model.config.grid)
-        results: list[Tensor] = []
-        for start in range(0, len(requests), batch_size):
+        count, results = len(requests), list[Tensor]()
+        seeds, indices = ([seed] * count, range(count)) if isinstance(seed, int) else (seed, [0] * count)
+        sampled = partial(self.sample, num_frames=num_frames, exact=True) if output_type != "codes" else self._codes
+        for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
-            batch, options = (
-                requests[rows],
-                {
-                    "seed": seed if isinstance(seed, int) else seed[rows],
-                    "known": None if kept is None else kept[rows],
-                    "callback": callback_on_front_end,
-                },
-            )
-            indices = range(start, start + len(batch)) if isinstance(seed, int) else [0] * len(batch)
-            if output_type == "codes":
-                results.extend(self._codes(batch, indices, sampling, **options))
-            else:
-                results.extend(self.sample(batch, indices, sampling, num_frames=num_frames, exact=True, **options))
+            known = None if kept is None else kept[rows]
+            options = {"seed": seeds[rows], "known": known, "callback": callback_on_front_end}
+            results.extend(sampled(requests[rows], indices[rows], sampling, **options))
         output = torch.stack(results) if output_type == "codes" else _as_output(results, output_type)
-        return Output(
-            None if self.makes_clips else output,
-            output if self.makes_clips else None,
-            [request.prompt or ("" if request.label < 0 else self.label_name(request.label)) for request in requests],
-            [request.label for request in requests],
-            seed,
-        )
+        images, videos = (None, output) if self.makes_clips else (output, None)
+        names = [
+            request.prompt or (self.label_name(request.label) if request.label >= 0 else "") for request in requests
+        ]
+        return Output(images, videos, names, [request.label for request in requests], seed)
 
     def requests(
         self,
@@ -332,11 +310,11 @@ class Pipeline:
             return Condition(labels if config.num_classes else None, text, prefix)
 
         positive = together(labels, [request.prompt for request in requests], [False] * len(requests))
-        apart = [request.has_negative for request in requests]
-        if not any(apart):
+        null = [not request.has_negative for request in requests]
+        if all(null):
             return positive, None
-        words = [request.negative if other else request.prompt for request, other in zip(requests, apart, strict=True)]
-        return positive, together(torch.full_like(labels, NULL_CLASS), words, [not other for other in apart])
+        words = [request.negative if request.has_negative else request.prompt for request in requests]
+        return positive, together(torch.full_like(labels, NULL_CLASS), words, null)
 
     def _codes(
         self,
@@ -354,11 +332,8 @@ class Pipeline:
         if not any(request.is_guided for request in batch) and (config.num_classes or config.text_dim):
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # both sides would be the null condition
         context = self.continuation.known(condition)
-        if known is None or context is None:
-            known = context if known is None else known
-        else:
-            known = torch.where(context >= 0, context, known.to(context.device))
-        codes = torch.empty(0)
+        if context is not None:
+            known = context if known is None else torch.where(context >= 0, context, known.to(context.device))
         options: dict[str, Any] = {"negative": negative, "seed": seed, "indices": indices, "known": known}
         for front, codes in generate_fronts(self.model, condition, sampling, session=self.session, **options):
             if callback is not None:
@@ -416,6 +391,4 @@ def _as_output(pixels: Sequence[Tensor], output_type: str) -> Any:
     arrays = [as_images(one[None])[0] for one in pixels]
     if output_type == "np":
         return np.stack(arrays)
-    return [
-        Image.fromarray(array) if array.ndim == 3 else [Image.fromarray(frame) for frame in array] for array in arrays
-    ]
+    return [list(map(Image.fromarray, array)) if array.ndim == 4 else Image.fromarray(array) for array in arrays]

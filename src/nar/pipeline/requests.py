@@ -111,11 +111,8 @@ class Inputs:
         _checked_number(count, number)
         if frames is not None:
             columns["frames"] = [read(clip) for clip in columns["frames"]]
-        return [
-            Request(**{name: column[index % len(column)] for name, column in columns.items()})
-            for index in range(count)
-            for _ in range(number)
-        ]
+        rows = [{name: column[index % len(column)] for name, column in columns.items()} for index in range(count)]
+        return [Request(**row) for row in rows for _ in range(number)]
 
     def _check_kinds(self, class_labels: Any, prompt: Any, negative_prompt: Any, frames: Any) -> None:
         config = self.config
@@ -127,11 +124,10 @@ class Inputs:
         ):
             if value is not None and not taken:
                 raise ValueError(f"this model takes no {name}; it takes {self}")
-        begins_from_nothing = 0 in self.counts
         nothing = class_labels is None and prompt is None and frames is None
-        if nothing and (not begins_from_nothing or config.num_classes or config.text_dim):
+        if nothing and (0 not in self.counts or config.num_classes or config.text_dim):
             raise ValueError(f"say what to make: this model takes {self}")
-        if config.prefix_grid and frames is None and not begins_from_nothing:
+        if config.prefix_grid and frames is None and 0 not in self.counts:
             raise ValueError("this model continues clips: give it frames")
         if config.num_classes and class_labels is None and not config.null_class:
             raise ValueError("this model has no null class: give it class labels too")
@@ -180,10 +176,8 @@ def _checked_number(count: int, number: int) -> int:
     if not isinstance(number, Integral) or number < 1:
         raise ValueError(f"num_images_per_prompt must be a whole number of at least 1, not {number!r}")
     if count * number > MOST_RESULTS:
-        raise ValueError(
-            f"{count:,} times num_images_per_prompt {number:,} are too many for one call, which returns all at once: "
-            f"at most {MOST_RESULTS:,}; call again with other seeds"
-        )
+        asked = f"{count:,} times num_images_per_prompt {number:,}"
+        raise ValueError(f"{asked} are too many for one call: at most {MOST_RESULTS:,}; call again with other seeds")
     return number
 
 

@@ -7,7 +7,6 @@ tokens, `F` feature width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,22 +14,6 @@ from torch import Tensor
 from nar.text.encoder import TextEncoder, TextEncoderConfig
 
 KEPT_CAPTIONS = 128  # whose features are not computed again: of flan-t5-xl a MB each
-
-
-class Encoder(Protocol):
-    """What makes features of captions: `nar.text.TextEncoder`, or anything with these three."""
-
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features (B, T, F) float32, padded on the left, and their mask (B, T) bool."""
-        ...
-
-    def blank(self, captions: Sequence[str]) -> Tensor:
-        """Which captions (B,) bool say nothing."""
-        ...
-
-    def close(self) -> None:
-        """Free the memory; another `encode` takes it again."""
-        ...
 
 
 class Captions:
@@ -41,39 +24,39 @@ class Captions:
     """
 
     def __init__(
-        self, encoder: TextEncoderConfig | Encoder | None, *, length: int, dim: int, device: torch.device
+        self, encoder: TextEncoderConfig | TextEncoder | None, *, length: int, dim: int, device: torch.device
     ) -> None:
         self.encoder = encoder
         self.length, self.dim, self.device = length, dim, device
         self._kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def open(self) -> Encoder:
+    def open(self) -> TextEncoder:
         """Open the encoder, unless it is.
 
         Raises:
             ValueError: the model names none and none was given, or it is another one than the model was trained with.
             ModuleNotFoundError: a package is missing.
         """
-        if self.encoder is None or (isinstance(self.encoder, TextEncoderConfig) and not self.encoder.source):
+        if isinstance(self.encoder, TextEncoder):
+            return self.encoder
+        if self.encoder is None or not self.encoder.source:
             raise ValueError(
-                "this model's folder names no text encoder; give the one that it was trained with: "
-                "--text-encoder FOLDER, or Pipeline.from_pretrained(..., text_encoder=FOLDER) "
-                "(published NAR and LlamaGen text models: google/flan-t5-xl)"
+                "this model's folder names no text encoder; give the one that it was trained with: --text-encoder "
+                "FOLDER, or text_encoder=FOLDER (published NAR and LlamaGen text models: google/flan-t5-xl)"
             )
-        if isinstance(self.encoder, TextEncoderConfig):
-            encoder = TextEncoder.open(self.encoder, device=self.device)
-            if encoder.dim != self.dim:
-                raise ValueError(
-                    f"text encoder {self.encoder.source} has width {encoder.dim}, the model takes {self.dim}; "
-                    "use the encoder that the model was trained with"
-                )
-            self.encoder = encoder
-        return self.encoder
+        encoder = TextEncoder(self.encoder, device=self.device)
+        if encoder.dim != self.dim:
+            raise ValueError(
+                f"text encoder {self.encoder.source} has width {encoder.dim}, the model takes {self.dim}; "
+                "use the encoder that the model was trained with"
+            )
+        self.encoder = encoder
+        return encoder
 
     def close(self) -> None:
         """Free the memory of the encoder and of kept features; the next prompt takes it again."""
         self._kept = {}
-        if self.encoder is not None and not isinstance(self.encoder, TextEncoderConfig):
+        if isinstance(self.encoder, TextEncoder):
             self.encoder.close()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

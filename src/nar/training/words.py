@@ -98,7 +98,7 @@ class Text:
         else:
             fast = kind == "on-the-fly" and workers.device.type == "cuda"
             dtype = torch.bfloat16 if fast else None
-            self._encoder = encoder = TextEncoder.open(config, device=workers.device, dtype=dtype)
+            self._encoder = encoder = TextEncoder(config, device=workers.device, dtype=dtype)
             if kind == "cached":
                 of_one = [features for features in there if features.config == encoder.config]
                 missing = self._missing(of_one)
@@ -111,11 +111,9 @@ class Text:
         assert opened is not None
         self.config, self.dim = opened.config, opened.dim
         self._blank = torch.tensor([not self.config.prepare(caption) for caption in self._captions])
-        self._owners = np.zeros(len(self._captions), np.int64)  # which of the features has a caption, and where
-        self._rows = np.zeros(len(self._captions), np.int64)
+        self._owners = np.zeros(len(self._captions), np.int64)  # which of the features has a caption
         for number, caption in enumerate(self._captions if self._features else ()):
-            owner = next(index for index, features in enumerate(self._features) if caption in features)
-            self._owners[number], self._rows[number] = owner, self._features[owner].rows([caption])[0]
+            self._owners[number] = next(index for index, part in enumerate(self._features) if caption in part)
 
     def _missing(self, features: Sequence[Features]) -> list[str]:
         return [caption for caption in self._captions if not any(caption in part for part in features)]
@@ -133,7 +131,8 @@ class Text:
             mask = torch.zeros(features.shape[:2], dtype=torch.bool)
             for owner in np.unique(self._owners[places]):
                 rows = np.flatnonzero(self._owners[places] == owner)
-                features[rows], mask[rows] = self._features[owner].take(self._rows[places[rows]])
+                captions = [self._captions[place] for place in places[rows]]
+                features[rows], mask[rows] = self._features[owner].read(captions)
         null: Tensor = self._blank[torch.from_numpy(places)]
         return TextCondition(features, mask, null.to(features.device))
 
