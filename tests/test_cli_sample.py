@@ -206,7 +206,7 @@ def test_mistakes(run: Run, words_folder: Path, clips_folder: Path, toy_folder: 
     (tmp_path / "broken.gif").write_bytes(b"GIF89a nothing")
     assert "broken.gif" in run("sample", clips_folder, "--frames", tmp_path / "broken.gif", *out, code=2)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    assert "is not UTF-8 text" in run("sample", words_folder, "--prompts-file", tmp_path / "latin.txt", *out, code=2)
+    assert "is no UTF-8 text" in run("sample", words_folder, "--prompts-file", tmp_path / "latin.txt", *out, code=2)
     (tmp_path / "empty.txt").write_text("\n")
     assert "holds no prompts" in run("sample", words_folder, "--prompts-file", tmp_path / "empty.txt", *out, code=2)
 

@@ -26,8 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (fashion), a model folder, or a hub id.")]
-
 
 def main() -> None:
     """Run the command; what is expected to go wrong is one line on stderr and exit code 2, a bug one and code 1.

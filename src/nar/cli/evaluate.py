@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from nar.cli import options as shared
 from nar.cli.app import app, given_settings, setting_names
 
 # Options that moved into sub-verbs, those first that were given together with others of them.
@@ -46,7 +47,6 @@ Inception = Annotated[
 Size = Annotated[int | None, typer.Option(min=8, help="Crop and resize all pictures to this many pixels.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Default: 64 pictures, 8 clips.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of what is chosen and resampled at random.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of a model: float32, bfloat16, or on a CPU float16.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")]
 Prompts = Annotated[Path | None, typer.Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
@@ -124,16 +124,12 @@ def evaluate(
         str | None,
         typer.Option(help="Classes that a model samples: balanced, random, or real: those of the real pictures."),
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Of a model, 1.0 is off. Default: its own.")] = None,
-    guidance_interval: Annotated[
-        int | None, typer.Option(help="Of a model: guidance ends once more than this number of tokens are sampled.")
-    ] = None,
-    guidance_curve: Annotated[
-        str | None, typer.Option(help="Of a model: constant, linear, cosine or power, over the fronts.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of a model, 0 is off. Default: its own.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of a model. Default: its own.")] = None,
+    guidance_scale: shared.GuidanceScale = None,
+    guidance_interval: shared.GuidanceInterval = None,
+    guidance_curve: shared.GuidanceCurve = None,
+    temperature: shared.Temperature = None,
+    top_k: shared.TopK = None,
+    top_p: shared.TopP = None,
     seed: Annotated[int, typer.Option(min=0, help="Of sampled pictures, halves and resamplings.")] = 0,
     calibration: Annotated[
         float,
@@ -144,7 +140,7 @@ def evaluate(
         "~/.cache/nar/features"
     ),
     batch_size: Batch = None,
-    device: Device = None,
+    device: shared.Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Judge pictures or clips against real ones: one table, and a JSON report with all that changes a number."""
@@ -201,7 +197,7 @@ def tokenizer(
     inception: Inception = None,
     seed: Seed = 0,
     batch_size: Batch = None,
-    device: Device = None,
+    device: shared.Device = None,
     json_file: Json = None,
 ) -> None:
     """Reconstruction quality of a tokenizer on pictures or clips held out in its training, beside baselines."""
@@ -221,7 +217,7 @@ def likelihood(
     split: Split = "test",
     number: Annotated[int, typer.Option("--number", "-n", min=4, help="Pictures, at most.")] = 10_000,
     seed: Seed = 0,
-    device: Device = None,
+    device: shared.Device = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
@@ -243,7 +239,7 @@ def captions(
     ] = False,
     size: Size = None,
     seed: Seed = 0,
-    device: Device = None,
+    device: shared.Device = None,
     json_file: Json = None,
 ) -> None:
     """Judge whether pictures show what their captions say: CLIP score, retrieval."""
@@ -262,7 +258,7 @@ def geneval(
     clip: Annotated[Path | None, typer.Option(help="A local transformers folder of a CLIP model.")] = None,
     write_prompts: Prompts = None,
     seed: Seed = 0,
-    device: Device = None,
+    device: shared.Device = None,
     json_file: Json = None,
 ) -> None:
     """Judge compositions by GenEval's published rules; or write its 553 prompts."""
@@ -332,7 +328,7 @@ def reference(
     inception: Inception = None,
     seed: Seed = 0,
     batch_size: Batch = None,
-    device: Device = None,
+    device: shared.Device = None,
 ) -> None:
     """Write the statistics of real pictures as ADM's files hold them, for --real."""
     from nar.evaluation.sets import BATCH

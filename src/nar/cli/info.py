@@ -20,38 +20,30 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model is: parameters, grid, steps, tokenizer, how it was trained."""
-    if presets:
-        from nar.storage.presets import PRESETS
+    from nar.storage.config import recipe_names
+    from nar.storage.folder import bundled_names
+    from nar.storage.presets import PRESETS
 
-        if as_json:
-            typer.echo(json.dumps({name: vars(preset) for name, preset in PRESETS.items()}, indent=2, default=list))
-            return
-        for name, preset in PRESETS.items():
-            grid = "x".join(map(str, preset.config.get("grid", ()))) or "any"
-            typer.echo(f"{name:<16} {preset.kind:<15} {preset.num_parameters:>13,} parameters  grid {grid}")
+    if model is None and not presets:
+        names = f"bundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
+        typer.echo(f"nar {__version__}\n{names}")
         return
-    if model is None:
-        from nar.storage.config import recipe_names
-        from nar.storage.folder import bundled_names
-
-        typer.echo(
-            f"nar {__version__}\nbundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
-        )
-        return
-    facts = _facts(model)
+    facts = {name: vars(preset) for name, preset in PRESETS.items()} if presets else _facts(str(model))
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(facts, indent=2, default=list))
         return
     width = max(map(len, facts))
     for key, value in facts.items():
+        if presets:
+            grid = "x".join(map(str, value["config"].get("grid", ()))) or "any"
+            value = f"{value['kind']:<15} {value['num_parameters']:>13,} parameters  grid {grid}"
         typer.echo(f"{key:<{width}}  {shown(value)}")
 
 
 def _made(shape: tuple[int, ...], frame_rate: float) -> str:
     *frames, height, width = shape
-    if not frames:
-        return f"pictures of {height}x{width} pixels"
-    return f"clips of {frames[0]} frames of {height}x{width} pixels, {frame_rate:g} frames per second"
+    clips = f"clips of {frames[0]} frames of" if frames else "pictures of"
+    return f"{clips} {height}x{width} pixels" + (f", {frame_rate:g} frames per second" if frames else "")
 
 
 def _facts(model: str) -> dict[str, Any]:

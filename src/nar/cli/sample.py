@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import Model, app, given_settings, sizes
+from nar.cli import options as shared
+from nar.cli.app import app, given_settings, sizes
+from nar.progress import Progress
 from nar.storage.files import atomically, check_output
+from nar.storage.text import read_lines
 
 if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
@@ -31,7 +32,7 @@ EACH = 4  # pictures of everything that is asked for, where nothing says how man
     "Clips: --frames start.gif -o next.gif."
 )
 def sample(
-    model: Model,
+    model: shared.Model,
     output: Annotated[
         Path,
         typer.Option(
@@ -90,20 +91,12 @@ def sample(
             help="GenEval's metadata, one JSON with a prompt a line: -n pictures of each, in the folders it reads."
         ),
     ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Strength of guidance, 1.0 is off. Default: the model's own.")
-    ] = None,
-    guidance_interval: Annotated[
-        int | None, typer.Option(help="End guidance once more than this number of tokens are sampled.")
-    ] = None,
-    guidance_curve: Annotated[
-        str | None, typer.Option(help="constant, linear, cosine or power, over the fronts.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits; 0 takes the most likely token.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens, 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this mass.")] = None,
+    guidance_scale: shared.GuidanceScale = None,
+    guidance_interval: shared.GuidanceInterval = None,
+    guidance_curve: shared.GuidanceCurve = None,
+    temperature: shared.Temperature = None,
+    top_k: shared.TopK = None,
+    top_p: shared.TopP = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -125,7 +118,7 @@ def sample(
         str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
+    device: shared.Device = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
 ) -> None:
     """Sample pictures or clips with a model."""
@@ -148,9 +141,12 @@ def sample(
             raise ValueError(f"{chosen} says what is sampled: leave out {', '.join(wrong)}")
         if of_prompts and prompts_file is None:
             raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
+        from nar.training.distributed import joined
+
         lines = _lines(prompts_file) if prompts_file else []
         settings = given_settings(locals())
-        with _joined(model, device, dtype, text_encoder, grid) as (pipe, workers):
+        with joined(device or "auto") as workers:
+            pipe = _pipeline(model, workers.device, dtype, text_encoder, grid)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
             how |= {"batch_size": batch_size, "settings": {"model": model, "dtype": dtype}}
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
@@ -169,67 +165,46 @@ def sample(
     options: dict[str, Any] = {"negative_prompt": negative_prompt, "num_frames": num_frames, "seed": seed}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
     count = max(map(len, columns.values())) * number
-    progress = _Progress(None if num_frames else count * pipe.model.layout.schedule.num_steps, growing)
-    result = pipe(
-        columns["class_label"] or None,
-        prompt=columns["prompt"] or None,
-        frames=columns["frames"] or None,
-        num_images_per_prompt=number,
-        batch_size=batch_size,
-        output_type="np" if output.suffix == ".npz" else "pil",
-        callback_on_front_end=progress.after_front,
-        **options,
-        **settings,
-    )
-    seconds = progress.stop()
-    how = {
-        "model": model,
-        **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)),
-        **options,
-        "text_encoder": text_encoder,
-        "grid": list(pipe.model.config.grid),
-        "dtype": dtype,
-        "version": __version__,
-    }
+    counts, fronts, started = list[int](), dict[int, list[Any]](), perf_counter()
+    total = None if num_frames else count * pipe.model.layout.schedule.num_steps
+    with Progress("sampling", total, "steps") as progress:
+
+        def after_front(_: Pipeline, front: int, codes: Any) -> None:
+            counts.append(len(codes))
+            progress.update(len(codes))
+            if growing:
+                fronts.setdefault(front, []).append(codes.cpu())
+
+        result = pipe(
+            columns["class_label"] or None,
+            prompt=columns["prompt"] or None,
+            frames=columns["frames"] or None,
+            num_images_per_prompt=number,
+            batch_size=batch_size,
+            output_type="np" if output.suffix == ".npz" else "pil",
+            callback_on_front_end=after_front,
+            **options,
+            **settings,
+        )
+    seconds = perf_counter() - started
+    how = {"model": model, **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)), **options}
+    how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "dtype": dtype, "version": __version__}
+    rate, ending = fps or pipe.frame_rate, "" if pipe.makes_clips else ".png"
+    how |= {"frame_rate": rate} if pipe.makes_clips else {}
     records = [
-        {"label": name, "index": index, **how}
+        {"file": f"{index:06d}{ending}", "label": name, "index": index, **how}
         | {kind: values[index // number % len(values)] for kind, values in columns.items() if values}
         for index, name in enumerate(result.names)
     ]
-    if pipe.makes_clips:
-        _write_clips(output, result, records, fps or pipe.frame_rate)
-    else:
-        _write(output, result, records)
+    _write(output, result, records, rate)
     written = [output]
     if growing:
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
-        _write_growth(written[-1], pipe, progress.fronts, result)
+        _write_growth(written[-1], pipe, fronts, result)
     kind = "clips" if pipe.makes_clips else "pictures"
-    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {progress.steps / len(result.names):.0f} steps each")
+    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {sum(counts) / len(result.names):.0f} steps each")
     for path in written:
         typer.echo(f"wrote {path}")
-
-
-class _Progress:
-    """Counts the steps of a call on a bar, and keeps the codes after each front where growth is shown."""
-
-    def __init__(self, total: int | None, keep: bool) -> None:
-        from tqdm import tqdm
-
-        self.steps, self.fronts = 0, dict[int, list[Any]]()
-        self._keep, self._started = keep, perf_counter()
-        self._bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None)
-
-    def after_front(self, _: Pipeline, front: int, codes: Any) -> None:
-        self.steps += len(codes)
-        self._bar.update(len(codes))
-        if self._keep:
-            self.fronts.setdefault(front, []).append(codes.cpu())
-
-    def stop(self) -> float:
-        """End the bar; returns the seconds since the start."""
-        self._bar.close()
-        return perf_counter() - self._started
 
 
 def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, grid: str | None) -> Pipeline:
@@ -250,26 +225,10 @@ def _check_kind(pipe: Pipeline, output: Path, fps: float | None, gif: bool) -> N
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    if not any(lines):
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
+    if not lines:
         raise ValueError(f"{path} holds no prompts: write one a line")
-    return [line for line in lines if line]
-
-
-@contextmanager
-def _joined(
-    model: str, device: str | None, dtype: str, text_encoder: str | None, grid: str | None
-) -> Iterator[tuple[Pipeline, Workers]]:
-    """The pipeline of one of torchrun's processes, or of this one alone."""
-    from nar.training.distributed import joined
-
-    with joined(device or "auto") as workers:
-        yield _pipeline(model, workers.device, dtype, text_encoder, grid), workers
+    return lines
 
 
 def _sample_set(
@@ -287,13 +246,11 @@ def _sample_set(
     from nar.evaluation.sets import LABELS, geneval_set, made_by, sample_set
     from nar.media.video import Windows
     from nar.storage.folder import find_model
-    from nar.text import TextEncoder
 
     settings = options["settings"]
     settings |= {"grid": list(pipe.model.config.grid), **made_by(find_model(settings["model"]))}
     if pipe.model.config.text_dim and (prompts or geneval):
-        encoder = pipe.text_encoder()
-        settings["text_encoder_sha256"] = encoder.digest if isinstance(encoder, TextEncoder) else None
+        settings["text_encoder_sha256"] = pipe.text_encoder().digest
     options |= {"rank": workers.rank, "num_processes": workers.count, "wait": workers.wait}
     if geneval is not None:
         said = f"{number} pictures of each of {geneval_set(pipe, output, geneval, number, **options)} prompts"
@@ -317,10 +274,8 @@ def _sample_set(
 def _check_output(output: Path) -> None:
     """Refuse a path that can't be written before any work is done."""
     if output.suffix not in CLIPS:
-        raise ValueError(
-            f"output {output} must end in .png, .gif or .npz (clips also .mp4, .webp), or be a folder without a dot in "
-            f"its name, not {output.suffix!r}"
-        )
+        allowed = ".png, .gif or .npz (clips also .mp4, .webp), or be a folder without a dot in its name"
+        raise ValueError(f"output {output} must end in {allowed}, not {output.suffix!r}")
     if output.suffix == ".mp4" and find_spec("av") is None:
         raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -328,43 +283,27 @@ def _check_output(output: Path) -> None:
     check_output(output if output.suffix else output / "samples.json")
 
 
-def _write(output: Path, result: Output, records: list[dict[str, Any]]) -> None:
-    from nar.media.sheet import contact_sheet
+def _write(output: Path, result: Output, records: list[dict[str, Any]], frame_rate: float) -> None:
+    """Write pictures or clips in the form that the path names, in a folder with `samples.json`: how each was made."""
+    from nar.media.clips import save_clip
+    from nar.media.sheet import contact_sheet, film_strips, moving_sheet
 
+    clips, made = result.videos, result.images if result.videos is None else result.videos
     if output.suffix == ".png":
-        atomically(output, contact_sheet(result.images, result.names).save)
+        atomically(output, (contact_sheet if clips is None else film_strips)(made, result.names).save)
     elif output.suffix == ".npz":
-        _write_array(output, result.images, result)
+        _write_array(output, made, result)
+    elif output.suffix and clips is not None:  # one clip as it is, so that it can be continued; several side by side
+        moving = clips[0] if len(clips) == 1 else moving_sheet(clips, result.names)
+        atomically(output, lambda path: save_clip(moving, path, frame_rate=frame_rate))
     elif not output.suffix:
 
         def write(folder: Path) -> None:
             folder.mkdir()
-            for index, image in enumerate(result.images):
-                image.save(folder / f"{index:06d}.png")
-            _write_records(folder, [{"file": f"{index:06d}.png"} | record for index, record in enumerate(records)])
-
-        atomically(output, write)
-
-
-def _write_clips(output: Path, result: Output, records: list[dict[str, Any]], frame_rate: float) -> None:
-    from nar.media.clips import save_clip
-    from nar.media.sheet import film_strips, moving_sheet
-
-    clips = result.videos
-    if output.suffix == ".png":
-        atomically(output, film_strips(clips, result.names).save)
-    elif output.suffix == ".npz":
-        _write_array(output, clips, result)
-    elif output.suffix:  # one clip as it is, so that it can be continued; several side by side
-        moving = clips[0] if len(clips) == 1 else moving_sheet(clips, result.names)
-        atomically(output, lambda path: save_clip(moving, path, frame_rate=frame_rate))
-    else:
-
-        def write(folder: Path) -> None:
-            for index, clip in enumerate(clips):
-                save_clip(clip, folder / f"{index:06d}", frame_rate=frame_rate)
-            named = [{"file": f"{index:06d}", "frame_rate": frame_rate} for index in range(len(clips))]
-            _write_records(folder, [name | record for name, record in zip(named, records, strict=True)])
+            for record, one in zip(records, made, strict=True):
+                path = folder / record["file"]
+                one.save(path) if clips is None else save_clip(one, path, frame_rate=frame_rate)
+            (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
         atomically(output, write)
 
@@ -375,11 +314,6 @@ def _write_array(output: Path, array: Any, result: Output) -> None:
     labels = np.array(result.class_labels)
     arrays = {"arr_0": array, "names": np.array(result.names)} | ({"labels": labels} if labels.min() >= 0 else {})
     atomically(output, lambda path: np.savez_compressed(path, **arrays))
-
-
-def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
-    """`samples.json`: what each file is, and how it can be sampled again."""
-    (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], result: Output) -> None:

@@ -1,0 +1,20 @@
+"""Options that several verbs have, with their help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (fashion), a model folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Strength of guidance, 1.0 is off. Default: the model's own.")
+]
+GuidanceInterval = Annotated[
+    int | None, typer.Option(help="End guidance once more than this number of tokens are sampled.")
+]
+GuidanceCurve = Annotated[str | None, typer.Option(help="constant, linear, cosine or power, over the fronts.")]
+Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens, 0 is off.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this mass.")]
