@@ -27,8 +27,8 @@ from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
 from nar.precision import PackedLinear, convert, fill
 from nar.sampling import Sampling, Session, generate, last_guided
-from nar.storage.fields import Range, check
-from nar.storage.folder import find_model, from_dict, read_config, without_weights
+from nar.storage.fields import Range, check, from_dict
+from nar.storage.folder import find_model, read_config, without_weights
 from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
@@ -125,11 +125,7 @@ def bench_preset(
 
 
 def bench_folder(
-    source: str | Path,
-    setup: Setup,
-    schedules: Sequence[str] = (),
-    *,
-    report: Callable[[Row], None] | None = None,
+    source: str | Path, setup: Setup, schedules: Sequence[str] = (), *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
     """Measure a model folder, a bundled name or a hub id; other schedules than its own run on random weights."""
     folder = find_model(source)

@@ -48,7 +48,8 @@ def _made(shape: tuple[int, ...], frame_rate: float) -> str:
 
 def _facts(model: str) -> dict[str, Any]:
     from nar.model import ModelConfig, Transformer
-    from nar.storage.folder import CONFIG, Weights, check_shapes, find_model, from_dict, read_config, without_weights
+    from nar.storage.fields import from_dict
+    from nar.storage.folder import CONFIG, Weights, check_shapes, find_model, read_config, without_weights
     from nar.tokenizer import load_tokenizer
     from nar.tokenizer.larp import VideoTokenizerConfig
 

@@ -42,10 +42,7 @@ def scores(
     intervals: dict[str, list[float]] = {}
 
     def put(
-        name: str,
-        value: float,
-        sides: Iterable[Callable[[], tuple[np.ndarray, int]]] = (),
-        least: float = -math.inf,
+        name: str, value: float, sides: Iterable[Callable[[], tuple[np.ndarray, int]]] = (), least: float = -math.inf
     ) -> None:
         """A number, and how pictures move it: of each side those that were kept, and how many there are."""
         numbers[detector.name(name)] = float(value)

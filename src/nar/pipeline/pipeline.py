@@ -29,7 +29,8 @@ from nar.pipeline.continuation import Continuation
 from nar.pipeline.requests import Inputs, Request, known_codes, seeds_of
 from nar.precision import usable_device
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
-from nar.storage.folder import CONFIG, find_model, from_dict, read_config
+from nar.storage.fields import from_dict
+from nar.storage.folder import CONFIG, find_model, read_config
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer, load_tokenizer

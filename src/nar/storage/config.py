@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from nar.storage.fields import build, kind_of, names, suggestion, unwrap
+from nar.storage.fields import from_dict, kinds, suggestion, unwrap
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Schema = TypeVar("Schema")
@@ -25,12 +25,11 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} and path.is_file():
         return path
-    if name in recipe_names():
+    known = recipe_names()
+    if name in known:
         return RECIPES / f"{name}.yaml"
-    raise FileNotFoundError(
-        f"no recipe {name!r}{suggestion(name, recipe_names())}; "
-        f"recipes: {', '.join(recipe_names())}; or give a YAML file"
-    )
+    hint = f"{suggestion(name, known)}; recipes: {', '.join(known)}"
+    raise FileNotFoundError(f"no recipe {name!r}{hint}; or give a YAML file")
 
 
 def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Schema:
@@ -45,21 +44,20 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
         FileNotFoundError: no such recipe.
     """
     path = find_recipe(recipe)
-    values = _read(path, ())
+    values, known = _read(path, ()), kinds(schema)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must be key=value, such as batch_size=64")
-        kind = kind_of(schema, key)
-        if kind is None:
-            raise ValueError(f"unknown key {key!r} in recipe {path.stem}{suggestion(key, names(schema))}")
-        plain, _, optional = unwrap(kind)
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in recipe {path.stem}{suggestion(key, known)}")
+        plain, _, optional = unwrap(known[key])
         literal = plain is str and not (optional and value == "null")
         nested: Any = value if literal else _parse(value, f"override {override!r}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = _merged(values, nested)
-    return build(schema, values, f"recipe {path.stem}", text=True)
+    return from_dict(schema, values, f"recipe {path.stem}", text=True)
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -78,7 +76,8 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     beside = path.parent / base
     below = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else find_recipe(base)
     inherited = _read(below, (*readers, path.resolve()))
-    return _merged({key: value for key, value in inherited.items() if key not in _OWN}, values)
+    inherited.pop("cuda_recipe", None)  # speaks of the base itself
+    return _merged(inherited, values)
 
 
 def _parse(text: Any, origin: str) -> Any:
@@ -86,9 +85,10 @@ def _parse(text: Any, origin: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-            tag = super().resolve(kind, value, implicit)
-            return self.DEFAULT_SCALAR_TAG if kind is yaml.ScalarNode and implicit[0] and tag not in _TAGS else tag
+        yaml_implicit_resolvers: ClassVar = {
+            first: [rule for rule in rules if rule[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             found = [key.value for key, _ in node.value]
@@ -98,14 +98,9 @@ def _parse(text: Any, origin: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ValueError(f"{origin} is not valid YAML: nested too deeply") from None
-
-
-_OWN = ("cuda_recipe",)  # keys that speak of a recipe itself, and not of those that it is the base of
-_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{origin} is not valid YAML: {reason}") from None
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

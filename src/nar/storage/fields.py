@@ -8,6 +8,7 @@ Knows types, ranges and keys; does not know files, nor what the fields mean.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -33,19 +34,17 @@ class Range:
 
     def allows(self, value: Any) -> bool:
         """Whether a number is within the bounds."""
-        return all(bound is None or within(value, bound) for _, bound, within in self._bounds())
+        return all(within(value, bound) for _, within, bound in self._bounds())
 
     def allowed(self) -> str:
         """The bounds in words."""
-        return " and ".join(f"{words} {bound}" for words, bound, _ in self._bounds() if bound is not None)
+        return " and ".join(f"{words} {bound}" for words, _, bound in self._bounds())
 
-    def _bounds(self) -> tuple[tuple[str, float | None, Callable[[Any, Any], bool]], ...]:
-        return (
-            ("at least", self.least, ge),
-            ("above", self.above, gt),
-            ("at most", self.most, le),
-            ("below", self.below, lt),
-        )
+    def _bounds(self) -> Iterator[tuple[str, Callable[[Any, Any], bool], float]]:
+        kinds = (("at least", ge), ("above", gt), ("at most", le), ("below", lt))
+        for (words, within), bound in zip(kinds, (self.least, self.above, self.most, self.below), strict=True):
+            if bound is not None:
+                yield words, within, bound
 
 
 class OneOf:
@@ -55,11 +54,9 @@ class OneOf:
         self.words = words
 
     def allows(self, value: Any) -> bool:
-        """Whether a word is one of them."""
         return value in self.words
 
     def allowed(self) -> str:
-        """The words."""
         return f"one of {', '.join(self.words)}"
 
 
@@ -78,14 +75,11 @@ def check(config: Any, group: str = "") -> None:
     Raises:
         ValueError: names the field, what it may hold, and what it holds.
     """
-    for name, kind in _kinds(type(config)).items():
-        value = getattr(config, name)
-        checked = _checked(value, kind, f"{group}{name}")
-        if checked is not value:
-            object.__setattr__(config, name, checked)
+    for name, kind in _own_kinds(type(config)).items():
+        object.__setattr__(config, name, _checked(getattr(config, name), kind, f"{group}{name}"))
 
 
-def build(schema: type[Schema], values: Any, origin: str, *, text: bool = False) -> Schema:
+def from_dict(schema: type[Schema], values: Any, origin: object, *, text: bool = False) -> Schema:
     """Make a frozen dataclass of nested keys and values; groups are dataclasses themselves, and may be left out.
 
     With `text` every value is a word, a list of words, keys and words, or None: the field says what is meant by it.
@@ -94,30 +88,23 @@ def build(schema: type[Schema], values: Any, origin: str, *, text: bool = False)
         ValueError: names `origin`: an unknown key (with the nearest known one), a missing one, a value of the wrong
             type or out of range, or what the dataclass's own checks refuse.
     """
-    for key in _unknown(schema, values):
-        raise ValueError(f"unknown key {key!r} in {origin}{suggestion(key, names(schema))}")
+    known = kinds(schema)
+    for key in _unknown(known, values):
+        raise ValueError(f"unknown key {key!r} in {origin}{suggestion(key, known)}")
     try:
         return _build(schema, values, None, "", text)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
 
 
-def names(schema: type, prefix: str = "") -> Iterator[str]:
-    """The dotted names of a dataclass's fields, those of its groups in place of the groups."""
-    for name, kind in _kinds(schema).items():
+def kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The annotations of a dataclass's fields by their dotted names: groups, and what is in them."""
+    found = {}
+    for name, kind in _own_kinds(schema).items():
+        found[f"{prefix}{name}"] = kind
         if (group := _group(kind)) is not None:
-            yield from names(group, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def kind_of(schema: type, key: str) -> Any:
-    """The annotation of a field, given its dotted name; None where there is no such field."""
-    kind: Any = schema
-    for part in key.split("."):
-        group = kind if kind is schema else _group(kind)
-        kind = None if group is None else _kinds(group).get(part)
-    return kind
+            found |= kinds(group, f"{prefix}{name}.")
+    return found
 
 
 def unwrap(kind: Any) -> tuple[Any, list[Any], bool]:
@@ -144,7 +131,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _kinds(schema: Any) -> dict[str, Any]:
+def _own_kinds(schema: Any) -> dict[str, Any]:
     hints = get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
@@ -154,24 +141,21 @@ def _group(kind: Any) -> type | None:
     return plain if dataclasses.is_dataclass(plain) and isinstance(plain, type) else None
 
 
-def _unknown(schema: type, values: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(values, Mapping):
-        kinds = _kinds(schema)
-        for key, value in values.items():
-            kind = kinds.get(key)
-            if kind is None:
-                yield f"{prefix}{key}"
-            elif (group := _group(kind)) is not None:
-                yield from _unknown(group, value, f"{prefix}{key}.")
+def _unknown(known: Mapping[str, Any], values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        if (name := f"{prefix}{key}") not in known:
+            yield name
+        elif _group(known[name]) is not None:
+            yield from _unknown(known, value, f"{name}.")
 
 
 def _build(schema: type[Schema], values: Any, base: Any, prefix: str, text: bool) -> Schema:
     """`base` has the values of what is left out; None takes those of the class."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or schema.__name__} must be keys and values, not {_shown(values)}")
-    found, kinds = {}, _kinds(schema)
+    found, own = {}, _own_kinds(schema)
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        kind, key = kinds[field.name], f"{prefix}{field.name}"
+        kind, key = own[field.name], f"{prefix}{field.name}"
         group = _group(kind)
         if field.name not in values:
             if base is None and field.default is field.default_factory is dataclasses.MISSING:
@@ -192,32 +176,29 @@ def _checked(value: Any, kind: Any, key: str, text: bool = False) -> Any:
     if plain is Any or (value is None and optional):
         return value
     if get_origin(plain) is tuple:
-        items = get_args(plain)
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{key} must be a list{' or null' if optional else ''}, not {_shown(value)}")
-        if items[-1] is Ellipsis:
-            items = items[:1] * len(value)
+            raise _refusal(key, ["a list"], optional, value)
+        items = get_args(plain)
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
         if len(items) != len(value):
-            raise ValueError(f"{key} must be a list of {len(items)}, not {_shown(value)}")
-        made = tuple(_checked(item, part, key, text) for item, part in zip(value, items, strict=True))
-        return value if type(value) is tuple and all(new is old for new, old in zip(made, value, strict=True)) else made
-    if get_origin(plain) is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key} must be keys and values, not {_shown(value)}")
-        return value
+            raise _refusal(key, [f"a list of {len(items)}"], optional, value)
+        return tuple(_checked(item, part, key, text) for item, part in zip(value, items, strict=True))
+    plain = get_origin(plain) or plain
     if plain in _WORDS:
         converted = _converted(value, plain) if text else value
         if not _fits(converted, plain):
-            allowed = ", ".join([_WORDS[plain], *(limit.allowed() for limit in limits), *(["or null"] * optional)])
-            raise ValueError(f"{key} must be {allowed}, not {_shown(value)}")
-        value = int(converted) if plain is int and type(converted) is not int else converted
-    elif isinstance(plain, type) and get_origin(plain) is None and not isinstance(value, plain):
-        raise ValueError(f"{key} must be of type {plain.__name__}, not {_shown(value)}")
+            raise _refusal(key, [_WORDS[plain], *(limit.allowed() for limit in limits)], optional, value)
+        value = int(converted) if plain is int else converted
+    elif not isinstance(value, Mapping if plain is dict else plain):
+        raise _refusal(key, ["keys and values" if plain is dict else f"of type {plain.__name__}"], optional, value)
     for limit in limits:
         if not limit.allows(value):
-            allowed = limit.allowed() + (", or null" if optional else "")
-            raise ValueError(f"{key} must be {allowed}, not {_shown(value)}")
+            raise _refusal(key, [limit.allowed()], optional, value)
     return value
+
+
+def _refusal(key: str, allowed: list[str], optional: bool, value: Any) -> ValueError:
+    return ValueError(f"{key} must be {', '.join(allowed + ['or null'] * optional)}, not {_shown(value)}")
 
 
 def _fits(value: Any, plain: type) -> bool:
@@ -228,14 +209,11 @@ def _fits(value: Any, plain: type) -> bool:
 
 def _converted(value: Any, plain: type) -> Any:
     """A word as a number or truth, where it is one."""
-    if not isinstance(value, str) or plain is str:
-        return value
-    if plain is bool:
+    if isinstance(value, str) and plain is bool:
         return _TRUTH.get(value.lower(), value)
-    try:
-        return plain(value)
-    except ValueError:
-        return value
+    with contextlib.suppress(ValueError):
+        return plain(value) if isinstance(value, str) else value
+    return value
 
 
 def _shown(value: Any) -> str:

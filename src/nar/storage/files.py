@@ -41,10 +41,13 @@ def atomically(path: Path, write: Callable[[Path], Any], *, replace_folder: bool
         return
     with _staged(path) as staged:
         write(staged)
-        if path.is_dir():
-            if not staged.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder is there; give the name of a file", str(path))
-            _make_way(path, staged.parent / _REPLACED if replace_folder else None)
+        if not staged.is_dir():
+            _refuse_folder(path)
+        elif path.is_dir() and replace_folder:
+            (staged.parent / _REPLACED).mkdir()  # from where it is restored if the new one never comes
+            path.replace(staged.parent / _REPLACED / path.name)
+        elif path.is_dir():
+            path.rmdir()
         staged.replace(path)
 
 
@@ -66,10 +69,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, copy it again") from error
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON (nested too deeply); the file is damaged, copy it again") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not valid JSON ({reason}); the file is damaged, copy it again") from None
     if not isinstance(value, kind):
         expected = "a list" if kind is list else "an object"
         raise ValueError(f"{path} must hold {expected} of JSON, not {type(value).__name__}")
@@ -80,8 +82,7 @@ def check_output(path: Path) -> None:
     """Raise OSError where no file can be written, before the work that makes it."""
     if _is_stream(path):
         return
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder is there; give the name of a file", str(path))
+    _refuse_folder(path)
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed", str(above))
@@ -126,55 +127,39 @@ def claim(folder: Path, settings: Mapping[str, Any], *, record: str = "settings.
             staged.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
             try:
                 os.link(staged, path)  # fails where another process was first
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                staged.replace(path)
-    before = read_json(path)
-    changed = [
-        f"{key} {before.get(key)} instead of {value}" for key, value in wanted.items() if before.get(key) != value
-    ]
+            except OSError:
+                if not path.exists():  # a file system without links
+                    staged.replace(path)
+    old = read_json(path)
+    changed = [f"{key} {old.get(key)} instead of {value}" for key, value in wanted.items() if old.get(key) != value]
     if changed:
-        raise ValueError(
-            f"{folder} holds parts made with other settings: {', '.join(changed)}; delete it to begin anew, or give "
-            "another name"
-        )
+        what = f"{folder} holds parts made with other settings: {', '.join(changed)}"
+        raise ValueError(f"{what}; delete it to begin anew, or give another name")
 
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
     """A path of the same name in a private folder beside `path`, which is gone afterwards; errors name `path`."""
     machine = f".nar-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+    staging = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean(path.parent, machine)
         staging = Path(tempfile.mkdtemp(prefix=f"{machine}{os.getpid()}-", dir=path.parent))
-    except OSError as error:
-        if (named := _named(error, path)) is error:
-            raise
-        raise named from error
-    try:
         yield staging / path.name
-    except OSError as error:
+    except Exception as error:
         if (named := _named(error, path, staging)) is error:
             raise
         raise named from error
-    except Exception as error:
-        if _is_full(path.parent):  # what other libraries raise then
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
     finally:
-        _restore(staging, path.parent)
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            _restore(staging, path.parent)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _make_way(path: Path, keep: Path | None) -> None:
-    """Remove the folder at `path` if it is empty, or move it into `keep`, from where it can be restored."""
-    if keep is None:
-        path.rmdir()
-    else:
-        keep.mkdir()
-        path.replace(keep / path.name)
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there; give the name of a file", str(path))
 
 
 def _restore(staging: Path, folder: Path) -> None:
@@ -208,15 +193,16 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def _named(error: OSError, path: Path, staging: Path | None = None) -> OSError:
+def _named(error: Exception, path: Path, staging: Path | None) -> Exception:
     """The same error, about the file that was asked for; one that already names another file stays as it is."""
-    about = error.filename
+    about, number = (getattr(error, name, None) for name in ("filename", "errno"))
     if about is not None and not (staging and str(about).startswith(str(staging))):
         return error
-    if error.errno is None and not _is_full(path.parent):
-        return error if str(path) in str(error) else OSError(f"{path}: {error}")
-    number = error.errno or errno.ENOSPC
-    return OSError(number, error.strerror or os.strerror(number), str(path))
+    if number is None and not _is_full(path.parent):
+        named = str(path) in str(error) or not isinstance(error, OSError)
+        return error if named else OSError(f"{path}: {error}")
+    number = number or errno.ENOSPC  # other libraries do not say why
+    return OSError(number, getattr(error, "strerror", None) or os.strerror(number), str(path))
 
 
 def _is_full(folder: Path) -> bool:
@@ -228,20 +214,17 @@ def _is_full(folder: Path) -> bool:
 
 def _is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe, or leads to one of the process's own files, as /dev/stdout does."""
-    seen: set[Path] = set()
     at = path.absolute()
-    while at not in seen:
-        seen.add(at)
+    for _ in range(40):  # links that lead to one another are followed no further
         if at.parts[:2] in _SYSTEM and at.parts[2:3] != ("shm",) and at.exists() and not at.is_dir():
             return True
         if not at.is_symlink():
             break
         at = Path(os.path.normpath(at.parent / at.readlink()))
-    try:
+    with suppress(OSError):
         kind = path.stat().st_mode
-    except OSError:
-        return False
-    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
+        return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
+    return False
 
 
 def _stream(path: Path, write: Callable[[Path], Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nar.storage import files
-from nar.storage.fields import Length, Positive, build, suggestion
+from nar.storage.fields import Length, Positive, from_dict, suggestion
 from nar.storage.files import atomically, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BUNDLED = Path(__file__).parents[1] / "bundled"
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,10 @@ def write_folder(
     *,
     parts: dict[str, Path] | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors`; `parts` maps a subfolder's name to a model folder to copy into it.
+    """Write `config.json` and `model.safetensors`, all or nothing; a model folder that is there is replaced whole.
 
-    `state` may be what writes the weights' file, given its path.
-
-    Everything is written to a temporary folder beside the target first, so that a folder is either complete or absent.
-    A model folder that is there already is replaced whole.
+    `state` may be what writes the weights' file, given its path. `parts` maps a subfolder's name to a model folder to
+    copy into it.
 
     Raises:
         ValueError: the target holds something else than a model, or a tokenizer that would be lost.
@@ -100,29 +97,24 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: none of these.
     """
-    path = Path(source)
-    if isinstance(source, Path):
-        read_config(path.expanduser())
-        return path.expanduser()
-    if str(source).removesuffix("/tokenizer") in bundled_names() and (BUNDLED / str(source) / CONFIG).is_file():
-        return BUNDLED / str(source)
-    if path.exists() or str(source).startswith((".", "/", "~")):
-        read_config(path.expanduser())
-        return path.expanduser()
-    if str(source).count("/") == 1:
+    name, path, bundled = str(source), Path(source).expanduser(), bundled_names()
+    is_path = isinstance(source, Path)
+    if not is_path and name.removesuffix("/tokenizer") in bundled and (BUNDLED / name / CONFIG).is_file():
+        return BUNDLED / name
+    if is_path or Path(name).exists() or name.startswith((".", "/", "~")):
+        read_config(path)
+        return path
+    if name.count("/") == 1:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"no folder {str(source)!r} here, and it can't be had from the hub ({type(error).__name__})"
-            ) from error
-    raise FileNotFoundError(
-        f"no model {str(source)!r}{suggestion(str(source), bundled_names())}; "
-        f"bundled: {', '.join(bundled_names())}; or give a model folder or a hub id"
-    )
+            reason = f"it can't be had from the hub ({type(error).__name__})"
+            raise FileNotFoundError(f"no folder {name!r} here, and {reason}") from error
+    hint = f"{suggestion(name, bundled)}; bundled: {', '.join(bundled)}"
+    raise FileNotFoundError(f"no model {name!r}{hint}; or give a model folder or a hub id")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -134,13 +126,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{Path(folder)} is not a model folder: it has no {CONFIG}; "
-            "published checkpoints become one with `nar convert`"
-        )
+        hint = "published checkpoints become one with `nar convert`"
+        raise FileNotFoundError(f"{Path(folder)} is not a model folder: it has no {CONFIG}; {hint}")
     config: dict[str, Any] = read_json(path)
-    sections = {section.name for section in fields(_Sections)}
-    build(_Sections, {key: value for key, value in config.items() if key in sections}, str(path))
+    from_dict(_Sections, {part.name: config[part.name] for part in fields(_Sections) if part.name in config}, path)
     return config
 
 
@@ -156,9 +145,7 @@ class Weights:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._path = Path(folder) / WEIGHTS
-        if not self._path.is_file():
-            raise FileNotFoundError(f"{self._path} is missing: the model folder is incomplete, copy it again")
+        self._path = _weights_file(folder)
         with self.opened() as file:
             self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -173,10 +160,8 @@ class Weights:
         try:
             return safe_open(self._path, "pt")
         except SafetensorError as error:
-            raise ValueError(
-                f"{self._path} is truncated or not a safetensors file ({error}); copy it again, "
-                "or use `nar convert` on it"
-            ) from error
+            what = f"{self._path} is truncated or not a safetensors file ({error})"
+            raise ValueError(f"{what}; copy it again, or use `nar convert` on it") from error
 
 
 @contextmanager
@@ -206,10 +191,14 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 def model_digest(folder: str | Path) -> str:
     """SHA-256 of a model folder's weights: what names a tokenizer in the codes that it made."""
+    return files.digest(_weights_file(folder))
+
+
+def _weights_file(folder: str | Path) -> Path:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the model folder is incomplete, copy it again")
-    return files.digest(path)
+    return path
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
@@ -225,22 +214,16 @@ def load_state(module: nn.Module, state: dict[str, Tensor], origin: str | Path) 
 def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], origin: str | Path) -> None:
     """Raise a ValueError that names what is missing, left over, or of another shape than `module` has it."""
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing = sorted(own.keys() - found.keys())
-    extra = sorted(found.keys() - own.keys())
-    shapes = [
-        f"{name} is {found[name]}, the model needs {own[name]}"
-        for name in sorted(own.keys() & found.keys())
-        if own[name] != found[name]
-    ]
+    other = [name for name in sorted(own.keys() & found.keys()) if own[name] != found[name]]
+    groups = {
+        "missing": sorted(own.keys() - found.keys()),
+        "not part of this model": sorted(found.keys() - own.keys()),
+        "wrong shape": [f"{name} is {found[name]}, the model needs {own[name]}" for name in other],
+    }
     problems = [
         f"{label}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        for label, names in (("missing", missing), ("not part of this model", extra), ("wrong shape", shapes))
+        for label, names in groups.items()
         if names
     ]
     if problems:
         raise ValueError(f"the weights in {origin} do not fit this model; {'; '.join(problems)}")
-
-
-def from_dict(cls: type[Config], values: Any, origin: str | Path) -> Config:
-    """Build a frozen config dataclass from JSON values; see `nar.storage.fields.build` for what is refused."""
-    return build(cls, values, str(origin))

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nar.progress import Progress
+from nar.storage.fields import from_dict
 from nar.storage.files import atomically, write_json
-from nar.storage.folder import CONFIG, from_dict, read_config
+from nar.storage.folder import CONFIG, read_config
 from nar.text.encoder import TextEncoder, TextEncoderConfig, padded
 
 PART_SIZE = 4096  # captions encoded, and then written, at a time

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nar.media.pixels import check_codes, check_values
-from nar.storage.folder import CONFIG, from_dict, load_state, read_config, read_weights, without_weights, write_folder
+from nar.storage.fields import from_dict
+from nar.storage.folder import CONFIG, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.quantize import Quantizer
 
 
