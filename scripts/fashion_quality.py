@@ -234,6 +234,9 @@ def measure(
     def distance(features: Tensor) -> float:
         return frechet_distance(_statistics(features), test_statistics)
 
+    def coverage(real: Tensor, features: Tensor) -> float:
+        return float(density_coverage(real, features)[1].double().mean())
+
     floor_distances = [distance(features) for features in floor_features]
     swapped = {
         percent: distance(judge(classifier, swap_patches(train.images[floors[0]], percent / 100, seed))[0])
@@ -242,7 +245,6 @@ def measure(
 
     part = np.random.default_rng(seed).permutation(len(test))[: min(count, len(test))]
     part_features = test_features[part]
-    floor_coverage = density_coverage(part_features, floor_features[0])[1]
 
     test_nearest = _nearest_training(test.images, train.images)
     threshold = float(torch.quantile(test_nearest.double(), COPY_QUANTILE))
@@ -273,10 +275,10 @@ def measure(
             "swapped_20_percent": swapped[20],
         },
         "coverage": {
-            "generated": density_coverage(part_features, generated_features)[1],
-            "floor": floor_coverage,
-            "generated_of_whole_test_set": density_coverage(test_features, generated_features)[1],
-            "floor_of_whole_test_set": density_coverage(test_features, floor_features[0])[1],
+            "generated": coverage(part_features, generated_features),
+            "floor": coverage(part_features, floor_features[0]),
+            "generated_of_whole_test_set": coverage(test_features, generated_features),
+            "floor_of_whole_test_set": coverage(test_features, floor_features[0]),
         },
         "near_copies": {
             "generated": copies["generated"] / count,

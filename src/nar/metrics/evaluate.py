@@ -26,8 +26,7 @@ from nar import __version__
 from nar.data.source import Source as DataSource
 from nar.metrics.defects import Defect, swapped_patches
 from nar.metrics.detectors import Detector, default_detector
-from nar.metrics.features import SPLIT, FeatureSet
-from nar.metrics.features import gather as gather_features
+from nar.metrics.features import SPLIT, FeatureSet, Reading, gather
 from nar.metrics.pictures import Opened, Source, extent, opened
 from nar.metrics.reference import ENOUGH, is_reference, read_reference, reference_pictures
 from nar.metrics.scores import scores, some_places
@@ -92,23 +91,18 @@ def evaluate(
     made_with = {"real": _made_with(real_source), "fake": settings or _made_with(fake)}
     detector = default_detector(inception, device) if detector is None else detector
     folder = None if cache is None else Path(cache).expanduser()
-    names = ("size", "num_frames", "keep", "batch_size", "seed", "progress", "cache")
-    reading = dict(zip(names, (size, num_frames, keep, batch_size, seed, progress, folder), strict=True))
-    judge = _Judge(detector, reading, resamplings, seed)
+    reading = Reading(size, num_frames, keep, seed, batch_size, progress, folder)
+    judge = _Judge(detector, reading, resamplings)
     if known:
         real_set = read_reference(str(real), detector, judge.gather)
     else:
         real_set = judge.gather(real_source, "real", only_real)
     fake_set = judge.gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
-        raise ValueError(
-            f"the real side has {extent(real_set.size)}, the fake one {extent(fake_set.size)}; compare "
-            "one size, or give a size to crop and resize both to"
-        )
-    judge.warnings += _few(real_set, fake_set, detector)
+        sides = f"the real side has {extent(real_set.size)}, the fake one {extent(fake_set.size)}"
+        raise ValueError(f"{sides}; compare one size, or give a size to crop and resize both to")
     report = judge.numbers(real_set, fake_set)
-    if len(real_set.rows) and (few := [name for name in NEIGHBOURS if detector.name(name) not in report]):
-        judge.warnings.append(f"too few pictures for {', '.join(few)}, which look at neighbours: take at least 6")
+    judge.warnings += _few(real_set, fake_set, detector, report)
     report |= _beside(judge, real_source, real_set, fake_set, floor, calibration)
     report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
@@ -138,17 +132,20 @@ class _Judge:
     """One detector and how pictures are read for it; `warnings` are collected on the way."""
 
     detector: Detector
-    reading: dict[str, Any]
+    reading: Reading
     resamplings: int
-    seed: int
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        return self.reading.seed
 
     def gather(
         self, source: Opened, name: str, only: Sequence[int] | np.ndarray | None = None, defect: Defect | None = None
     ) -> FeatureSet:
         """Features of a source, or of its pictures at `only` some places."""
         places = None if only is None else np.unique(np.asarray(only, np.int64))
-        return gather_features(source, self.detector, name=name, only=places, defect=defect, **self.reading)
+        return gather(source, self.detector, self.reading, name=name, only=places, defect=defect)
 
     def numbers(self, real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
         """All numbers of two sets that can be computed, with their intervals."""
@@ -193,18 +190,12 @@ def _beside(
     if isinstance(defects, int | float):
         defects = [swapped_patches(defects, judge.seed)] if defects else []
     if defects and isinstance(source, Iterator):
-        judge.warnings.append(
-            "no calibration: the real pictures can be read only once; give a list, an array or a file"
-        )
-    elif defects:
-        rows["calibration"] = {
-            defect.name: judge.row(
-                base,
-                judge.gather(source, defect.name, floor_set.indices, defect),
-                f"the floor's pictures, {defect.name}",
-            )
-            for defect in defects
-        }
+        why = "the real pictures can be read only once; give a list, an array or a file"
+        judge.warnings.append(f"no calibration: {why}")
+    for defect in () if isinstance(source, Iterator) else defects:
+        changed = judge.gather(source, defect.name, floor_set.indices, defect)
+        row = judge.row(base, changed, f"the floor's pictures, {defect.name}")
+        rows.setdefault("calibration", {})[defect.name] = row
     return rows
 
 
@@ -216,45 +207,48 @@ def _second_half(indices: np.ndarray, seed: int) -> np.ndarray:
     return mask
 
 
-def _few(real: FeatureSet, fake: FeatureSet, detector: Detector) -> list[str]:
-    name = detector.name("FD")
+def _few(real: FeatureSet, fake: FeatureSet, detector: Detector, report: dict[str, Any]) -> list[str]:
+    """Warnings about numbers that so few pictures make worse, or do not allow."""
+    name, least = detector.name("FD"), detector.num_features + 1
     found = []
-    for kind, pictures in (("real", real), ("fake", fake)):
-        if 0 < pictures.num_images <= detector.num_features:
-            found.append(
-                f"{pictures.num_images} {kind} pictures do not determine the covariance of {detector.num_features} "
-                f"features: {name} is far too high; at least {detector.num_features + 1} are needed, {ENOUGH:,} "
-                "recommended"
-            )
-        elif 0 < pictures.num_images < ENOUGH:
-            found.append(
-                f"{name} of {pictures.num_images:,} {kind} pictures is biased upwards, compare it with the floor at "
-                f"the same counts only; {ENOUGH:,} are recommended, and KID is not biased"
-            )
+    for kind, number in (("real", real.num_images), ("fake", fake.num_images)):
+        if 0 < number < least:
+            what = f"{number} {kind} pictures do not determine the covariance of {least - 1} features"
+            found.append(f"{what}: {name} is far too high; at least {least} are needed, {ENOUGH:,} recommended")
+        elif 0 < number < ENOUGH:
+            what = f"{name} of {number:,} {kind} pictures is biased upwards, compare it with the floor at the same"
+            found.append(f"{what} counts only; {ENOUGH:,} are recommended, and KID is not biased")
     if fake.score is not None and fake.num_images > SPLIT and (last := fake.num_images % SPLIT):
         found.append(
             f"{detector.name('IS')} is the mean of splits of {SPLIT:,} pictures, as ADM's is, and the last one has "
             f"{last:,}: its score, lower for being of fewer, counts as much; take a multiple of {SPLIT:,} pictures"
         )
+    if len(real.rows) and (few := [name for name in NEIGHBOURS if detector.name(name) not in report]):
+        found.append(f"too few pictures for {', '.join(few)}, which look at neighbours: take at least 6")
     return found
 
 
 def _settings(judge: _Judge, real: FeatureSet, fake: FeatureSet) -> dict[str, Any]:
-    """How two sets were compared."""
+    """How two sets were compared, and the versions of all that changes a number, as far as it is there."""
+    versions = {"nar": __version__, "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    versions["python"] = platform.python_version()
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "num_real": real.num_images or None,
         "num_fake": fake.num_images,
         "rows_real": len(real.rows),
         "rows_fake": len(fake.rows),
         "picture_size": list(fake.size or ()),
-        "resized_to": judge.reading["size"],
-        "cut_to_frames": judge.reading["num_frames"],
+        "resized_to": judge.reading.size,
+        "cut_to_frames": judge.reading.num_frames,
         "covariance_ddof": judge.detector.ddof,
         "seed": judge.seed,
         "resamplings": judge.resamplings,
         "network": judge.detector.label,
         "network_sha256": judge.detector.digest,
-        "versions": _versions(),
+        "versions": versions,
     }
 
 
@@ -289,18 +283,3 @@ def _made_with(source: Source) -> dict[str, Any] | None:
             return dict(json.loads(str(file["settings"]))) if "settings" in file.files else None
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged, or its `settings` are no JSON object ({error}); make it again") from error
-
-
-def _versions() -> dict[str, str]:
-    """Of all that changes a number, as far as it is there."""
-    found = {
-        "nar": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-    }
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
 SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID
-_CACHE_FORMAT = 5
+_CACHE_FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -78,110 +78,54 @@ class FeatureSet:
         )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read (see `nar.metrics.pictures.batches`), and how many rows of features are kept of them."""
+
+    size: int | None
+    num_frames: int | None
+    keep: int
+    seed: int
+    batch_size: int
+    progress: bool = True
+    cache: Path | None = None
+
+
 def gather(
     source: Opened,
     detector: Detector,
+    reading: Reading,
     *,
     name: str,
-    size: int | None,
-    num_frames: int | None = None,
-    keep: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    cache: Path | None,
     only: np.ndarray | None = None,
     defect: Defect | None = None,
 ) -> FeatureSet:
     """Send a source's pictures, or `only` those at some places, through the detector, or take it from the cache."""
     path = None
-    if cache is not None and (key := fingerprint(source)) is not None:
-        parts = [
-            _CACHE_FORMAT,
-            key,
-            detector.label,
-            detector.digest,
-            size,
-            num_frames,
-            keep,
-            seed,
-            batch_size,
-            "" if only is None else hashlib.sha256(only.tobytes()).hexdigest(),
-            "" if defect is None else defect.digest,
-        ]
-        path = cache / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
+    if reading.cache is not None and (key := fingerprint(source)) is not None:
+        some = "" if only is None else hashlib.sha256(only.tobytes()).hexdigest()
+        parts = [_CACHE_FORMAT, key, detector.label, detector.digest, *astuple(reading)[:5], some]
+        text = json.dumps([*parts, "" if defect is None else defect.digest])
+        path = reading.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
         if path.is_file():
             return _read_features(path)
-    pooled, spatial = RunningStatistics(), RunningStatistics()
-    rows, spatial_rows = Reservoir(keep, seed), Reservoir(min(keep, SPATIAL_ROWS), seed)
-    probabilities: list[Tensor] = []
-    splits: list[tuple[float, np.ndarray]] = []
-    motion: list[np.ndarray] = []
-    pixels = hashlib.sha256()
-    shape: tuple[int, ...] | None = None
-
-    def finish_split() -> None:
-        splits.append(split_score(torch.cat(probabilities[:SPLIT])))
-        del probabilities[:SPLIT]
-
     broken: list[str] = []
-    stream = batches(source, batch_size, size=size, num_frames=num_frames, broken=broken)
+    stream = batches(source, reading.batch_size, size=reading.size, num_frames=reading.num_frames, broken=broken)
     if only is not None:
-        stream = batches(_at(stream, only), batch_size)
-    total = count(source, num_frames) if only is None else len(only)
-    with Progress(name, total, "pictures", quiet=not progress) as bar:
+        stream = batches(_at(stream, only), reading.batch_size)
+    total = count(source, reading.num_frames) if only is None else len(only)
+    found = _Found(detector, reading)
+    with Progress(name, total, "pictures", quiet=not reading.progress) as bar:
         for images in stream:
-            images = images if defect is None else defect.change(images, pooled.count)
-            shape = images.shape[1:-1]
-            images = np.ascontiguousarray(images)
-            pixels.update(images.data)
-            tensor = torch.from_numpy(images).movedim(-1, 1)
-            with torch.inference_mode():
-                found = detector(tensor)
-            if found.pooled.shape != (len(images), detector.num_features):
-                raise ValueError(
-                    f"the detector made {tuple(found.pooled.shape)} features of {len(images)} pictures; "
-                    f"({len(images)}, {detector.num_features}) were expected"
-                )
-            pooled.add(found.pooled)
-            rows.add(found.pooled.float().cpu().numpy())
-            if images.ndim == 5:
-                motion.append(np.abs(np.diff(images.astype(np.int16), axis=1)).mean((1, 2, 3, 4)))
-            if found.spatial is not None:
-                spatial.add(found.spatial)
-                spatial_rows.add(found.spatial.float().cpu().numpy())
-            if found.probabilities is not None:
-                probabilities.extend(found.probabilities.cpu().split(1))
-                while len(probabilities) >= SPLIT:
-                    finish_split()
+            found.add(images if defect is None else defect.change(images, found.pooled.count))
             bar.update(len(images))
-    if pooled.count < 2:
-        cut = "" if num_frames is None else f" of {num_frames} frames"
-        raise ValueError(f"the {name} source has {pooled.count} pictures{cut}; at least 2 are needed for a covariance")
-    if probabilities:
-        finish_split()
-    score, influence = score_of_splits(splits) if splits else (None, None)
-    if only is not None and pooled.count != len(only):
+    number = found.pooled.count
+    if number < 2:
+        cut = "" if reading.num_frames is None else f" of {reading.num_frames} frames"
+        raise ValueError(f"the {name} source has {number} pictures{cut}; at least 2 are needed for a covariance")
+    if only is not None and number != len(only):
         raise ValueError(f"place {only[-1]} was asked for, but the {name} source has fewer pictures")
-    places, spatial_places = (
-        np.array(found.indices, np.int64) if only is None else only[found.indices] for found in (rows, spatial_rows)
-    )
-    result = FeatureSet(
-        num_images=pooled.count,
-        size=shape,
-        pooled=pooled.result(ddof=detector.ddof),
-        rows=torch.from_numpy(np.stack(rows.items)),
-        indices=places,
-        pixels_sha256=pixels.hexdigest(),
-        spatial=spatial.result() if spatial.count else None,
-        spatial_rows=torch.from_numpy(np.stack(spatial_rows.items)) if spatial.count else None,
-        spatial_indices=spatial_places if spatial.count else None,
-        score=score,
-        score_influence=influence,
-        motion=np.concatenate(motion)[rows.indices] if motion else None,
-        ddof=detector.ddof,
-        broken=tuple(broken),
-    )
+    result = found.result(np.arange(number) if only is None else only, tuple(broken))
     if path is not None:
         _write_features(path, result)
     return result
@@ -193,6 +137,69 @@ def _at(stream: Iterable[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray
     for images in stream:
         yield images[np.isin(np.arange(start, start + len(images)), places)]
         start += len(images)
+
+
+class _Found:
+    """What was found in a stream of pictures so far."""
+
+    def __init__(self, detector: Detector, reading: Reading) -> None:
+        self.detector = detector
+        self.pooled, self.spatial = RunningStatistics(), RunningStatistics()
+        self.rows = Reservoir(reading.keep, reading.seed)
+        self.spatial_rows = Reservoir(min(reading.keep, SPATIAL_ROWS), reading.seed)
+        self.probabilities: list[Tensor] = []  # of the pictures after the last whole split
+        self.splits: list[tuple[float, np.ndarray]] = []
+        self.motion: list[np.ndarray] = []
+        self.pixels = hashlib.sha256()
+        self.size: tuple[int, ...] | None = None
+
+    def add(self, images: np.ndarray) -> None:
+        """Judge a batch of uint8 pictures (B, H, W, 3) or clips (B, T, H, W, 3)."""
+        images, self.size = np.ascontiguousarray(images), images.shape[1:-1]
+        self.pixels.update(images.data)
+        with torch.inference_mode():
+            found = self.detector(torch.from_numpy(images).movedim(-1, 1))
+        made, wanted = tuple(found.pooled.shape), (len(images), self.detector.num_features)
+        if made != wanted:
+            raise ValueError(f"the detector made {made} features of {len(images)} pictures; {wanted} were expected")
+        self.pooled.add(found.pooled)
+        self.rows.add(found.pooled.float().cpu().numpy())
+        if images.ndim == 5:
+            self.motion.append(np.abs(np.diff(images.astype(np.int16), axis=1)).mean((1, 2, 3, 4)))
+        if found.spatial is not None:
+            self.spatial.add(found.spatial)
+            self.spatial_rows.add(found.spatial.float().cpu().numpy())
+        if found.probabilities is not None:
+            self.probabilities.extend(found.probabilities.cpu().split(1))
+            while len(self.probabilities) >= SPLIT:
+                self._finish_split()
+
+    def _finish_split(self) -> None:
+        self.splits.append(split_score(torch.cat(self.probabilities[:SPLIT])))
+        del self.probabilities[:SPLIT]
+
+    def result(self, places: np.ndarray, broken: tuple[str, ...]) -> FeatureSet:
+        """All of it; `places` are those of the pictures in the source."""
+        if self.probabilities:
+            self._finish_split()
+        score, influence = score_of_splits(self.splits) if self.splits else (None, None)
+        has_spatial = self.spatial.count > 0
+        return FeatureSet(
+            num_images=self.pooled.count,
+            size=self.size,
+            pooled=self.pooled.result(ddof=self.detector.ddof),
+            rows=torch.from_numpy(np.stack(self.rows.items)),
+            indices=places[self.rows.indices],
+            pixels_sha256=self.pixels.hexdigest(),
+            spatial=self.spatial.result() if has_spatial else None,
+            spatial_rows=torch.from_numpy(np.stack(self.spatial_rows.items)) if has_spatial else None,
+            spatial_indices=places[self.spatial_rows.indices] if has_spatial else None,
+            score=score,
+            score_influence=influence,
+            motion=np.concatenate(self.motion)[self.rows.indices] if self.motion else None,
+            ddof=self.detector.ddof,
+            broken=broken,
+        )
 
 
 class Reservoir:
@@ -207,14 +214,11 @@ class Reservoir:
 
     def add(self, items: np.ndarray) -> None:
         for item in items:
-            if len(self.items) < self.capacity:
-                self.items.append(item.copy())  # a view would keep the whole batch alive
-                self.indices.append(self._seen)
-            else:
-                place = int(self._generator.integers(self._seen + 1))
-                if place < self.capacity:
-                    self.items[place] = item.copy()
-                    self.indices[place] = self._seen
+            full = len(self.items) == self.capacity
+            place = int(self._generator.integers(self._seen + 1)) if full else len(self.items)
+            if place < self.capacity:
+                self.items[place : place + 1] = [item.copy()]  # a view would keep the whole batch alive
+                self.indices[place : place + 1] = [self._seen]
             self._seen += 1
 
 
@@ -238,29 +242,18 @@ def gaussians(found: FeatureSet) -> dict[str, np.ndarray]:
 
 
 def _write_features(path: Path, found: FeatureSet) -> None:
-    names = ("num_images", "ddof", "broken", "size", "rows", "indices", "spatial_rows", "spatial_indices", "score")
-    values = {name: getattr(found, name) for name in (*names, "score_influence", "motion")}
-    save(path, {**values, **gaussians(found), "pixels": found.pixels_sha256})
+    names = {part.name for part in fields(found)} - {"pooled", "spatial", "cached"}
+    save(path, {name: getattr(found, name) for name in sorted(names)} | gaussians(found))
 
 
 def _read_features(path: Path) -> FeatureSet:
     with np.load(path) as file:
-        arrays = dict(file)
-    number = int(arrays["num_images"])
-    return FeatureSet(
-        num_images=number,
-        size=tuple(int(length) for length in arrays["size"]),
-        pooled=Statistics(arrays["mu"], arrays["sigma"], number),
-        rows=torch.from_numpy(arrays["rows"]),
-        indices=arrays["indices"],
-        pixels_sha256=str(arrays["pixels"]),
-        spatial=Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None,
-        spatial_rows=torch.from_numpy(arrays["spatial_rows"]) if "spatial_rows" in arrays else None,
-        spatial_indices=arrays.get("spatial_indices"),
-        score=float(arrays["score"]) if "score" in arrays else None,
-        score_influence=arrays.get("score_influence"),
-        motion=arrays.get("motion"),
-        ddof=int(arrays["ddof"]),
-        broken=tuple(arrays["broken"].tolist()),
-        cached=True,
-    )
+        values: dict[str, Any] = {name: array if array.ndim else array.item() for name, array in file.items()}
+    for name in ("size", "broken"):
+        values[name] = tuple(values[name].tolist())
+    for name in {"rows", "spatial_rows"} & values.keys():
+        values[name] = torch.from_numpy(values[name])
+    for name, mark in (("pooled", ""), ("spatial", "_s")):
+        if f"mu{mark}" in values:
+            values[name] = Statistics(values.pop(f"mu{mark}"), values.pop(f"sigma{mark}"), values["num_images"])
+    return FeatureSet(**values, cached=True)

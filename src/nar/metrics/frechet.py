@@ -62,9 +62,7 @@ class RunningStatistics:
     def result(self, *, ddof: int = 1) -> Statistics:
         """The Gaussian so far; `ddof` is what the count is reduced by in the covariance: 1 for FID, 0 for FVD."""
         if self.count <= ddof:
-            raise ValueError(
-                f"{self.count} rows do not give a covariance with ddof {ddof}; at least {ddof + 1} are needed"
-            )
+            raise ValueError(f"{self.count} rows give no covariance with ddof {ddof}; at least {ddof + 1} are needed")
         return Statistics(self._mean, self._scatter / (self.count - ddof), self.count)
 
 
@@ -131,29 +129,19 @@ def kernel_distance(real: Features, fake: Features) -> float:
     All pairs are used, where the paper averages over random subsets: the expectation is the same, the spread smaller.
     Not multiplied by 1000; may be slightly negative.
     """
-    real, fake = _as_pair(real, fake)
     for name, rows in (("real", real), ("fake", fake)):
         if len(rows) < 2:
             raise ValueError(f"{len(rows)} {name} rows; the kernel distance needs at least 2")
-
-    def kernel_sum(left: Tensor, right: Tensor) -> float:
-        return sum(_kernel(left[rows], right).sum().item() for rows in _blocks(len(left), len(right)))
-
-    def mean_of_pairs(rows: Tensor) -> float:
-        own = ((rows.double().square().sum(1) / rows.shape[1] + 1) ** 3).sum().item()
-        return (kernel_sum(rows, rows) - own) / (len(rows) * (len(rows) - 1))
-
-    cross = kernel_sum(real, fake) / (len(real) * len(fake))
-    return mean_of_pairs(real) + mean_of_pairs(fake) - 2 * cross
+    return float(resampled_kernel_distance(real, fake, (torch.ones(len(real), 1), torch.ones(len(fake), 1))))
 
 
 def resampled_kernel_distance(real: Features, fake: Features, weights: tuple[Tensor, Tensor]) -> Tensor:
     """Return KID (R,) of R resamplings of both sets, given how often each row was drawn: (N, R) and (M, R).
 
-    All ones give `kernel_distance`. Pairs of a row with itself are left out.
+    Pairs of a row with itself are left out.
     """
     real, fake = _as_pair(real, fake)
-    counts_real, counts_fake = (count.to(real.device, torch.float64) for count in weights)
+    real_counts, fake_counts = (count.to(real.device, torch.float64) for count in weights)
 
     def mean_of_pairs(left: Tensor, counts: Tensor, right: Tensor, others: Tensor, *, same: bool) -> Tensor:
         total = torch.zeros(counts.shape[1], dtype=torch.float64, device=left.device)
@@ -166,27 +154,14 @@ def resampled_kernel_distance(real: Features, fake: Features, weights: tuple[Ten
             pairs = pairs - counts.square().sum(0)
         return total / pairs
 
-    return (
-        mean_of_pairs(real, counts_real, real, counts_real, same=True)
-        + mean_of_pairs(fake, counts_fake, fake, counts_fake, same=True)
-        - 2 * mean_of_pairs(real, counts_real, fake, counts_fake, same=False)
-    )
-
-
-def inception_score(probabilities: Features, *, split_size: int = 5000) -> float:
-    """Return the mean over splits of exp(KL(p(y|x), p(y))) (Salimans et al. 2016) from rows of probabilities (M, K).
-
-    Splits are consecutive and `split_size` long, the last one possibly shorter, as in the ADM evaluator.
-    """
-    rows = _as_rows(probabilities).cpu().double()
-    if split_size < 1 or len(rows) == 0:
-        raise ValueError(f"split_size {split_size} and {len(rows)} rows: both must be at least 1")
-    return score_of_splits([split_score(part) for part in torch.split(rows, split_size)])[0]
+    within = mean_of_pairs(real, real_counts, real, real_counts, same=True)
+    within += mean_of_pairs(fake, fake_counts, fake, fake_counts, same=True)
+    return within - 2 * mean_of_pairs(real, real_counts, fake, fake_counts, same=False)
 
 
 def split_score(probabilities: Tensor) -> tuple[float, np.ndarray]:
-    """Return the Inception Score of one split of probabilities (n, K), and how every row (n,) moves it; their mean is
-    0."""
+    """Return exp(KL(p(y|x), p(y))), the Inception Score (Salimans et al. 2016), of one split of probabilities (n, K),
+    and how every row (n,) moves it; their mean is 0."""
     part = probabilities.double()
     divergence = (torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(0))).sum(1)
     score = math.exp(divergence.mean().item())
@@ -204,18 +179,13 @@ def score_of_splits(splits: list[tuple[float, np.ndarray]]) -> tuple[float, np.n
     return float(np.mean([score for score, _ in splits])), np.concatenate(weighted)
 
 
-def precision_recall(real: Features, fake: Features, *, k: int = 3) -> tuple[float, float]:
-    """Return precision and recall (Kynkaanniemi et al. 2019), with ADM's conventions.
+def precision_recall(real: Features, fake: Features, *, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Return whether each fake row (M,) and each real row (N,) is inside: their means are precision and recall
+    (Kynkaanniemi et al. 2019), with ADM's conventions.
 
-    Precision is the share of fake rows that lie inside the ball of some real row, which reaches to its k-th nearest
-    neighbour among the real rows (itself not counted); recall is the same with the roles exchanged.
+    A fake row is inside if it lies in the ball of some real row, which reaches to its k-th nearest neighbour among the
+    real rows (itself not counted); for real rows the roles are exchanged.
     """
-    inside, covered = precision_recall_rows(real, fake, k=k)
-    return float(inside.double().mean()), float(covered.double().mean())
-
-
-def precision_recall_rows(real: Features, fake: Features, *, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Return what `precision_recall` averages: whether each fake row (M,) and each real row (N,) is inside."""
     real, fake = _as_pair(real, fake)
     radii_real, radii_fake = neighbour_radii(real, k, "real"), neighbour_radii(fake, k, "fake")
     covered_real = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -227,19 +197,14 @@ def precision_recall_rows(real: Features, fake: Features, *, k: int = 3) -> tupl
     return torch.cat(inside), covered_real
 
 
-def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[float, float]:
-    """Return density and coverage (Naeem et al. 2020).
+def density_coverage(real: Features, fake: Features, *, k: int = 5) -> tuple[Tensor, Tensor]:
+    """Return the density at the fake rows (M,), and which real balls (N,) hold one: their means are density and
+    coverage (Naeem et al. 2020).
 
-    Density is the mean number of real balls (k-th nearest neighbour) that a fake row lies in, divided by k; coverage
-    is the share of real balls that hold a fake row. For equal distributions density is 1 and coverage about
-    1 - (N / (N + M))^k: 0.97 for N = M and k = 5, but only 0.87 when there are twice as many real rows as fake ones.
+    The density is the number of real balls (k-th nearest neighbour) that a fake row lies in, divided by k. For equal
+    distributions its mean is 1 and coverage about 1 - (N / (N + M))^k: 0.97 for N = M and k = 5, but only 0.87 when
+    there are twice as many real rows as fake ones.
     """
-    density, covered = density_coverage_rows(real, fake, k=k)
-    return float(density.mean()), float(covered.double().mean())
-
-
-def density_coverage_rows(real: Features, fake: Features, *, k: int = 5) -> tuple[Tensor, Tensor]:
-    """Return what `density_coverage` averages: density at the fake rows (M,), and which real balls (N,) are hit."""
     real, fake = _as_pair(real, fake)
     radii = neighbour_radii(real, k, "real")
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -261,25 +226,37 @@ def nearest(rows: Features, references: Features, *, candidates: int = 1) -> tup
     rows, references = torch.as_tensor(rows), torch.as_tensor(references).to(torch.as_tensor(rows).device)
     if rows.ndim != 2 or references.shape[1:] != rows.shape[1:] or not len(references):
         raise ValueError(f"rows {tuple(rows.shape)} have no nearest of references {tuple(references.shape)}")
-    few = min(candidates, len(references))
-    least = torch.full((len(rows), few), torch.inf, device=rows.device)
-    places = torch.zeros(len(rows), few, dtype=torch.long, device=rows.device)
-    step = max(few, BLOCK_NUMBERS // rows.shape[1])
-    for start in range(0, len(references), step):
-        block = _as_rows(references[start : start + step])
-        for some in _blocks(len(rows), max(len(block), rows.shape[1])):
-            found, at = _squared_distances(_as_rows(rows[some]).to(block), block).topk(
-                min(few, len(block)), largest=False
-            )
-            both, where = torch.cat((least[some], found), 1), torch.cat((places[some], at + start), 1)
-            least[some], kept = both.topk(few, largest=False)
-            places[some] = where.gather(1, kept)
+    places = _closest(rows, references, min(candidates, len(references)))[1]
     distances = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for some in _blocks(len(rows), few * rows.shape[1]):
+    for some in _blocks(len(rows), places.shape[1] * rows.shape[1]):
         difference = rows[some, None].double() - references[places[some]].double()
         distances[some], best = difference.square().sum(-1).min(1)
         places[some, 0] = places[some].gather(1, best[:, None])[:, 0]
     return distances.sqrt(), places[:, 0]
+
+
+def neighbour_radii(rows: Tensor, k: int, name: str) -> Tensor:
+    """Return the squared distance (N,) of every row to its k-th nearest other row."""
+    if k < 1 or len(rows) <= k:
+        raise ValueError(f"k = {k} with {len(rows)} {name} rows; allowed is 1 to the number of rows - 1")
+    return _closest(rows, rows, k + 1)[0][:, k]  # index 0 is the row itself
+
+
+def _closest(rows: Tensor, references: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The squared distances by products and the places (M, number) of the references (N, D) nearest to each row."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    least = torch.full((len(rows), number), torch.inf, dtype=dtype, device=rows.device)
+    places = torch.zeros(len(rows), number, dtype=torch.long, device=rows.device)
+    step = max(number, BLOCK_NUMBERS // rows.shape[1])
+    for start in range(0, len(references), step):
+        block = _as_rows(references[start : start + step]).to(dtype)
+        for some in _blocks(len(rows), max(len(block), rows.shape[1])):
+            squared = _squared_distances(_as_rows(rows[some]).to(dtype), block)
+            found, at = squared.topk(min(number, len(block)), largest=False)
+            both, where = torch.cat((least[some], found), 1), torch.cat((places[some], at + start), 1)
+            least[some], kept = both.topk(number, largest=False)
+            places[some] = where.gather(1, kept)
+    return least, places
 
 
 def _as_rows(features: Features) -> Tensor:
@@ -314,14 +291,3 @@ def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
     left, right = left - centre, right - centre
     products = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)
     return products.add_(left.square().sum(1, keepdim=True)).clamp_(min=0)
-
-
-def neighbour_radii(rows: Tensor, k: int, name: str) -> Tensor:
-    """Return the squared distance (N,) of every row to its k-th nearest other row."""
-    if k < 1 or len(rows) <= k:
-        raise ValueError(f"k = {k} with {len(rows)} {name} rows; allowed is 1 to the number of rows - 1")
-    parts = [
-        _squared_distances(rows[block], rows).topk(k + 1, largest=False).values[:, k]  # index 0 is the row itself
-        for block in _blocks(len(rows), len(rows))
-    ]
-    return torch.cat(parts)

@@ -15,7 +15,7 @@ import torch
 
 from nar.metrics.defects import Defect
 from nar.metrics.detectors import Detector, default_detector
-from nar.metrics.features import FeatureSet, Reservoir, gather, gaussians, save
+from nar.metrics.features import FeatureSet, Reading, Reservoir, gather, gaussians, save
 from nar.metrics.frechet import Statistics
 from nar.metrics.pictures import Opened, Source, opened
 
@@ -40,26 +40,16 @@ def write_reference(
     Beside ADM's `mu`, `sigma`, `mu_s`, `sigma_s` and `arr_0` the file says which network made it and of how many
     pictures, so that reading it with another network is refused.
     """
-    if detector is None:
-        detector = default_detector(inception, device)
+    detector = default_detector(inception, device) if detector is None else detector
     kept = Reservoir(num_pictures, seed)
 
     def watch(images: np.ndarray, _: int) -> np.ndarray:
         kept.add(images)
         return images
 
-    found = gather(
-        opened(pictures, size=size),
-        detector,
-        name="reference",
-        size=size,
-        keep=2,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        cache=None,
-        defect=Defect("none", "", watch),
-    )
+    reading = Reading(size, None, 2, seed, batch_size, progress)
+    watching = Defect("none", "", watch)
+    found = gather(opened(pictures, size=size), detector, reading, name="reference", defect=watching)
     _check_determined(found.num_images, detector, "these pictures")
     made_by = {"network": detector.digest, "num_images": found.num_images}
     save(Path(path).expanduser(), {**gaussians(found), "arr_0": np.stack(kept.items), **made_by})
@@ -87,7 +77,6 @@ def read_reference(path: str | Path, detector: Detector, gather: Callable[[Opene
     path = Path(path).expanduser()
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "arr_0"}
-        has_pictures = "arr_0" in file.files
     made_by = str(arrays.get("network", ""))
     if made_by and made_by != detector.digest:
         raise ValueError(
@@ -97,22 +86,18 @@ def read_reference(path: str | Path, detector: Detector, gather: Callable[[Opene
     num_features = len(arrays["mu"])
     if num_features != detector.num_features or arrays.get("sigma", np.zeros(0)).shape != (num_features,) * 2:
         hint = "; give --inception FILE" if num_features == 2048 else ""
-        raise ValueError(
-            f"{path} has statistics of {num_features} features, but {detector.label} makes "
-            f"{detector.num_features}: another network made it{hint}"
-        )
+        makes = f"but {detector.label} makes {detector.num_features}: another network made it"
+        raise ValueError(f"{path} has statistics of {num_features} features, {makes}{hint}")
     number = int(arrays.get("num_images", 0))
     _check_determined(number, detector, f"the pictures that {path} was made of")
     pooled = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), number)
     spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], number) if "mu_s" in arrays else None
-    if has_pictures:
-        return dataclasses.replace(gather(opened(path), "reference"), num_images=number, pooled=pooled, spatial=spatial)
+    if source := reference_pictures(path):
+        return dataclasses.replace(gather(source, "reference"), num_images=number, pooled=pooled, spatial=spatial)
     return FeatureSet(number, None, pooled, torch.zeros(0, num_features), np.zeros(0, np.int64), spatial=spatial)
 
 
 def _check_determined(num_images: int, detector: Detector, what: str) -> None:
-    if 0 < num_images <= detector.num_features:
-        raise ValueError(
-            f"{what} are {num_images}: statistics of {detector.num_features} features need at least "
-            f"{detector.num_features + 1}, {ENOUGH:,} are recommended; judge against the pictures themselves"
-        )
+    if 0 < num_images <= (features := detector.num_features):
+        needed = f"statistics of {features} features need at least {features + 1}, {ENOUGH:,} are recommended"
+        raise ValueError(f"{what} are {num_images}: {needed}; judge against the pictures themselves")

@@ -6,8 +6,7 @@ It knows features only; it does not know pictures, networks or reports. Dimensio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ from nar.metrics.detectors import Detector
 from nar.metrics.features import FeatureSet
 from nar.metrics.frechet import (
     Statistics,
-    density_coverage_rows,
+    density_coverage,
     frechet_distance,
     frechet_influence,
-    kernel_distance,
-    precision_recall_rows,
+    precision_recall,
     resampled_kernel_distance,
 )
 
@@ -41,64 +39,52 @@ def scores(
     numbers: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
 
-    def put(
-        name: str, value: float, sides: Iterable[Callable[[], tuple[np.ndarray, int]]] = (), least: float = -math.inf
-    ) -> None:
+    def put(name: str, value: float, sides: Iterable[tuple[np.ndarray, int]] = (), least: float = -math.inf) -> None:
         """A number, and how pictures move it: of each side those that were kept, and how many there are."""
         numbers[detector.name(name)] = float(value)
-        if not resamplings or not sides:
-            return
-        moves = np.zeros(resamplings)
-        for side in sides:
-            values, count = side()
+        moves = []
+        for values, count in sides if resamplings else ():
             spread = _resampled_means(values, resamplings, generator) - values.mean()
-            moves += spread * (len(values) / max(count, len(values))) ** 0.5
-        ends = np.quantile(value + moves, (0.025, 0.975))
-        intervals[detector.name(name)] = [max(least, float(end)) for end in ends]
+            moves.append(spread * (len(values) / max(count, len(values))) ** 0.5)
+        if moves:
+            ends = np.quantile(value + sum(moves), (0.025, 0.975))
+            intervals[detector.name(name)] = [max(least, float(end)) for end in ends]
 
-    def put_frechet(name: str, left: Statistics, right: Statistics, left_rows: Tensor, right_rows: Tensor) -> None:
-        def side(first: Statistics, second: Statistics, rows: Tensor, count: int) -> tuple[np.ndarray, int]:
-            return frechet_influence(first, second, rows), count
-
-        sides = [(left, right, right_rows, fake.num_images), (right, left, left_rows, real.num_images)]
-        put(name, frechet_distance(left, right), [partial(side, *each) for each in sides if len(each[2])], least=0.0)
-
-    def put_mean(name: str, rows: Tensor) -> None:
-        values = rows.double().cpu().numpy()
-        put(name, values.mean(), [lambda: (values, len(values))])
+    def put_frechet(
+        name: str, left: Statistics, right: Statistics, left_rows: Tensor | None, right_rows: Tensor | None
+    ) -> None:
+        ways = [(left, right, right_rows, fake.num_images), (right, left, left_rows, real.num_images)]
+        sides = (
+            (frechet_influence(a, b, rows), number) for a, b, rows, number in ways if rows is not None and len(rows)
+        )
+        put(name, frechet_distance(left, right), sides, least=0.0)
 
     put_frechet("FD", real.pooled, fake.pooled, real.rows, fake.rows)
     if real.spatial is not None and fake.spatial is not None:
-        none = torch.zeros(0, len(real.spatial.mean))
-        known = (none if rows is None else rows for rows in (real.spatial_rows, fake.spatial_rows))
-        put_frechet("sFD", real.spatial, fake.spatial, *known)
+        put_frechet("sFD", real.spatial, fake.spatial, real.spatial_rows, fake.spatial_rows)
     if fake.score is not None:
-        influence = fake.score_influence
-        put("IS", fake.score, [] if influence is None else [lambda: (influence, len(influence))])
+        put("IS", fake.score, [] if (moves := fake.score_influence) is None else [(moves, len(moves))])
     if fake.motion is not None:
         numbers[MOTION] = float(fake.motion.mean())
         if resamplings:
             intervals[MOTION] = mean_interval(fake.motion, resamplings=resamplings, seed=seed)
     if len(real.rows) < 2 or len(fake.rows) < 2:
         return numbers, intervals
-    some_real = real.rows[torch.from_numpy(some_places(len(real.rows), KERNEL_ROWS, seed))]
-    some_fake = fake.rows[torch.from_numpy(some_places(len(fake.rows), KERNEL_ROWS, seed))]
-    kernel = detector.name("KID")
-    if not resamplings:
-        numbers[kernel] = kernel_distance(some_real, some_fake)
-    else:
-        weights = [_counts(len(rows), KERNEL_RESAMPLINGS, generator) for rows in (some_real, some_fake)]
-        distances = resampled_kernel_distance(some_real, some_fake, (weights[0], weights[1]))
-        numbers[kernel] = float(distances[0])
-        if min(len(some_real), len(some_fake)) > 2:  # of two, half of the resamplings hold one row twice: no pair
-            spread = 1.96 * float(distances[1:][distances[1:].isfinite()].std())
-            intervals[kernel] = [numbers[kernel] - spread, numbers[kernel] + spread]
+    some = [rows[torch.from_numpy(some_places(len(rows), KERNEL_ROWS, seed))] for rows in (real.rows, fake.rows)]
+    weights = [_counts(len(rows), KERNEL_RESAMPLINGS if resamplings else 0, generator) for rows in some]
+    distances = resampled_kernel_distance(some[0], some[1], (weights[0], weights[1]))
+    put("KID", float(distances[0]))
+    if resamplings and min(map(len, some)) > 2:  # of two, half of the resamplings hold one row twice: no pair
+        spread = 1.96 * float(distances[1:][distances[1:].isfinite()].std())
+        intervals[detector.name("KID")] = [float(distances[0]) - spread, float(distances[0]) + spread]
+    means: dict[str, Tensor] = {}
     if min(len(real.rows), len(fake.rows)) > 3:
-        for name, rows in zip(("precision", "recall"), precision_recall_rows(real.rows, fake.rows), strict=True):
-            put_mean(name, rows)
+        means |= zip(("precision", "recall"), precision_recall(real.rows, fake.rows), strict=True)
     if len(real.rows) > 5:
-        for name, rows in zip(("density", "coverage"), density_coverage_rows(real.rows, fake.rows), strict=True):
-            put_mean(name, rows)
+        means |= zip(("density", "coverage"), density_coverage(real.rows, fake.rows), strict=True)
+    for name, rows in means.items():
+        values = rows.double().cpu().numpy()
+        put(name, values.mean(), [(values, len(values))])
     return numbers, intervals
 
 
