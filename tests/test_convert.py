@@ -18,7 +18,8 @@ from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
 from nar.condition import ClassCondition
-from nar.convert import KINDS, Checkpoint, convert, read_checkpoint, recognise, video_tokenizer_state
+from nar.convert import KINDS, Checkpoint, convert, read_checkpoint, recognise
+from nar.convert.tokenizers import video_tokenizer_state
 from nar.model import ModelConfig, Transformer
 from nar.storage.folder import read_config, read_weights
 from nar.storage.presets import PRESETS, find

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
 from nar.condition import ClassCondition, Condition, PrefixCondition, TextCondition
-from nar.convert import Checkpoint, model_state
+from nar.convert import Checkpoint
+from nar.convert.models import model_state
 from nar.model import Transformer
 from nar.sampling import Sampling, generate
 

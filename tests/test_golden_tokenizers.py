@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
-from nar.convert import Checkpoint, convert, image_tokenizer_state, video_tokenizer_state
+from nar.convert import Checkpoint, convert
+from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
 from nar.tokenizer.image import ImageTokenizer
 from nar.tokenizer.larp import VideoTokenizer
 from nar.training.adversary import PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss

@@ -10,7 +10,8 @@ import torch
 
 from golden_fixtures import Fixture, asked_kinds, fixtures, folder
 from nar.condition import ClassCondition
-from nar.convert import Checkpoint, convert, model_state, read_checkpoint
+from nar.convert import Checkpoint, convert, read_checkpoint
+from nar.convert.models import model_state
 from nar.model import Transformer
 from nar.sampling import probabilities
 from nar.storage.folder import read_weights

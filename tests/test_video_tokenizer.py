@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nar.convert import Checkpoint, video_tokenizer_state
+from nar.convert import Checkpoint
 from nar.convert.renaming import respelled
-from nar.convert.tokenizers import VIDEO_SPELLINGS
+from nar.convert.tokenizers import VIDEO_SPELLINGS, video_tokenizer_state
 from nar.tokenizer.larp import NORMS, VideoTokenizer, VideoTokenizerConfig
 
 SIZES: dict[str, Any] = {

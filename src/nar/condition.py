@@ -31,10 +31,8 @@ class TextFeatures:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 3 or self.mask.shape != self.features.shape[:2]:
-            raise ValueError(
-                f"text features must be (B, T, F) with a mask (B, T), "
-                f"not {tuple(self.features.shape)} and {tuple(self.mask.shape)}"
-            )
+            found = f"{tuple(self.features.shape)} and {tuple(self.mask.shape)}"
+            raise ValueError(f"text features must be (B, T, F) with a mask (B, T), not {found}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +47,8 @@ class PrefixCodes:
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.codes.shape:
-            raise ValueError(
-                f"prefix codes {tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)} must have one shape"
-            )
+            shapes = f"{tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)}"
+            raise ValueError(f"prefix codes {shapes} must have one shape")
 
 
 @dataclass(frozen=True, eq=False)

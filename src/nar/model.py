@@ -165,10 +165,8 @@ class Layout:
         return cls(schedule, **names, levels=schedule.slot_levels(), rows=rows, phases=phases, table=table)
 
     def to(self, device: torch.device) -> Layout:
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        tensors: dict[str, Any] = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **{key: value.to(device) for key, value in tensors.items()})
 
 
 class Transformer(nn.Module):
@@ -268,21 +266,15 @@ class Transformer(nn.Module):
         return self._readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden states (..., H * d) to float32 logits (..., V).
-
-        Heads and their shares are already in the hidden states, and guidance may be applied to them: all of it is
-            linear.
-        """
+        """Project hidden states (..., H * d), heads and guidance in them, to float32 logits (..., V): all is linear."""
         return cast(Tensor, self.output(hidden)).float()
 
     def in_order(self, codes: Tensor) -> Tensor:
         """Codes (B, *grid) to tokens (B, N) in generation order; raises ValueError when the grid is another one."""
-        grid = self.config.grid
-        if codes.shape[1:] != grid:
-            raise ValueError(
-                f"grid {grid} has {math.prod(grid)} tokens but the codes are {tuple(codes.shape[1:])}; "
-                "were they extracted at another size?"
-            )
+        grid, found = self.config.grid, tuple(codes.shape[1:])
+        if found != grid:
+            tokens = f"grid {grid} has {math.prod(grid)} tokens"
+            raise ValueError(f"{tokens} but the codes are {found}; were they extracted at another size?")
         return codes.flatten(1)[:, self.layout.order]
 
     def in_raster(self, tokens: Tensor) -> Tensor:
@@ -317,9 +309,8 @@ class Transformer(nn.Module):
         schedule, count = self.layout.schedule, self.config.num_condition
         slots = slice(schedule.fed(fronts[0]).start, schedule.fed(fronts[-1]).stop)
         if cache.length != count + slots.start:
-            raise ValueError(
-                f"front {fronts[0]} must be fed after {count + slots.start} positions, the cache holds {cache.length}"
-            )
+            needed = f"fed after {count + slots.start} positions"
+            raise ValueError(f"front {fronts[0]} must be {needed}, the cache holds {cache.length}")
         x = self._add_positions(self._embed_slots(tokens, fronts), cache.length)
         mask = None
         if len(fronts) > 1:
@@ -374,9 +365,8 @@ class Transformer(nn.Module):
         config = self.config
         if text.features.shape[1:] != (config.text_length, config.text_dim):
             raise ValueError(
-                f"text features are {tuple(text.features.shape[1:])}, "
-                f"the model takes ({config.text_length}, {config.text_dim}); "
-                "pad the captions, or use the text encoder that the model was trained with"
+                f"text features are {tuple(text.features.shape[1:])}, the model takes ({config.text_length}, "
+                f"{config.text_dim}); pad the captions, or use the text encoder that the model was trained with"
             )
         features, mask = text.features.to(self.device, self.dtype), text.mask.to(self.device)
         if text.null is not None:
@@ -388,9 +378,8 @@ class Transformer(nn.Module):
 
     def _embed_prefix(self, prefix: PrefixCodes) -> tuple[Tensor, Tensor | None]:
         if prefix.codes.shape[1:] != self.config.prefix_grid:
-            raise ValueError(
-                f"prefix codes are {tuple(prefix.codes.shape[1:])}, the model takes {self.config.prefix_grid}"
-            )
+            found = tuple(prefix.codes.shape[1:])
+            raise ValueError(f"prefix codes are {found}, the model takes {self.config.prefix_grid}")
         embedded = self.tokens(prefix.codes.to(self.device).flatten(1))
         mask = None if prefix.mask is None else F.pad(prefix.mask.to(self.device).flatten(1), (0, 1), value=True)
         return torch.cat([embedded, self.separator.expand(len(embedded), 1, -1)], 1), mask
@@ -500,15 +489,11 @@ class Transformer(nn.Module):
         if tuple(grid) == self.config.grid:
             return self
         if self.config.prefix_grid:
-            raise ValueError(
-                f"grid {tuple(grid)} does not fit this model: it reads context frames of "
-                f"{self.config.prefix_grid} codes beside a grid of {self.config.grid}, and no other"
-            )
+            own = f"reads context frames of {self.config.prefix_grid} codes beside a grid of {self.config.grid}"
+            raise ValueError(f"grid {tuple(grid)} does not fit this model: it {own}")
         if self.config.positions != "rope" or len(grid) != len(self.config.grid):
-            raise ValueError(
-                f"grid {tuple(grid)} does not fit this model: it has {self.config.positions} positions "
-                f"for a grid of {self.config.grid}"
-            )
+            own = f"has {self.config.positions} positions for a grid of {self.config.grid}"
+            raise ValueError(f"grid {tuple(grid)} does not fit this model: it {own}")
         other = copy.copy(self)  # the same modules, packed ones too
         other.config = dataclasses.replace(self.config, grid=tuple(grid))
         other.layout = Layout.of(other.config).to(self.device)

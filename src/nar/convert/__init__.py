@@ -25,16 +25,7 @@ from nar.storage.presets import find
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizerConfig
 
-__all__ = [
-    "KINDS",
-    "Checkpoint",
-    "convert",
-    "image_tokenizer_state",
-    "model_state",
-    "read_checkpoint",
-    "recognise",
-    "video_tokenizer_state",
-]
+__all__ = ["KINDS", "Checkpoint", "convert", "read_checkpoint", "recognise"]
 
 MAPPED_BYTES = 128 * 2**20
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -77,7 +68,10 @@ def convert(
     ):
         if given and not fits:
             raise ValueError(f"{option} does not apply to {kind}, {KINDS[kind]}; leave it out")
-    target, named = _writable(Path(output), Path(source)), find(preset) if preset else None
+    output, named = Path(output), find(preset) if preset else None
+    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):  # also of a link to itself
+        raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
+    check_replaceable(output)  # before the source is read
 
     def load() -> tuple[ImageTokenizerConfig | VideoTokenizerConfig | ModelConfig, dict[str, Parts]]:
         checkpoint = read_checkpoint(source, weights=weights)
@@ -90,35 +84,21 @@ def convert(
         )
 
     config = load()[0]
+    sizes, origin = dataclasses.asdict(config), {"converted_from": Path(source).name}
     if isinstance(config, ModelConfig):
         if class_names and len(class_names) != config.num_classes:
             raise ValueError(f"{len(class_names)} class names for a model of {config.num_classes} classes")
-        description = {"kind": "transformer", "model": dataclasses.asdict(config), "class_names": list(class_names)}
+        description = {"kind": "transformer", "model": sizes, "class_names": list(class_names), **origin}
     else:
         written = "image-tokenizer" if kind == "llamagen-vq" else "video-tokenizer"
-        description = {"kind": written, "tokenizer": dataclasses.asdict(config)}
-    parts = {"tokenizer": _fitting(Path(tokenizer), config.vocab_size)} if tokenizer else None
-    write_folder(
-        target,
-        {**description, "converted_from": Path(source).name},
-        lambda path: _stream_safetensors(path, lambda: load()[1]),
-        parts=parts,
-    )
-
-
-def _writable(output: Path, source: Path) -> Path:
-    """Refuse, before the source is read, to replace anything but a model folder; and never the source."""
-    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):  # also of a link to itself
-        raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
-    check_replaceable(output)
-    return output
-
-
-def _fitting(tokenizer: Path, vocab_size: int) -> Path:
-    found = read_config(tokenizer).get("tokenizer", {}).get("vocab_size")
-    if found != vocab_size:
-        raise ValueError(f"the tokenizer in {tokenizer} has {found} codes, the model {vocab_size}; give its own")
-    return tokenizer
+        description = {"kind": written, "tokenizer": sizes, **origin}
+    parts = {"tokenizer": Path(tokenizer)} if tokenizer else {}
+    for folder in parts.values():
+        found = read_config(folder).get("tokenizer", {}).get("vocab_size")
+        if found != config.vocab_size:
+            fit = f"{found} codes, the model {config.vocab_size}"
+            raise ValueError(f"the tokenizer in {folder} has {fit}; give its own")
+    write_folder(output, description, lambda path: _stream_safetensors(path, lambda: load()[1]), parts=parts)
 
 
 def _stream_safetensors(path: Path, load: Callable[[], dict[str, Parts]]) -> None:
@@ -143,7 +123,7 @@ def _stream_safetensors(path: Path, load: Callable[[], dict[str, Parts]]) -> Non
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in zip(order, sizes, strict=True):
             if mapped > MAPPED_BYTES:
-                state, mapped = {}, 0
+                state, mapped = {}, 0  # before the file is mapped anew
                 state = load()
             file.write(state[name].tensor().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             mapped += size

@@ -102,10 +102,8 @@ def _matching_preset(checkpoint: Checkpoint, kind: str, known: dict[str, Any], p
         fitting = [found for found in family if all(found.config.get(size) == known[size] for size in sizes)]
         return min(fitting, key=lambda found: found.kind != kind, default=None)
     for size in sizes:
-        if preset.config[size] != known[size]:
-            raise ValueError(
-                f"{checkpoint.origin} has {size} {known[size]}, preset {preset.name} {preset.config[size]}"
-            )
+        if (wanted := preset.config[size]) != known[size]:
+            raise ValueError(f"{checkpoint.origin} has {size} {known[size]}, preset {preset.name} {wanted}")
     return preset
 
 
@@ -116,8 +114,8 @@ def _num_heads(checkpoint: Checkpoint, known: dict[str, Any], preset: Preset | N
         return int(asked)
     dim, layers = known["dim"], known["num_layers"]
     raise ValueError(
-        f"{checkpoint.origin} has dim {dim} and {layers} layers, which is no published size, and the number of "
-        f"attention heads is not in the tensors; give it with --num-heads (dim / 64 = {dim / 64:g} is the usual one)"
+        f"{checkpoint.origin} has dim {dim} and {layers} layers, which is no published size: give the number of "
+        f"attention heads with --num-heads (dim / 64 = {dim / 64:g} is the usual one)"
     )
 
 
@@ -129,10 +127,10 @@ def _image_settings(checkpoint: Checkpoint, preset: Preset | None, grid: Sequenc
     if grid is None:
         raise ValueError(f"{checkpoint.origin}: the grid of codes is not in the tensors; give it, such as --grid 16x16")
     known: dict[str, Any] = {"grid": tuple(grid), "condition_rotation": "zero", "null_mask": "caption"}
-    if "cls_embedding.uncond_embedding" in checkpoint.tensors:
-        known["text_length"], known["text_dim"] = checkpoint.shape("cls_embedding.uncond_embedding")
-        return known
-    return known | _class_settings(checkpoint)
+    if "cls_embedding.uncond_embedding" not in checkpoint.tensors:
+        return known | _class_settings(checkpoint)
+    text_length, text_dim = checkpoint.shape("cls_embedding.uncond_embedding")
+    return known | {"text_length": text_length, "text_dim": text_dim}
 
 
 def _class_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -147,9 +145,7 @@ def _video_settings(checkpoint: Checkpoint, kind: str, grid: Sequence[int] | Non
     num_positions = (math.prod(checkpoint.shape("abs_pe")[:-1]) - 1) // (1 if kind == "nar-c2v" else 2)
     grid = tuple(grid or checkpoint.settings.get("latent_shape") or (4, 16, 16))
     if math.prod(grid) != num_positions:
-        raise ValueError(
-            f"{checkpoint.origin} has {num_positions} positions, grid {grid} has {math.prod(grid)}; "
-            "give the right one, such as --grid 4x16x16"
-        )
+        found = f"{num_positions} positions, grid {grid} has {math.prod(grid)}"
+        raise ValueError(f"{checkpoint.origin} has {found}; give the right one, such as --grid 4x16x16")
     given = _class_settings(checkpoint) if kind == "nar-c2v" else {"prefix_grid": grid}
     return {"grid": grid, "positions": "learned", **given}

@@ -48,16 +48,13 @@ def check_kind(checkpoint: Checkpoint, kind: str, preset: Preset | None) -> None
     """Raise a ValueError if the checkpoint or the preset is of another kind, with the one that it is of."""
     found, one_head = recognise(checkpoint.tensors), ""
     if found is None:
-        some = _listed(sorted(checkpoint.tensors))
-        raise ValueError(
-            f"{checkpoint.origin} is no checkpoint of {KINDS[kind]}, nor of another kind known here; it has {some}"
-        )
+        some = f"nor of another kind known here; it has {_listed(sorted(checkpoint.tensors))}"
+        raise ValueError(f"{checkpoint.origin} is no checkpoint of {KINDS[kind]}, {some}")
     if found == "llamagen-gpt" and kind.startswith("nar-"):
         one_head = ": it has one prediction head, NAR has one for each axis (medusa_output or output_R is missing)"
     if found != kind:
-        raise ValueError(
-            f"{checkpoint.origin} is a {found} checkpoint ({KINDS[found]}), not {kind}{one_head}; use --kind {found}"
-        )
+        found_kind = f"{found} checkpoint ({KINDS[found]})"
+        raise ValueError(f"{checkpoint.origin} is a {found_kind}, not {kind}{one_head}; use --kind {found}")
     if preset and preset.kind != kind and not (preset.kind == "nar-c2v" and kind == "nar-fp"):
         raise ValueError(f"preset {preset.name} is of kind {preset.kind}, not {kind}")
 

@@ -110,15 +110,8 @@ _FLAGS = {
     "code_type": "use_decoder_latent_token_type_embed",
     "pixel_query_type": "use_decoder_patch_query_token_type_embed",
 }
-_NORMS = {
-    "no": "none",
-    "none": "none",
-    "ln_d": "layer",
-    "ln_nd": "layer_all",
-    "bn_bn": "batch",
-    "bn_b": "batch_all",
-    "ln_d_na": "none",  # accepted upstream, but never applied
-}
+_NORMS = {"ln_d": "layer", "ln_nd": "layer_all", "bn_bn": "batch", "bn_b": "batch_all"}
+_NORMS |= dict.fromkeys(("no", "none", "ln_d_na"), "none")  # the last is accepted upstream, but never applied
 _DEFAULT_TRANSFORMER = "transformer_encoder_parallel"
 
 
@@ -154,15 +147,14 @@ def _video_tokenizer_config(checkpoint: Checkpoint, grid: Sequence[int] | None) 
     transformer = settings.get("transformer_name", _DEFAULT_TRANSFORMER)
     sides = [settings.get(f"{side}_name") or "none" for side in ("encoder", "decoder")]
     sides = [transformer if str(name).lower() in ("none", "no", "null") else name for name in sides]
-    refused = {
-        "regularizer": (str(regularizer.get("name")).lower(), "vq"),
-        "encoder": (sides[0], _DEFAULT_TRANSFORMER),
-        "decoder": (sides[1], _DEFAULT_TRANSFORMER),
-        "in_channels": (int(settings.get("in_channels", 3)), 3),
-        "decoder_patch_size": (int(settings.get("decoder_patch_size", 8)), patch_size),
-        "decoder_temporal_patch_size": (int(settings.get("decoder_temporal_patch_size", 4)), temporal_patch_size),
-    }
-    for name, (found, supported) in refused.items():
+    for name, found, supported in (
+        ("regularizer", str(regularizer.get("name")).lower(), "vq"),
+        ("encoder", sides[0], _DEFAULT_TRANSFORMER),
+        ("decoder", sides[1], _DEFAULT_TRANSFORMER),
+        ("in_channels", int(settings.get("in_channels", 3)), 3),
+        ("decoder_patch_size", int(settings.get("decoder_patch_size", 8)), patch_size),
+        ("decoder_temporal_patch_size", int(settings.get("decoder_temporal_patch_size", 4)), temporal_patch_size),
+    ):
         if found != supported:
             raise ValueError(f"{checkpoint.origin}: {name} {found!r} is not supported; {supported!r} is")
     norm = str(bottleneck.get("norm")).lower()
