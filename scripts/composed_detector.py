@@ -26,7 +26,8 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nar.media.crops import centre_crop, to_rgb
+from nar.media.crops import centre_crop
+from nar.media.pictures import to_rgb
 from nar.metrics.geneval.composed import CELLS, EXTENT, SIZE, ComposedJudge, SceneHead, decoded, stages
 from nar.metrics.geneval.judge import Found, Rules, judge_picture, summary
 from nar.metrics.geneval.prompts import TASKS
