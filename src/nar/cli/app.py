@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import re
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -108,20 +107,6 @@ def sizes(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f"grid {text!r} must be whole numbers joined by x, such as 16x16 or 4x16x16")
     return tuple(map(int, sizes))
-
-
-def given_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings of sampling among a verb's options that were given."""
-    from nar.sampling import settings_among
-
-    return settings_among(options)
-
-
-def setting_names() -> list[str]:
-    """The names of options that are settings of sampling."""
-    from nar.sampling import Sampling
-
-    return [field.name for field in dataclasses.fields(Sampling)]
 
 
 def shown(text: object) -> str:

@@ -1,11 +1,15 @@
 """`nar bench`: the speed of models and tokenizers, as a table and JSON rows."""
 
+# ruff: noqa: ARG001 options are passed on by their names
+
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from nar.cli.app import app
 from nar.storage.files import atomically, check_output, write_json
@@ -16,58 +20,38 @@ from nar.storage.files import atomically, check_output, write_json
     "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1"
 )
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A bundled name, a model folder, or a hub id.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A published size with random weights instead; see nar info --presets.")
-    ] = None,
+    context: typer.Context,
+    model: Annotated[str | None, Argument(metavar="[MODEL]", help="A bundled name, a folder, or a hub id.")] = None,
+    preset: Annotated[str | None, Option(help="A published size with random weights; see nar info --presets.")] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure a tokenizer instead, encoding and decoding in every dtype and layout: a folder, a bundled "
-            "name, or VQ-16, VQ-8, LARP-L-long with random weights."
-        ),
+        str | None, Option(help="Encode and decode: a folder, a bundled name; VQ-16, VQ-8, LARP-L-long at random.")
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Pictures at once.")] = "1",
+    batch_sizes: Annotated[str, Option(metavar="N,N,...", help="Pictures at once.")] = "1",
     schedule: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="raster, par (four regions) or manhattan; may be repeated. Default: all for a preset, "
-            "a model's own otherwise; its others run on random weights."
-        ),
+        list[str] | None, Option(help="raster, par or manhattan; repeatable. Default: all for a preset, else its own.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="1.0 is off. Default: the model's own; 2.0 for image presets, 1.25 for video.")
+        float | None, Option(help="1.0 is off. Default: the model's own; 2.0 for image presets, 1.25 for video.")
     ] = None,
-    guidance_interval: Annotated[int | None, typer.Option(help="End guidance after this number of tokens.")] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the feed-forward layers (torch.compile; for GPUs).")
-    ] = False,
-    pixels: Annotated[bool, typer.Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
-    warmups: Annotated[int, typer.Option(min=0, help="Generations before the clock starts.")] = 1,
-    repetitions: Annotated[int, typer.Option(min=1, help="Generations timed; the median counts.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    plot_file: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Plot latency, memory, throughput (.png, .pdf, .svg)."),
-    ] = None,
+    guidance_interval: Annotated[int | None, Option(help="End guidance after this number of tokens.")] = None,
+    compiled: Annotated[bool, Option("--compile", help="Compile the feed-forward layers (for GPUs).")] = False,
+    pixels: Annotated[bool, Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
+    warmups: Annotated[int, Option(min=0, help="Generations before the clock starts.")] = 1,
+    repetitions: Annotated[int, Option(min=1, help="Generations timed; the median counts.")] = 3,
+    dtype: Annotated[str, Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
+    device: Annotated[str | None, Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Write the rows here.")] = None,
+    plot_file: Annotated[Path | None, Option("--plot", help="Latency, memory, throughput (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Measure how fast models sample: schedules side by side, beside the least time that the machine needs."""
     if [model, preset, tokenizer].count(None) != 2:
-        raise ValueError(
-            "give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, and only one of them"
-        )
+        raise ValueError("give one of MODEL, --preset NAME (see nar info --presets) and --tokenizer NAME")
     if tokenizer is not None and plot_file is not None:
         raise ValueError("--plot shows models, not tokenizers; leave it out, or write --json FILE")
     try:
         sizes = tuple(int(part) for part in batch_sizes.split(","))
     except ValueError:
         raise ValueError(f"--batch-sizes must be numbers such as 1,8, not {batch_sizes!r}") from None
-    import dataclasses
-
     import torch
 
     from nar import bench as measure
@@ -79,38 +63,27 @@ def bench(
     for path in (json_file, plot_file):
         if path is not None:
             check_output(path)
-    setup = measure.Setup(
-        batch_sizes=sizes,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        dtype=dtype,
-        device=usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"),
-        pixels=pixels,
-        compiled=compiled,
-        warmups=warmups,
-        repetitions=repetitions,
-    )
+    given = {field.name: context.params[field.name] for field in dataclasses.fields(measure.Setup)}
+    place = usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    setup = measure.Setup(**given | {"batch_sizes": sizes, "device": place})
 
     def report(row: reports.Row) -> None:
         typer.echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
 
     if tokenizer is not None:
         rows = measure.bench_tokenizer(tokenizer, setup)
-        what = f"{'x'.join(map(str, rows[0].size or ()))} pixels"
+    elif preset is not None:
+        rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
     else:
-        if preset is not None:
-            rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
-        else:
-            rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
-        what = f"{dtype}, guidance {rows[0].guidance_scale}"
+        rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
+    first, what = rows[0], f"{dtype}, guidance {rows[0].guidance_scale}"
+    if tokenizer is not None:
+        what = f"{'x'.join(map(str, first.size or ()))} pixels"
     typer.echo(
-        f"{rows[0].model}: {what} on {rows[0].device}, {rows[0].threads} threads, medians of {repetitions} after "
+        f"{first.model}: {what} on {first.device}, {first.threads} threads, medians of {repetitions} after "
         f"{warmups + 1} warm-ups; seconds for a batch, and the least that reading and arithmetic take"
     )
-    typer.echo(reports.table(rows))
-    if tokenizer is None:
-        for line in reports.compare(rows):
-            typer.echo(line)
+    typer.echo("\n".join([reports.table(rows), *(reports.compare(rows) if tokenizer is None else ())]))
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(row) for row in rows])
     if plot_file is not None:

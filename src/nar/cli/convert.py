@@ -1,65 +1,38 @@
 """`nar convert`: published checkpoints to model folders."""
 
+# ruff: noqa: ARG001 options are passed on by their names
+
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from nar.cli.app import app, sizes
 
 
 @app.command(epilog="Example: nar convert --kind nar-c2i c2i_L_256.pt --tokenizer models/vq-16 -o models/nar-l")
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A published .pt, .pth or .safetensors file, or its folder.")
-    ],
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="nar-c2i, nar-t2i, nar-c2v, nar-fp or llamagen-gpt: a model; llamagen-vq or larp-tokenizer: a "
-            "tokenizer."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.")],
-    preset: Annotated[
-        str | None, typer.Option(help="Published size, see nar info --presets. Default: recognised by its sizes.")
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help="model, ema, or ema:DECAY, where a file holds several sets of weights.")
-    ] = "model",
-    num_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a size without preset.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(help="Codes along each axis: 24x24 for 384 pixels, 4x16x16 for video.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A converted tokenizer's folder, copied into the model's to make pictures.")
-    ] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="Names of the classes: a text file with one a line, or a JSON list.")
-    ] = None,
-    prefix_attention: Annotated[
-        str, typer.Option(help="Frame prediction: given codes see earlier ones (causal) or all (full).")
-    ] = "causal",
-    l2_norm: Annotated[bool, typer.Option(help="Image tokenizers: whether codes are compared by direction.")] = True,
+    context: typer.Context,
+    source: Annotated[Path, Argument(metavar="SRC", help="A published .pt, .pth or .safetensors file, or its folder.")],
+    kind: Annotated[str, Option(help="nar-c2i, nar-t2i, nar-c2v, nar-fp, llamagen-gpt; llamagen-vq, larp-tokenizer.")],
+    output: Annotated[Path, Option("--output", "-o", help="The model folder to write.")],
+    preset: Annotated[str | None, Option(help="See nar info --presets. Default: recognised by its sizes.")] = None,
+    weights: Annotated[str, Option(help="model, ema or ema:DECAY, of a file with several sets.")] = "model",
+    num_heads: Annotated[int | None, Option(min=1, help="Attention heads of a size without preset.")] = None,
+    grid: Annotated[str | None, Option(help="Codes along each axis: 24x24 for 384 pixels, 4x16x16 for video.")] = None,
+    tokenizer: Annotated[Path | None, Option(help="A converted tokenizer's folder, to copy into the model's.")] = None,
+    class_names: Annotated[Path | None, Option(help="A text file with one name a line, or a JSON list.")] = None,
+    prefix_attention: Annotated[str, Option(help="Given codes see earlier ones (causal) or all (full).")] = "causal",
+    l2_norm: Annotated[bool, Option(help="Image tokenizers: whether codes are compared by direction.")] = True,
 ) -> None:
     """Turn a published checkpoint into a model folder. Nothing in the file is run; every tensor is accounted for."""
     from nar.convert import convert as convert_checkpoint
 
-    convert_checkpoint(
-        kind,
-        source,
-        output,
-        preset=preset,
-        weights=weights,
-        num_heads=num_heads,
-        grid=sizes(grid) if grid else None,
-        class_names=_names(class_names) if class_names else (),
-        tokenizer=tokenizer,
-        prefix_attention=prefix_attention,
-        l2_norm=l2_norm,
-    )
+    read = {"grid": sizes(grid) if grid else None, "class_names": _names(class_names) if class_names else ()}
+    convert_checkpoint(**context.params | read)
     typer.echo(f"wrote {output}")
 
 

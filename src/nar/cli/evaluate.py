@@ -7,16 +7,19 @@ Knows options, which are called like the arguments of the functions in `nar.eval
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from nar.cli import options as shared
-from nar.cli.app import app, given_settings, setting_names
+from nar.cli.app import app
 
 # Options that moved into sub-verbs, those first that were given together with others of them.
 MOVED = {
@@ -33,23 +36,17 @@ MOVED = {
 
 COMPOSITIONS = {"score": "score, mean of the tasks", "prompts": "prompts with a right picture"}  # rows of the table
 Report = dict[str, Any]
-Real = Annotated[
-    str,
-    typer.Option(
-        help="Real pictures: a folder, .npz with arr_0, .parquet, the word fashion-mnist or a folder with its files."
-    ),
-]
-Split = Annotated[str, typer.Option(help="Of real pictures that have both: train or test.")]
+Real = Annotated[str, Option(help="Real pictures: a folder, .npz with arr_0, .parquet, fashion-mnist or its folder.")]
+Split = Annotated[str, Option(help="Of real pictures that have both: train or test.")]
 Inception = Annotated[
-    Path | None,
-    typer.Option(help="The 2015 Inception weights (.pth of pytorch-fid or torch-fidelity): FID and ADM's numbers."),
+    Path | None, Option(help="The Inception of 2015 (.pth of pytorch-fid or torch-fidelity): FID and ADM's numbers.")
 ]
-Size = Annotated[int | None, typer.Option(min=8, help="Crop and resize all pictures to this many pixels.")]
-Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Default: 64 pictures, 8 clips.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of what is chosen and resampled at random.")]
-Dtype = Annotated[str, typer.Option(help="Of a model: float32, bfloat16, or on a CPU float16.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")]
-Prompts = Annotated[Path | None, typer.Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
+Size = Annotated[int | None, Option(min=8, help="Crop and resize all pictures to this many pixels.")]
+Batch = Annotated[int | None, Option("--batch-size", min=1, help="Default: 64 pictures, 8 clips.")]
+Seed = Annotated[int, Option(min=0, help="Of what is chosen and resampled at random.")]
+Dtype = Annotated[str, Option(help="Of a model: float32, bfloat16, or on a CPU float16.")]
+Json = Annotated[Path | None, Option("--json", help="Write the whole report here.")]
+Prompts = Annotated[Path | None, Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
 
 
 class _Verbs(TyperGroup):
@@ -77,68 +74,46 @@ app.add_typer(verbs, name="eval")
 )
 def evaluate(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model to sample the fake pictures with, as --fake MODEL.")
-    ] = None,
+    model: Annotated[str | None, Argument(metavar="MODEL", help="Samples the fake pictures, as --fake MODEL.")] = None,
     real: Annotated[
-        str | None,
-        typer.Option(
-            help="Real pictures: a folder, .npz with arr_0, .parquet, the word fashion-mnist or a folder with its "
-            "files, or a reference .npz (mu, sigma) as ADM's. Clips: see --num-frames."
-        ),
+        str | None, Option(help="Real pictures: folder, .npz, .parquet, fashion-mnist; or ADM's .npz with mu, sigma.")
     ] = None,
-    fake: Annotated[
-        str | None, typer.Option(help="Pictures to judge: a folder, .npz, .parquet; or a model to sample them with.")
-    ] = None,
+    fake: Annotated[str | None, Option(help="Judged: a folder, .npz, .parquet, or a model that samples them.")] = None,
     floor: Annotated[
-        str | None,
-        typer.Option(help="Other real pictures: their score is the floor. Default: one half of --real to the other."),
+        str | None, Option(help="Other real pictures; their score is the floor. Default: one half of --real.")
     ] = None,
     inception: Inception = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Beside the score: real pictures with 2, 5, 10 % of its tokens resampled. Default: MODEL's."),
+        str | None, Option(help="Adds real pictures with 2, 5, 10 % of its tokens resampled. Default: MODEL's.")
     ] = None,
-    video: Annotated[bool, typer.Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
+    video: Annotated[bool, Option("--video", help="Judge clips with TransNetV2: FD-TransNetV2.")] = False,
     i3d: Annotated[
-        Path | None, typer.Option(help="The published i3d_torchscript.pt: FVD of clips, covariances divided by n.")
+        Path | None, Option(help="The published i3d_torchscript.pt: FVD, with covariances divided by n.")
     ] = None,
     i3d_variant: Annotated[
-        str, typer.Option(help="How clips are prepared for I3D: stylegan-v (also LARP's way) or videogpt.")
+        str, Option(help="Preparation for I3D: stylegan-v (also LARP's) or videogpt.")
     ] = "stylegan-v",
     num_frames: Annotated[
-        int | None,
-        typer.Option(min=2, help="Cut clips into pieces of this many frames; a folder of pictures is then one clip."),
+        int | None, Option(min=2, help="Cut clips into pieces of so many frames; a folder of pictures is then a clip.")
     ] = None,
     protocol: Annotated[
-        str | None,
-        typer.Option(help="ucf101: pieces of 16 frames at 128x128, sampled clips with the classes of the real ones."),
+        str | None, Option(help="ucf101: pieces of 16 frames at 128x128, sampled clips of the real ones' classes.")
     ] = None,
     json_file: Json = None,
     split: Split = "test",
     size: Size = None,
-    number: Annotated[
-        int | None, typer.Option("--number", "-n", min=2, help="Pictures that a model samples. Default: 10000.")
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Classes that a model samples: balanced, random, or real: those of the real pictures."),
-    ] = None,
+    number: Annotated[int | None, Option("--number", "-n", min=2, help="Of a model. Default: 10000.")] = None,
+    labels: Annotated[str | None, Option(help="Of a model: balanced, random, or real: those of --real.")] = None,
     guidance_scale: shared.GuidanceScale = None,
     guidance_interval: shared.GuidanceInterval = None,
     guidance_curve: shared.GuidanceCurve = None,
     temperature: shared.Temperature = None,
     top_k: shared.TopK = None,
     top_p: shared.TopP = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampled pictures, halves and resamplings.")] = 0,
-    calibration: Annotated[
-        float,
-        typer.Option(help="Share of patches exchanged, where there is no tokenizer; 0: no rows of known defects."),
-    ] = 0.05,
-    resamplings: Annotated[int, typer.Option(min=0, help="For the confidence intervals, 0 is off.")] = 1000,
-    cache: Annotated[Path, typer.Option(help="Where features of files are kept, by their hash.")] = Path(
-        "~/.cache/nar/features"
-    ),
+    seed: Annotated[int, Option(min=0, help="Of sampled pictures, halves and resamplings.")] = 0,
+    calibration: Annotated[float, Option(help="Share of patches exchanged, without tokenizer; 0: no defects.")] = 0.05,
+    resamplings: Annotated[int, Option(min=0, help="For the confidence intervals, 0 is off.")] = 1000,
+    cache: Annotated[Path, Option(help="Features of files, by their hash.")] = Path("~/.cache/nar/features"),
     batch_size: Batch = None,
     device: shared.Device = None,
     dtype: Dtype = "float32",
@@ -153,11 +128,13 @@ def evaluate(
     if (model is None) == (fake is None):
         raise ValueError("give one of MODEL and --fake: the pictures to judge, or the model that samples them")
     from nar.evaluation.models import Comparison, is_model, judge_model, judge_set
+    from nar.sampling import Sampling, settings_among
 
+    of_sampling = [field.name for field in dataclasses.fields(Sampling)]
     source = str(model if fake is None else fake)
     samples = model is not None or is_model(source)
     if not samples:
-        _refuse(context, "--fake FOLDER", "labels", "dtype", *setting_names(), *([] if protocol else ["number"]))
+        _refuse(context, "--fake FOLDER", "labels", "dtype", *of_sampling, *([] if protocol else ["number"]))
     if i3d is None:
         _refuse(context, "judging without --i3d", "i3d_variant")
     if i3d is not None or video:
@@ -166,34 +143,25 @@ def evaluate(
         _refuse(context, "--calibration 0", "tokenizer")
     elif samples or tokenizer is not None:
         _refuse(context, "judging with a tokenizer", "calibration")
-    sampling = (*setting_names(), "model", "fake", "labels", "dtype")
-    how = Comparison(**_options(context, *sampling), progress=True)
-    settings = given_settings(locals())
+    how = Comparison(**_options(context, *of_sampling, "model", "fake", "labels", "dtype"), progress=True)
+    settings = settings_among(context.params)
 
-    def judge() -> Report:
-        if samples:
-            return judge_model(how, source, labels=labels, settings=settings, dtype=dtype)
-        return judge_set(how, source)
-
-    _report(judge, json_file)
+    of_model = partial(judge_model, labels=labels, settings=settings, dtype=dtype)
+    _report(lambda: (of_model if samples else judge_set)(how, source), json_file)
 
 
 @verbs.command(epilog="Example: nar eval tokenizer runs/tokenizer/model --real pictures --sheet pairs.png")
 def tokenizer(
     context: typer.Context,
-    folder: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A tokenizer folder, or emoji/tokenizer.")],
+    folder: Annotated[str, Argument(metavar="TOKENIZER", help="A tokenizer folder, or emoji/tokenizer.")],
     real: Real,
     size: Size = None,
-    group: Annotated[
-        str | None, typer.Option(help="The column whose samples are held out together. Default: as trained.")
-    ] = None,
-    num_frames: Annotated[int | None, typer.Option(min=2, help="Of each clip. Default: as trained.")] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=2, help="Held-out pictures, at most.")] = 10_000,
-    pad: Annotated[bool, typer.Option("--pad", help="Repeat edges up to a multiple of its patch.")] = False,
-    refine: Annotated[
-        int, typer.Option(min=0, help="Also search better codes than its encoder's, in so many steps; 100.")
-    ] = 0,
-    sheet: Annotated[Path | None, typer.Option(help="Write real and reconstructed pictures, in pairs.")] = None,
+    group: Annotated[str | None, Option(help="Column of what is held out together. Default: as trained.")] = None,
+    num_frames: Annotated[int | None, Option(min=2, help="Of each clip. Default: as trained.")] = None,
+    number: Annotated[int, Option("--number", "-n", min=2, help="Held-out pictures, at most.")] = 10_000,
+    pad: Annotated[bool, Option("--pad", help="Repeat edges up to a multiple of its patch.")] = False,
+    refine: Annotated[int, Option(min=0, help="Also search better codes than the encoder's, in 100 steps, say.")] = 0,
+    sheet: Annotated[Path | None, Option(help="Write real and reconstructed pictures, in pairs.")] = None,
     inception: Inception = None,
     seed: Seed = 0,
     batch_size: Batch = None,
@@ -209,13 +177,11 @@ def tokenizer(
 @verbs.command(epilog="Example: nar eval likelihood fashion --real fashion-mnist --against runs/raster/model")
 def likelihood(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
     real: Real,
-    against: Annotated[
-        str | None, typer.Option(help="Another model of the same tokenizer: the difference, paired by picture.")
-    ] = None,
+    against: Annotated[str | None, Option(help="Another model of the same tokenizer: paired differences.")] = None,
     split: Split = "test",
-    number: Annotated[int, typer.Option("--number", "-n", min=4, help="Pictures, at most.")] = 10_000,
+    number: Annotated[int, Option("--number", "-n", min=4, help="Pictures, at most.")] = 10_000,
     seed: Seed = 0,
     device: shared.Device = None,
     dtype: Dtype = "float32",
@@ -230,13 +196,11 @@ def likelihood(
 @verbs.command(epilog="Example: nar eval captions --fake samples --clip clip-vit-base-patch32")
 def captions(
     context: typer.Context,
-    fake: Annotated[str, typer.Option(help="Pictures with captions: a folder, .npz, .parquet or .tar.")],
-    captions: Annotated[Path | None, typer.Option(help="Captions, one a line. Default: the pictures' own.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="CLIP score: a local transformers folder of a CLIP model.")] = None,
-    clip_prefix: Annotated[str, typer.Option(help="Put before captions; published: 'A photo depicts '.")] = "",
-    retrieval: Annotated[
-        bool, typer.Option("--retrieval", help="R@1, R@5 and concept accuracy, of emoji; offline.")
-    ] = False,
+    fake: Annotated[str, Option(help="Pictures with captions: a folder, .npz, .parquet or .tar.")],
+    captions: Annotated[Path | None, Option(help="Captions, one a line. Default: the pictures' own.")] = None,
+    clip: Annotated[Path | None, Option(help="CLIP score: a local transformers folder of a CLIP model.")] = None,
+    clip_prefix: Annotated[str, Option(help="Put before captions; published: 'A photo depicts '.")] = "",
+    retrieval: Annotated[bool, Option("--retrieval", help="R@1, R@5 and concept accuracy, of emoji; offline.")] = False,
     size: Size = None,
     seed: Seed = 0,
     device: shared.Device = None,
@@ -253,9 +217,9 @@ def captions(
 @verbs.command(epilog="Example: nar eval geneval samples --detector mask2former --clip clip-vit-large-patch14")
 def geneval(
     context: typer.Context,
-    folder: Annotated[Path | None, typer.Argument(help="Pictures laid out as GenEval's.")] = None,
-    detector: Annotated[Path | None, typer.Option(help="A local transformers folder of a Mask2Former.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="A local transformers folder of a CLIP model.")] = None,
+    folder: Annotated[Path | None, Argument(help="Pictures laid out as GenEval's.")] = None,
+    detector: Annotated[Path | None, Option(help="A local transformers folder of a Mask2Former.")] = None,
+    clip: Annotated[Path | None, Option(help="A local transformers folder of a CLIP model.")] = None,
     write_prompts: Prompts = None,
     seed: Seed = 0,
     device: shared.Device = None,
@@ -273,18 +237,14 @@ def geneval(
         raise ValueError("geneval needs FOLDER, --detector and --clip: local folders of Mask2Former and CLIP")
     else:
         place = usable_device(device) or "cpu"
-        _report(
-            lambda: judge.judge_folder(folder, judge.Mask2FormerJudge(detector, clip, device=place), seed=seed),
-            json_file,
-            "share right",
-            COMPOSITIONS,
-        )
+        load = partial(judge.Mask2FormerJudge, detector, clip, device=place)
+        _report(lambda: judge.judge_folder(folder, load(), seed=seed), json_file, "share right", COMPOSITIONS)
 
 
 @verbs.command(epilog="Example: nar eval composed samples")
 def composed(
     context: typer.Context,
-    folder: Annotated[Path | None, typer.Argument(help="Composed drawings laid out as GenEval's.")] = None,
+    folder: Annotated[Path | None, Argument(help="Composed drawings laid out as GenEval's.")] = None,
     write_prompts: Prompts = None,
     seed: Seed = 0,
     json_file: Json = None,
@@ -305,11 +265,11 @@ def composed(
 @verbs.command(epilog="Example: nar eval copies --fake samples --of train.parquet --real unseen.parquet")
 def copies(
     context: typer.Context,
-    fake: Annotated[str, typer.Option(help="Pictures to judge.")],
-    of: Annotated[str, typer.Option(help="Training pictures that may have been copied.")],
-    real: Annotated[str, typer.Option(help="Pictures that were not trained on; they set the threshold.")],
+    fake: Annotated[str, Option(help="Pictures to judge.")],
+    of: Annotated[str, Option(help="Training pictures that may have been copied.")],
+    real: Annotated[str, Option(help="Pictures that were not trained on; they set the threshold.")],
     split: Split = "test",
-    size: Annotated[int, typer.Option(min=8, help="Compare at this many pixels.")] = 64,
+    size: Annotated[int, Option(min=8, help="Compare at this many pixels.")] = 64,
     json_file: Json = None,
 ) -> None:
     """Share of pictures that are closer to a training picture than 99 % of unseen real ones are."""
@@ -322,7 +282,7 @@ def copies(
 def reference(
     context: typer.Context,
     real: Real,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file to write.")],
+    output: Annotated[Path, Option("--output", "-o", help="The .npz file to write.")],
     split: Split = "test",
     size: Size = None,
     inception: Inception = None,

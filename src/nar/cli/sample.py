@@ -13,7 +13,7 @@ import typer
 
 from nar import __version__
 from nar.cli import options as shared
-from nar.cli.app import app, given_settings, sizes
+from nar.cli.app import app, sizes
 from nar.progress import Progress
 from nar.storage.files import atomically, check_output
 from nar.storage.text import read_lines
@@ -141,10 +141,11 @@ def sample(
             raise ValueError(f"{chosen} says what is sampled: leave out {', '.join(wrong)}")
         if of_prompts and prompts_file is None:
             raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
+        from nar.sampling import settings_among
         from nar.training.distributed import joined
 
         lines = _lines(prompts_file) if prompts_file else []
-        settings = given_settings(locals())
+        settings = settings_among(locals())
         with joined(device or "auto") as workers:
             pipe = _pipeline(model, workers.device, dtype, text_encoder, grid)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
@@ -154,6 +155,7 @@ def sample(
     number = number or EACH
     _check_output(output)
     from nar.precision import usable_device
+    from nar.sampling import settings_among
 
     pipe = _pipeline(model, usable_device(device), dtype, text_encoder, grid)
     _check_kind(pipe, output, fps, gif)
@@ -161,7 +163,7 @@ def sample(
     if pipe.model.config.num_classes and not (class_label or prompts or frames):
         class_label = [pipe.label_name(index) for index in range(min(10, pipe.model.config.num_classes))]
     columns = {"class_label": class_label or [], "prompt": prompts, "frames": [str(path) for path in frames or ()]}
-    settings = given_settings(locals())
+    settings = settings_among(locals())
     options: dict[str, Any] = {"negative_prompt": negative_prompt, "num_frames": num_frames, "seed": seed}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
     count = max(map(len, columns.values())) * number

@@ -110,10 +110,9 @@ class DataConfig:
         """The pictures to learn from, and those held out."""
         if not self.source:
             raise ValueError("this recipe needs pictures: data.source=FOLDER (or a .parquet or .tar file, or a hub id)")
-        opened = self._opened
-        train, split = opened(), "test" if self.validation == "auto" else self.validation
+        train, split = self.part(), "test" if self.validation == "auto" else self.validation
         try:
-            heldout = opened(split)
+            heldout = self.part(split)
             used = ("train", split if split in heldout.splits else next(iter({*heldout.splits} - {"train"}), ""))
             if unused := [name for name in heldout.splits if name not in used]:
                 warnings.warn(
@@ -129,16 +128,10 @@ class DataConfig:
         out = held_out(train.groups or train.names, self.heldout_share)
         return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
 
-    def _opened(self, split: str = "train") -> Source:
-        source = open_source(
-            self.source,
-            size=self.size,
-            split=split,
-            label=self.label,
-            group=self.group,
-            windows=self.clip_windows,
-            broken=self.broken,
-        )
+    def part(self, split: str = "train") -> Source:
+        """The pictures of one split, with their groups as they count."""
+        asked = {name: getattr(self, name) for name in ("size", "label", "group", "broken")}
+        source = open_source(self.source, split=split, windows=self.clip_windows, **asked)
         if not self.group_without:
             return source
         return dataclasses.replace(source, groups=families(source.groups, self.group_without))

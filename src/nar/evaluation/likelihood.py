@@ -74,13 +74,11 @@ def judge_likelihood(
     Raises:
         ValueError: samples without the classes or captions that a model needs, or models of two tokenizers.
     """
-    names = [model] if against is None else [model, against]
-    folders = [find_model(name) for name in names]
+    folders = [find_model(name) for name in (model, against) if name is not None]
     tokenizers = [model_digest(folder / "tokenizer") for folder in folders if (folder / "tokenizer").is_dir()]
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
-    load = partial(Pipeline.from_pretrained, device=usable_device(device), dtype=dtype)
-    pipes = [load(folder) for folder in folders]
+    pipes = [Pipeline.from_pretrained(folder, device=usable_device(device), dtype=dtype) for folder in folders]
     heldout = _held_out(pipes, _trained(folders[0]), real, split, number, seed)
     found: dict[str, np.ndarray] = {}
     warnings: list[str] = []
@@ -100,23 +98,21 @@ def judge_likelihood(
                 )
     for name in [name for name in found if f"against: {name}" in found]:
         found[f"difference: {name}"] = found[name] - found[f"against: {name}"]
+    settings: dict[str, Any] = {
+        "model": model,
+        "against": against,
+        "num_real": len(heldout),
+        "seed": seed,
+        "dtype": dtype,
+    }
+    settings |= {"schedule": [pipe.model.config.schedule for pipe in pipes], "guidance_scale": 1.0}
+    settings["real"] = {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"}
+    settings |= {"weights_sha256": [*map(model_digest, folders)], "tokenizer_sha256": tokenizers[0]}
     return {
         **{name: float(values.mean()) for name, values in found.items()},
         "interval": {name: mean_interval(values, seed=seed) for name, values in found.items()},
         "warnings": warnings,
-        "settings": {
-            "model": model,
-            "against": against,
-            "num_real": len(heldout),
-            "seed": seed,
-            "dtype": dtype,
-            "schedule": [pipe.model.config.schedule for pipe in pipes],
-            "guidance_scale": 1.0,
-            "real": {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"},
-            "weights_sha256": [model_digest(folder) for folder in folders],
-            "tokenizer_sha256": tokenizers[0],
-            "versions": {"nar": __version__, "torch": torch.__version__},
-        },
+        "settings": settings | {"versions": {"nar": __version__, "torch": torch.__version__}},
     }
 
 
@@ -143,29 +139,28 @@ class _Samples:
                 self.prompts = [wordings(*words)[0] for words in zip(self.prompts, *further, strict=True)]
         self.text_bytes = 4 * len(heldout) * config.text_length * config.text_dim
 
-    def condition(self, rows: slice, count: int) -> Condition:
-        """The condition of some samples, of clips with their first `count` frames."""
+    def condition(self, rows: slice, count: int) -> tuple[Condition, Tensor | None]:
+        """The condition of some samples, of clips with their first `count` frames, and what codes it decides."""
         frames: Sequence[Tensor | None] = [None] * len(self.labels[rows])
         if count and self.heldout.frames is not None:
             frames = list(as_pixels(self.heldout.frames[rows, :count]).to(self.pipe.model.device))
         columns = zip(self.labels[rows].tolist(), self.prompts[rows], frames, strict=True)
         asked = [Request(label, prompt, frames=clip) for label, prompt, clip in columns]
-        return self.pipe.condition(asked)[0]
+        condition = self.pipe.condition(asked)[0]
+        return condition, self.pipe.continuation.known(condition)
 
     def bits(self, count: int) -> np.ndarray:
         """Bits per token (M,) of what follows the first `count` frames."""
         parts = []
         for start in steps(range(0, len(self.heldout), _BATCH), "likelihood", "batches"):
             rows = slice(start, start + _BATCH)
-            condition = self.condition(rows, count)
-            known = self.pipe.continuation.known(condition)
+            condition, known = self.condition(rows, count)
             parts.append(bits_per_token(self.pipe.model, self.heldout.codes[rows], condition, known=known))
         return torch.cat(parts).numpy()
 
     def cost(self, count: int, seed: int) -> np.ndarray:
         """What the independence of a front's tokens costs (M / 2,) of what follows `count` frames."""
-        condition = self.condition(slice(None), count)
-        known = self.pipe.continuation.known(condition)
+        condition, known = self.condition(slice(None), count)
         return independence_cost(self.pipe.model, self.heldout.codes, condition, known=known, seed=seed).numpy()
 
 

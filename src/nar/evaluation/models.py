@@ -29,7 +29,8 @@ from nar.tokenizer import Tokenizer, load_tokenizer
 
 NUMBER = 10_000  # pictures that a model samples
 TOKEN_SHARES = (0.0, 0.02, 0.05, 0.1)  # of the known defects with a tokenizer; 0: only encoded and decoded
-PROTOCOLS = {"ucf101": {"num_frames": 16, "size": 128}}
+_AS_THEY_ARE = ("inception", "num_frames", "size", "resamplings", "seed", "cache", "progress")  # for `evaluate`
+PROTOCOLS: dict[str, dict[str, Any]] = {"ucf101": {"num_frames": 16, "size": 128}}
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,8 @@ class Comparison:
 
     def cut(self) -> Comparison:
         """The comparison with the sizes that its protocol fixes, where it does not say its own."""
-        fixed = PROTOCOLS.get(self.protocol or "", {})
-        return dataclasses.replace(
-            self, size=self.size or fixed.get("size"), num_frames=self.num_frames or fixed.get("num_frames")
-        )
+        fixed = {name: getattr(self, name) or value for name, value in PROTOCOLS.get(self.protocol or "", {}).items()}
+        return dataclasses.replace(self, **fixed)
 
 
 def is_model(source: str) -> bool:
@@ -84,8 +83,7 @@ def is_model(source: str) -> bool:
 
 def judge_set(how: Comparison, fake: str) -> dict[str, Any]:
     """The report of a set in files."""
-    how = how.cut()
-    places = None
+    how, places = how.cut(), None
     if how.protocol:
         how = dataclasses.replace(how, real=_opened(how, how.real))
         places = paired_places(len(how.real), how.number or NUMBER)
@@ -108,12 +106,10 @@ def judge_model(
     if pipe.makes_clips:
         if how.inception is not None:
             raise ValueError(f"{model} makes clips, which the Inception network does not judge: leave --inception out")
-        how = dataclasses.replace(
-            how, num_frames=how.num_frames or pipe.pixel_shape[0], video=True, batch_size=how.batch_size or CLIP_BATCH
-        )
-    how = dataclasses.replace(
-        how, size=how.size or pipe.pixel_shape[-1], tokenizer=how.tokenizer or str(folder / "tokenizer")
-    )
+        how = dataclasses.replace(how, video=True, batch_size=how.batch_size or CLIP_BATCH)
+        how = dataclasses.replace(how, num_frames=how.num_frames or pipe.pixel_shape[0])
+    size, tokenizer = how.size or pipe.pixel_shape[-1], how.tokenizer or str(folder / "tokenizer")
+    how = dataclasses.replace(how, size=size, tokenizer=tokenizer)
     chosen: str | Sequence[str | int] = labels
     places, count = None, how.number or NUMBER
     if labels == "real":
@@ -123,17 +119,9 @@ def judge_model(
         count = how.number or len(places)
     numbers = set_labels(pipe, chosen, count, how.seed).tolist()
     sampling = dataclasses.replace(pipe.sampling, **settings)
-    source = Sampled(pipe, list(map(Request, numbers)), sampling, seed=how.seed, batch_size=how.batch_size or BATCH)
-    made_with = {
-        "model": model,
-        "labels": labels,
-        "seed": how.seed,
-        **dataclasses.asdict(sampling),
-        "dtype": dtype,
-        "grid": list(pipe.model.config.grid),
-        "classes": len(set(numbers)),
-        **made_by(folder),
-    }
+    source = Sampled(pipe, [*map(Request, numbers)], sampling, how.seed, how.batch_size or BATCH)
+    made_with = {"model": model, "labels": labels, "seed": how.seed, **dataclasses.asdict(sampling), "dtype": dtype}
+    made_with |= {"grid": list(pipe.model.config.grid), "classes": len(set(numbers)), **made_by(folder)}
     return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)
 
 
@@ -163,20 +151,14 @@ def _report(
     report = evaluate(
         _opened(how, how.real),
         fake,
-        inception=how.inception,
         detector=detector,
-        num_frames=how.num_frames,
         only_real=only_real,
         floor=None if how.floor is None else _opened(how, how.floor),
-        size=how.size,
         calibration=defects,
-        resamplings=how.resamplings,
-        seed=how.seed,
-        cache=how.cache,
         batch_size=how.batch_size or (CLIP_BATCH if detector else BATCH),
         device=device,
-        progress=how.progress,
         settings=settings,
+        **{name: getattr(how, name) for name in _AS_THEY_ARE},
     )
     report["settings"]["protocol"] = how.protocol
     return report
@@ -188,13 +170,14 @@ def token_defects(tokenizer_folder: Path, device: str | None, seed: int) -> list
     weights = model_digest(tokenizer_folder)
 
     def defect(share: float) -> Defect:
+        name = f"{100 * share:.3g} % of tokens resampled" if share else "encoded and decoded"
         return Defect(
-            f"{100 * share:.3g} % of tokens resampled" if share else "encoded and decoded",
+            name,
             f"tokens {share} {seed} {weights}",
             lambda images, first: resample_tokens(tokenizer, images, share, seed + first),
         )
 
-    return [defect(share) for share in TOKEN_SHARES]
+    return [*map(defect, TOKEN_SHARES)]
 
 
 @torch.inference_mode()

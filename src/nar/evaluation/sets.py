@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.files import atomically, claim
 from nar.storage.folder import model_digest, read_config
+from nar.storage.text import read_lines
 
 BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are sampled or judged at a time
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
@@ -71,16 +72,18 @@ def set_labels(pipe: Pipeline, labels: str | Sequence[str | int], count: int, se
     return np.arange(count) % num_classes
 
 
+@dataclass(frozen=True)
 class Sampled:
     """Pictures or clips that are sampled when they are read, in batches uint8 (B, [T,] H, W, 3): one of each request.
 
     Picture i depends on (seed, i) only. The length is the number of pictures.
     """
 
-    def __init__(
-        self, pipe: Pipeline, requests: Sequence[Request], sampling: Sampling, *, seed: int, batch_size: int
-    ) -> None:
-        self.pipe, self.requests, self.sampling, self.seed, self.batch_size = pipe, requests, sampling, seed, batch_size
+    pipe: Pipeline
+    requests: Sequence[Request]
+    sampling: Sampling
+    seed: int
+    batch_size: int
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -99,12 +102,9 @@ class Sampled:
 def made_by(folder: Path) -> dict[str, Any]:
     """What a report should say of the model in a folder: the hash of its weights and how they were averaged."""
     training = read_config(folder).get("training") or {}
-    return {
-        "weights_sha256": model_digest(folder),
-        "tokenizer_sha256": model_digest(folder / "tokenizer"),
-        "ema_decay": training.get("config", {}).get("ema_decay"),
-        "images_seen": training.get("images_seen"),
-    }
+    digests = {"weights_sha256": model_digest(folder), "tokenizer_sha256": model_digest(folder / "tokenizer")}
+    averaged = training.get("config", {}).get("ema_decay")
+    return digests | {"ema_decay": averaged, "images_seen": training.get("images_seen")}
 
 
 def sample_set(
@@ -134,7 +134,6 @@ def sample_set(
     """
     if output.suffix != ".npz":
         raise ValueError(f"output {output} must end in .npz for a set of pictures")
-    sampling = sampling or pipe.sampling
     if prompts is None:
         chosen = set_labels(pipe, labels, count, seed)
         requests = [Request(label) for label in chosen.tolist()]
@@ -142,13 +141,10 @@ def sample_set(
         raise ValueError(f"{len(prompts)} prompts for {count} pictures: give one for each")
     else:
         chosen, requests = np.full(count, NULL_CLASS), pipe.requests(prompt=prompts)
-    sampled = Sampled(pipe, requests, sampling, seed=seed, batch_size=batch_size)
+    sampled = Sampled(pipe, requests, sampling or pipe.sampling, seed, batch_size)
     chunk = max(1, CHUNK // (pipe.pixel_shape[0] if pipe.makes_clips else 1))
     kind = labels if isinstance(labels, str) else f"real {hashlib.sha256(chosen.tobytes()).hexdigest()[:12]}"
-    record = {"count": count, "labels": kind, "seed": seed, "version": __version__, **asdict(sampling)}
-    record |= settings or {}
-    if prompts is not None:
-        record["prompts"] = _hash(prompts)
+    record = _record(sampled, count, settings, prompts) | {"labels": kind}
     folder = output.with_name(f".{output.name}.parts")
     parts = [folder / f"{start:09d}.npy" for start in range(0, count, chunk)]
     claim(folder, record)
@@ -166,15 +162,20 @@ def sample_set(
         try:
             atomically(output, partial(_join, parts, count, arrays))
         except FileNotFoundError:  # the other call was first
-            if _settings(output) != record:
+            if not output.is_file() or _settings(output) != record:
                 raise
         _remove(folder)
     wait()
     return output
 
 
-def _hash(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+def _record(
+    sampled: Sampled, count: int, settings: dict[str, Any] | None, prompts: Sequence[str] | None
+) -> dict[str, Any]:
+    """What must stay the same for the parts of a set to be kept."""
+    record = {"count": count, "seed": sampled.seed, "version": __version__, **asdict(sampled.sampling)}
+    words = {} if prompts is None else {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]}
+    return record | (settings or {}) | words
 
 
 def _join(parts: Sequence[Path], count: int, arrays: dict[str, np.ndarray], output: Path) -> None:
@@ -193,9 +194,6 @@ def _join(parts: Sequence[Path], count: int, arrays: dict[str, np.ndarray], outp
 
 
 def _settings(path: Path) -> Any:
-    """How a set was made; None where there is none."""
-    if not path.is_file():
-        return None
     with np.load(path) as file:
         return json.loads(str(file["settings"])) if "settings" in file.files else None
 
@@ -235,33 +233,25 @@ def geneval_set(
         raise ValueError("GenEval judges pictures: this model makes clips")
     if output.is_file():
         raise ValueError(f"output {output} must be a folder, and is a file")
-    lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_lines(metadata) if line.strip()]
     prompts = []
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(str(json.loads(line)["prompt"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
-    sampling = sampling or pipe.sampling
-    record = {"count": count, "seed": seed, "version": __version__, **asdict(sampling), **(settings or {})}
-    claim(output, record | {"prompts": _hash(lines)})
+    requests = [request for request in pipe.requests(prompt=prompts) for _ in range(count)]
+    sampled = Sampled(pipe, requests, sampling or pipe.sampling, seed, batch_size)
+    claim(output, _record(sampled, count, settings, lines))
     for index in steps(range(rank, len(prompts), num_processes), "sampling", "prompts", quiet=rank > 0):
-        folder = output / f"{index:05d}"
-        if folder.is_dir():
-            continue
-        (request,) = pipe.requests(prompt=prompts[index])
-        images: list[np.ndarray] = []
-        for first in range(0, count, batch_size):
-            rows = range(first, min(first + batch_size, count))
-            places = [index * count + row for row in rows]
-            sampled = pipe.sample([request] * len(rows), places, sampling, seed=seed)
-            images.extend(as_images(torch.stack(sampled)))
-        atomically(folder, partial(_write_prompt, lines[index], images))
+        if not (folder := output / f"{index:05d}").is_dir():
+            images = np.concatenate([*sampled.part(index * count, (index + 1) * count)])
+            atomically(folder, partial(_write_prompt, lines[index], images))
     wait()
     return len(prompts)
 
 
-def _write_prompt(metadata: str, images: Sequence[np.ndarray], folder: Path) -> None:
+def _write_prompt(metadata: str, images: np.ndarray, folder: Path) -> None:
     (folder / "samples").mkdir(parents=True)
     (folder / "metadata.jsonl").write_text(metadata + "\n", encoding="utf-8")
     for row, image in enumerate(images):

@@ -87,37 +87,36 @@ def judge_tokenizer(
     batch_size = batch_size or (CLIP_BATCH if images.ndim == 5 else BATCH)
     place = torch.device(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))
     through = functools.partial(_reconstructed, tokenizer.to(place), images, pad=pad, batch_size=batch_size)
-    reconstructed, codes = through()
     distance, detector = EfficientNetDistance().to(place), default_detector(inception, place)
-    measures: dict[str, Any] = {"distances": {distance.name: distance}, "batch_size": batch_size, "device": place}
-    report: dict[str, Any] = {**compare(images, reconstructed, **measures), **_use(codes, tokenizer)}
+
+    def measured(reconstructed: np.ndarray, codes: np.ndarray | None = None) -> dict[str, Any]:
+        distances = {distance.name: distance}
+        numbers = compare(images, reconstructed, distances=distances, batch_size=batch_size, device=place)
+        if codes is None:
+            return numbers
+        used = torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size)
+        return numbers | code_use(used)
+
+    reconstructed, codes = through()
+    report = measured(reconstructed, codes)
     report |= _frechet(images, reconstructed, detector, seed=seed, batch_size=batch_size)
     report["warnings"] = ungrouped + report["warnings"]
     if refine:
         reconstructed, codes = through(refine=refine)
-        report["refined"] = {**compare(images, reconstructed, **measures), **_use(codes, tokenizer)}
+        report["refined"] = measured(reconstructed, codes)
     few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
     fitted = load_pictures(train.take(few), size=data.size).images
     baselines = _baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
-    report["baselines"] = {name: compare(images, cheap, **measures) for name, cheap in baselines.items()}
+    report["baselines"] = {name: measured(cheap) for name, cheap in baselines.items()}
     if sheet is not None:
         _write_sheet(sheet, images, reconstructed, kind)
-    report["settings"] = {
-        "tokenizer": folder,
-        "weights_sha256": model_digest(folder),
-        "config": dataclasses.asdict(tokenizer.config),
-        "real": heldout.counts() | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}},
-        "num_real": len(images),
-        "num_fitted": len(fitted),
-        "codes_per_sample": list(codes.shape[1:]),
-        "size": data.size,
-        "padded": pad,
-        "refine": refine,
-        "seed": seed,
-        "network": detector.label,
-        "network_sha256": detector.digest,
-        "versions": {"nar": __version__, "torch": torch.__version__},
-    }
+    facts: dict[str, Any] = {"tokenizer": folder, "weights_sha256": model_digest(folder)}
+    facts["config"] = dataclasses.asdict(tokenizer.config)
+    facts["real"] = heldout.counts() | {"heldout": dataclasses.asdict(data) | {"source": Path(real).name}}
+    facts |= {"num_real": len(images), "num_fitted": len(fitted), "codes_per_sample": list(codes.shape[1:])}
+    facts |= {"size": data.size, "padded": pad, "refine": refine, "seed": seed}
+    facts |= {"network": detector.label, "network_sha256": detector.digest}
+    report["settings"] = facts | {"versions": {"nar": __version__, "torch": torch.__version__}}
     return report
 
 
@@ -130,13 +129,13 @@ def _opened(
     size = size or trained.get("size") or getattr(tokenizer.config, "image_size", None)
     if size is None:
         raise ValueError(f"{folder} does not say at which size it was trained; give --size PIXELS")
-    kept = {name: trained[name] for name in _KEPT if name in trained}
-    kept |= {} if trained else {"num_frames": getattr(tokenizer.config, "num_frames", 0)}
+    if num_frames is None and not trained:
+        num_frames = getattr(tokenizer.config, "num_frames", 0)
+    same_group = group in (None, trained.get("group"))
+    names = (*_KEPT, "group", "group_without") if same_group else _KEPT
+    kept = {name: trained[name] for name in names if name in trained}
+    kept |= {} if same_group else {"group": group}
     kept |= {} if num_frames is None else {"num_frames": num_frames}
-    if group in (None, trained.get("group")):
-        kept |= {name: trained[name] for name in ("group", "group_without") if name in trained}
-    else:
-        kept["group"] = group
     data = DataConfig(source=real, size=size, **kept)
     try:
         return data, *data.open(), []
@@ -146,10 +145,6 @@ def _opened(
     text = f"{Path(real).name} has no column {data.group!r}, by which the tokenizer's pictures were held out"
     data = dataclasses.replace(data, group="")
     return data, *data.open(), [text]
-
-
-def _use(codes: np.ndarray, tokenizer: Any) -> dict[str, float]:
-    return code_use(torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size))
 
 
 def _reconstructed(
@@ -168,9 +163,8 @@ def _reconstructed(
         for start in steps(range(0, len(images), batch_size), doing, "batches"):
             pixels = as_pixels(images[start : start + batch_size]).to(device)
             code = encode(pad_to_multiple(pixels, tokenizer.config.patch_size) if pad else pixels)
-            reconstructed.append(
-                as_images(tokenizer.decode(code, **tokenizer.decode_options(pixels))[..., :height, :width])
-            )
+            decoded = tokenizer.decode(code, **tokenizer.decode_options(pixels))
+            reconstructed.append(as_images(decoded[..., :height, :width]))
             codes.append(code.cpu().numpy())
     return np.concatenate(reconstructed), np.concatenate(codes)
 
@@ -188,15 +182,11 @@ def _frechet(
         return {"warnings": [f"{name} cannot be computed of {count:,} pictures"]}
     few = f"{name} of {count:,} pictures is too high; compare the reconstructed half with the real half instead"
     part: dict[str, Any] = {name: distance, "warnings": [few] if count < ENOUGH else []}
-    for key, of, what in (("floor", "real", "real"), ("at_floor_counts", "reconstructed", "reconstructed")):
+    for key, of in (("floor", "real"), ("at_floor_counts", "reconstructed")):
         if of in found:
             distance, num_real, num_fake = found[of]
-            part[key] = {
-                name: distance,
-                "num_real": num_real,
-                "num_fake": num_fake,
-                "what": f"one half of the pictures, {what}, against the other half, real",
-            }
+            what = f"one half of the pictures, {of}, against the other half, real"
+            part[key] = {name: distance, "num_real": num_real, "num_fake": num_fake, "what": what}
     return part
 
 
@@ -225,10 +215,7 @@ def _picture_format(path: Path) -> str:
 
 def _write_sheet(path: Path, images: np.ndarray, reconstructed: np.ndarray, kind: str | None) -> None:
     """Pairs side by side, of clips their middle frames."""
-    pairs = [
-        side[len(side) // 2] if side.ndim == 4 else side
-        for pair in zip(images[:_SHOWN], reconstructed[:_SHOWN], strict=True)
-        for side in pair
-    ]
+    pairs = [side for pair in zip(images[:_SHOWN], reconstructed[:_SHOWN], strict=True) for side in pair]
+    pairs = [side[len(side) // 2] if side.ndim == 4 else side for side in pairs]
     whole = contact_sheet([Image.fromarray(side) for side in pairs], ["real", "code"] * _SHOWN, columns=8)
     atomically(path, lambda staging: whole.save(staging, format=kind))

@@ -41,10 +41,8 @@ def judge_captions(
         raise ValueError("say what to measure: --clip FOLDER for the CLIP score, --retrieval, or both")
     source, said = _captioned(fake, captions)
     place = usable_device(device) or "cpu"
-    report: dict[str, Any] = {
-        "interval": {},
-        "settings": {"fake": source.counts(), "num_fake": len(source), "seed": seed},
-    }
+    settings = {"fake": source.counts(), "num_fake": len(source), "seed": seed}
+    report: dict[str, Any] = {"interval": {}, "settings": settings}
     if clip is not None:
         scorer = ClipScorer(clip, device=place)
         found = clip_score(_pictures(source), said, scorer, prefix=clip_prefix, size=size, seed=seed)
@@ -62,11 +60,8 @@ def judge_copies(fake: str, of: str, real: str, *, split: str = "test", size: in
     sources = {name: open_source(path, size=size, split=part, whole=True) for name, (path, part) in parts.items()}
     pictures = {name: load_pictures(source, size=size) for name, source in sources.items()}
     report = near_copies(*(part.images for part in pictures.values()))
-    report["settings"] = {
-        "size": size,
-        **{name: source.counts() for name, source in sources.items()},
-        **{f"num_{name}": len(part) for name, part in pictures.items()},
-    }
+    counts = {name: source.counts() for name, source in sources.items()}
+    report["settings"] = {"size": size, **counts, **{f"num_{name}": len(part) for name, part in pictures.items()}}
     return report
 
 
@@ -77,7 +72,7 @@ def _merge(report: dict[str, Any], found: dict[str, Any], **settings: Any) -> No
 
 
 def _pictures(source: Source) -> Iterator[Image.Image]:
-    return (source.picture(index) for index in range(len(source)))
+    return map(source.picture, range(len(source)))
 
 
 def _captioned(fake: str, file: Path | None) -> tuple[Source, Sequence[str]]:
