@@ -45,7 +45,7 @@ def bench(
 ) -> None:
     """Measure how fast models sample: schedules side by side, beside the least time that the machine needs."""
     if [model, preset, tokenizer].count(None) != 2:
-        raise ValueError("give one of MODEL, --preset NAME (see nar info --presets) and --tokenizer NAME")
+        raise ValueError("give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, only one")
     if tokenizer is not None and plot_file is not None:
         raise ValueError("--plot shows models, not tokenizers; leave it out, or write --json FILE")
     try:
