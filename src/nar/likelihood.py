@@ -61,12 +61,7 @@ def sample_losses(model: Transformer, losses: Tensor, known: Tensor | None) -> T
 
 @torch.no_grad()
 def bits_per_token(
-    model: Transformer,
-    codes: Tensor,
-    condition: Condition,
-    *,
-    known: Tensor | None = None,
-    batch_size: int = 100,
+    model: Transformer, codes: Tensor, condition: Condition, *, known: Tensor | None = None, batch_size: int = 100
 ) -> Tensor:
     """Mean bits (M,) of every sample's tokens, of codes (M, *grid), without guidance and without what `known` decides.
 

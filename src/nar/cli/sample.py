@@ -53,8 +53,7 @@ def sample(
         Path | None, typer.Option("--prompts-file", help="A file with one prompt a line; empty lines are left out.")
     ] = None,
     negative_prompt: Annotated[
-        str | None,
-        typer.Option("--negative-prompt", help="Words in place of the null condition in guidance."),
+        str | None, typer.Option("--negative-prompt", help="Words in place of the null condition in guidance.")
     ] = None,
     frames: Annotated[
         list[Path] | None,

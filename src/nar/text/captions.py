@@ -46,10 +46,8 @@ class Captions:
             )
         encoder = TextEncoder(self.encoder, device=self.device)
         if encoder.dim != self.dim:
-            raise ValueError(
-                f"text encoder {self.encoder.source} has width {encoder.dim}, the model takes {self.dim}; "
-                "use the encoder that the model was trained with"
-            )
+            widths = f"width {encoder.dim}, the model takes {self.dim}; use the one that it was trained with"
+            raise ValueError(f"text encoder {self.encoder.source} has {widths}")
         self.encoder = encoder
         return encoder
 

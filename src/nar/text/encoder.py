@@ -76,17 +76,9 @@ class TextEncoder:
     """
 
     def __init__(
-        self,
-        config: TextEncoderConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: TextEncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Open the encoder that a model's `config.json` asks for; see `from_pretrained`.
-
-        Raises:
-            ValueError: also when what is there has another digest.
-        """
+        """Open the encoder that a model's `config.json` asks for, of its digest alone; see `from_pretrained`."""
         self.folder = folder = _find(config.source)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
@@ -106,10 +98,8 @@ class TextEncoder:
         self._asked = config
         self._module: torch.nn.Module | None = None
         if config.digest and config.digest != self.digest:
-            raise ValueError(
-                f"{config.source} is another text encoder than the model was trained with "
-                f"({self.digest[:12]}..., not {config.digest[:12]}...); give that one's folder"
-            )
+            digests = f"({self.digest[:12]}..., not {config.digest[:12]}...); give that one's folder"
+            raise ValueError(f"{config.source} is another text encoder than the model was trained with {digests}")
 
     @classmethod
     def from_pretrained(
@@ -219,9 +209,7 @@ class TextEncoder:
         return self._module
 
 
-def padded(
-    states: Sequence[Tensor], length: int, dim: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def padded(states: Sequence[Tensor], length: int, dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Token states (tokens, C) as features (B, T, C) float32, left-padded with zeros, and their mask (B, T) bool.
 
     The last token is then always the last condition token, which predicts the first token of the picture.
