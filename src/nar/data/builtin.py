@@ -17,18 +17,8 @@ from nar.data.source import Pictures, Source
 from nar.media.crops import centre_crop
 
 FASHION_MNIST = "fashion-mnist"
-FASHION_MNIST_CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+_NAMES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
+FASHION_MNIST_CLASSES = tuple(_NAMES.split(", "))
 TOY = "toy"
 TOY_CLASSES = ("circle", "square", "triangle", "cross")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
@@ -57,13 +47,12 @@ def draw_toy(size: int, split: str) -> Pictures:
 def find_fashion_mnist() -> Path:
     """The folder of Fashion-MNIST: in $NAR_DATA, or where the Debian package puts it."""
     places = [DEBIAN_FOLDER]
-    if os.environ.get("NAR_DATA"):
-        places.insert(0, Path(os.environ["NAR_DATA"]).expanduser() / FASHION_MNIST)
-    for place in places:
-        if place.is_dir():
-            return place
+    if data := os.environ.get("NAR_DATA"):
+        places.insert(0, Path(data).expanduser() / FASHION_MNIST)
+    if found := next((place for place in places if place.is_dir()), None):
+        return found
     raise FileNotFoundError(
-        f"Fashion-MNIST is not in {' or '.join(str(place) for place in places)}; install the Debian package "
+        f"Fashion-MNIST is not in {' or '.join(map(str, places))}; install the Debian package "
         "`dataset-fashion-mnist` (apt-get install dataset-fashion-mnist), or give the folder that holds "
         "train-images-idx3-ubyte.gz and its three companions"
     )
@@ -86,8 +75,7 @@ def read_idx(folder: Path, split: str, size: int) -> Pictures:
     height, width = images.shape[1:]
     if size >= max(height, width):
         top, left = (size - height) // 2, (size - width) // 2
-        pad = ((0, 0), (top, size - height - top), (left, size - width - left))
-        grey = np.pad(images, pad)
+        grey = np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left)))
     else:
         grey = np.stack([np.asarray(centre_crop(Image.fromarray(image), size)) for image in images])
     return Pictures(np.repeat(grey[..., None], 3, axis=-1), labels, FASHION_MNIST_CLASSES)
@@ -113,9 +101,5 @@ def _read_idx_array(folder: Path, name: str, axes: int) -> np.ndarray:
 
 def of_arrays(pictures: Pictures) -> Source:
     """Pictures in memory as a source."""
-    return Source(
-        [f"picture {index}" for index in range(len(pictures))],
-        pictures.labels,
-        pictures.class_names,
-        lambda index: Image.fromarray(pictures.images[index]),
-    )
+    names = [f"picture {index}" for index in range(len(pictures))]
+    return Source(names, pictures.labels, pictures.class_names, lambda index: Image.fromarray(pictures.images[index]))

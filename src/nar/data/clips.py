@@ -68,18 +68,9 @@ class ClipSource(Source):
         count = len(timeline(file).rows(windows.frame_rate))
         if windows.is_short(count):
             self.short.add(self.names[index])
-        if self.starts is not None:
-            start = self.starts[index]
-        else:
-            start = windows.drawn(count, 0.5 if draws is None else draws["window_start"])
-        clip = read_clip(
-            file,
-            num_frames=windows.num_frames,
-            start=start,
-            stride=windows.stride,
-            frame_rate=windows.frame_rate,
-            size=0 if crop else size or 0,
-        )
+        place = 0.5 if draws is None else draws["window_start"]
+        start = windows.drawn(count, place) if self.starts is None else self.starts[index]
+        clip = read_clip(file, windows, start=start, size=0 if crop else size or 0)
         if crop and draws is not None and size is not None:
             clip = np.stack([np.asarray(random_crop(Image.fromarray(frame), size, draws)) for frame in clip])
         return clip if size is None else np.stack([squared(frame, size) for frame in clip])
@@ -140,11 +131,8 @@ class ClipSource(Source):
         """Say in one line how many clips were found too short, if any were."""
         if not self.short:
             return ""
-        length = self.windows.num_frames
-        return (
-            f"{len(self.short)} clips have fewer frames than the {length} asked for, and their last one is repeated: "
-            f"{some(sorted(self.short))}"
-        )
+        asked = f"{len(self.short)} clips have fewer frames than the {self.windows.num_frames} asked for"
+        return f"{asked}, and their last one is repeated: {some(sorted(self.short))}"
 
 
 def unstacked(strip: Image.Image) -> np.ndarray:

@@ -33,8 +33,7 @@ class DataConfig:
         source: pictures, see `nar.data.open.open_source`.
         size: pixels a side.
         validation: the split that is held out: "val" or "test", either of which stands for the other where one is
-            missing. "auto" takes the source's own test split, or its val split, or else holds out `heldout_share` of
-            the pictures, by `group`.
+            missing. "auto" takes the source's own test or val split, or else holds out `heldout_share` of the pictures.
         label, group: columns of tables; samples of one group are held out together.
         group_without: a regular expression; what it finds in a group does not count. For emoji, of which drawings that
             differ in skin tone are one thing: SKIN_TONES.
@@ -44,22 +43,17 @@ class DataConfig:
         augment: what a tokenizer sees of a picture: its centre ("none"), mirrored half of the time ("flip"), or a
             random crop, mirrored half of the time ("crop"). "loop" is for clips that are loops: mirrored, started
             anywhere and played backwards half of the time.
-        shift: pixels by which "flip" and "loop" also move a picture or clip at most, either way; its edges are
-            repeated.
+        shift: pixels by which "flip" and "loop" also move a picture or clip at most, its edges repeated.
         num_frames: of a clip; 0 for pictures, or all frames of clips in tables.
-        stride: every how many-th frame of a clip is taken.
-        frame_rate: frames a second, at which clips are read before that; 0 takes the frames as they are. Strips in
-            tables are always taken so; of them it says at what rate the model's clips play.
-        windows: where in a longer clip: at the "start", in the "centre", at a "random" place in each step, or "all",
-            one sample each.
+        stride, frame_rate, windows: which frames of a clip are taken, see `nar.media.video.Windows`; "random" places
+            are new in each step. Strips in tables are taken whole; of them the rate says how the model's clips play.
         wording: what a model with a text encoder reads: the captions ("plain"), or several forms of each, made of
             caption, tags and style ("varied", see `nar.data.wording`).
         heldout_pairs: groups of which one style each is held out, besides the groups that are held out as a whole.
         heldout_styles: styles that are held out whole, for measuring what a model makes of drawings like none it saw.
         text_features: "cached" on disk once, or made "on-the-fly" in each step, where they would be too large.
-        composed: share of the samples that are composed scenes ("three cats", "a red car left of a house") of the
-            drawings that are learned from; see `nar.metrics.geneval.scenes`. For pictures with captions.
-        num_composed: how many scenes there are, made at the start of a run.
+        composed, num_composed: share of the samples that are composed scenes ("three cats", "a red car left of a
+            house") of the drawings that are learned from, see `nar.metrics.geneval.scenes`, and how many there are.
         codes, heldout_codes: folders that `nar extract` has made, in place of `source`; without the second, part of
             the first is held out.
     """
@@ -99,12 +93,13 @@ class DataConfig:
             re.compile(self.group_without)
         except re.error as error:
             raise ValueError(f"data.group_without {self.group_without!r} is no regular expression: {error}") from error
-        Windows(self.num_frames, self.stride, self.frame_rate, self.windows)  # for its checks
+        _ = self.clip_windows  # for its checks
 
     @property
     def clip_windows(self) -> Windows | None:
         """Which frames of clips are taken; None for pictures, and for clips in tables that are taken whole."""
-        return Windows(self.num_frames, self.stride, self.frame_rate, self.windows) if self.num_frames else None
+        windows = Windows(self.num_frames, self.stride, self.frame_rate, self.windows)
+        return windows if self.num_frames else None
 
     def open(self) -> tuple[Source, Source]:
         """The pictures to learn from, and those held out."""

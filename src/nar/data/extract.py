@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,18 @@ class _Encoder:
         `broken` collects these of all shards; raises ValueError once they are too many.
         """
         good, pieces, found = list[int](), list[np.ndarray](), list[str]()
-        for batch in _batches(rows, self.batch_size):
-            decoded = list(self._pool.map(lambda row: self._views(source, row), batch))
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            decoded = dict(zip(batch, self._pool.map(lambda row: self._views(source, row), batch), strict=True))
             bar.update(len(batch))
-            failed = [piece for piece in decoded if isinstance(piece, str)]
+            failed = [reason for reason in decoded.values() if isinstance(reason, str)]
             found += failed
             broken += failed
             if source.too_many(len(broken)):
                 source.check_broken(broken)
-            kept = [(row, piece) for row, piece in zip(batch, decoded, strict=True) if not isinstance(piece, str)]
-            if kept:
-                good += [row for row, _ in kept]
-                pieces.append(self._encode(np.stack([piece for _, piece in kept])))
+            if kept := {row: views for row, views in decoded.items() if not isinstance(views, str)}:
+                good += kept
+                pieces.append(self._encode(np.stack([*kept.values()])))
         return good, np.concatenate(pieces) if pieces else np.empty((0, VIEWS[self.kind], 1), np.int64), found
 
     def _views(self, source: Source, row: int) -> np.ndarray | str:
@@ -162,10 +163,6 @@ class _Encoder:
             codes.append(self.tokenizer.encode(pixels).cpu())
         made: np.ndarray = torch.cat(codes).unflatten(0, images.shape[:2]).numpy()
         return made
-
-
-def _batches(rows: range, size: int) -> Iterator[range]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _as_begun(source: Source, settings: Path) -> tuple[Source, str]:
@@ -201,11 +198,8 @@ def fingerprint(source: Source) -> str:
         except BROKEN:
             hashed.update(b"broken")
     if isinstance(source, ClipSource) and source.windows != Windows():
-        windows = source.windows  # spelled as it always was, so that extractions that were begun go on
-        hashed.update(
-            f"Windows(num_frames={windows.num_frames}, stride={windows.stride}, frame_rate={windows.frame_rate}, "
-            f"kind={windows.kind!r})".encode()
-        )
+        # Spelled as it always was, so that extractions that were begun go on.
+        hashed.update(re.sub(r", whole=\w+", "", str(source.windows)).encode())
     return hashed.hexdigest()[:16]
 
 
@@ -215,17 +209,19 @@ def _write_shard(
     import pyarrow as pa
 
     flat = pa.array(codes.reshape(-1).astype(np.uint16 if vocab_size <= 2**16 else np.uint32))
+    texts, lists = pa.string(), pa.list_(pa.string())
+    words = (
+        ("caption", source.captions or [""] * len(source), texts),
+        ("group", source.groups or source.names, texts),
+        ("tags", source.tags, lists),
+        ("rewordings", source.rewordings, lists),
+        ("style", source.styles, texts),
+    )
     columns = {
         "codes": pa.FixedSizeListArray.from_arrays(flat, int(np.prod(codes.shape[1:]))),
         "label": pa.array(source.labels[rows].astype(np.int32)),
-        "caption": pa.array([source.captions[row] if source.captions is not None else "" for row in rows], pa.string()),
-        "group": pa.array([(source.groups or source.names)[row] for row in rows], pa.string()),
     }
-    for name, words in (("tags", source.tags), ("rewordings", source.rewordings)):
-        if words is not None:
-            columns[name] = pa.array([list(words[row]) for row in rows], pa.list_(pa.string()))
-    if source.styles is not None:
-        columns["style"] = pa.array([source.styles[row] for row in rows], pa.string())
+    columns |= {name: pa.array([of[row] for row in rows], kind) for name, of, kind in words if of is not None}
     metadata = {"broken": json.dumps(broken), "grid": json.dumps(codes.shape[2:])}
     table = pa.table(columns).replace_schema_metadata(metadata)
 
@@ -262,23 +258,15 @@ def _finish(
         atomically(folder / "tokenizer", lambda staged: shutil.copytree(tokenizer_folder, staged))
     # What `datasets.load_from_disk` reads.
     write_json(folder / "dataset_info.json", {"features": {field.name: _feature(field.type) for field in schema}})
-    unset = dict.fromkeys(("_format_columns", "_format_type", "_split"))
-    state = {"_data_files": [{"filename": name} for name in kept], "_fingerprint": settings["source"], **unset}
+    state = {"_data_files": [{"filename": name} for name in kept], "_fingerprint": settings["source"]}
+    state |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
     write_json(folder / "state.json", state | {"_format_kwargs": {}, "_output_all_columns": False})
-    manifest = {name: settings[name] for name in ("tokenizer", "size", "views")} | {
-        "version": __version__,
-        "vocab_size": tokenizer.config.vocab_size,
-        "num_views": VIEWS[settings["views"]],
-        "grid": grid,
-        "num_samples": num_samples,
-        "num_broken": len(broken),
-        "num_short": len(source.short) if isinstance(source, ClipSource) else 0,
-        "left_out": source.counts()["left_out"],
-        "captions": source.captions is not None,
-        "class_names": list(source.class_names),
-        "shards": kept,
-    }
-    write_json(folder / MANIFEST, manifest)
+    manifest = {name: settings[name] for name in ("tokenizer", "size", "views")}
+    manifest |= {"version": __version__, "vocab_size": tokenizer.config.vocab_size, "grid": grid, "shards": kept}
+    manifest |= {"num_views": VIEWS[settings["views"]], "num_samples": num_samples, "num_broken": len(broken)}
+    manifest["num_short"] = len(source.short) if isinstance(source, ClipSource) else 0
+    manifest |= {"left_out": source.counts()["left_out"], "captions": source.captions is not None}
+    write_json(folder / MANIFEST, manifest | {"class_names": list(source.class_names)})
 
 
 def _feature(kind: Any) -> dict[str, Any]:

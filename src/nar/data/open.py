@@ -45,7 +45,7 @@ def open_source(
     - a folder with one folder of pictures per class, or a flat folder (one class, "picture"). Captions are in a `.txt`,
       `.caption` or `.json` beside each picture, in a `metadata.jsonl`, `.csv` or `.json` (`file_name` and `caption`,
       `text` or `prompt`, maybe `label`), or in the `samples.json` of `nar sample`. Clips are video files, animations,
-      and folders of stills, which are their frames in the order of their numbers;
+      and folders of stills, their frames in order;
     - a parquet file, or a folder of them, with the columns `image` and maybe `label`, `label_name`, `caption`, `tags`
       and `style` (which metadata may have too); clips are in the column `strip`, their square frames stacked in one
       picture, or in `video`. A caption may be a list of several wordings;
@@ -60,11 +60,9 @@ def open_source(
     are no data, and what else is not read is said in one warning and kept in the source's `left_out`.
 
     Args:
-        size: of idx pictures, which are padded with zeros to it, and of toy ones; by default 32. Others are decoded at
-            the size that is asked for then.
+        size: of idx pictures, which are padded with zeros to it, and of toy ones, by default 32.
         split: "train", "val" or "test" (also "t10k"); of "val" and "test" either stands for the other where one is
-            missing. Folders may hold a folder, parquet files or tars a split, by any of their usual names; a source
-            without splits is "train".
+            missing. Folders may hold a folder, parquet files or tars a split; a source without splits is "train".
         whole: a source without splits is taken whole, whichever is asked for.
         label, group: name columns of tables, of which tars have those that are in each `x.json`.
         broken: what is done with pictures that can't be decoded: "skip" up to 1 %, or "refuse".

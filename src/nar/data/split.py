@@ -18,8 +18,8 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     Samples with one key stay together, and a sample stays where it is when others come or go. At least one is held out
     and at least one is not, where there are two keys.
     """
-    digests = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in set(keys)}
-    ranked = sorted(digests, key=lambda key: digests[key])
+    digests = {key: _rank(key) / 2**64 for key in set(keys)}
+    ranked = sorted(digests, key=digests.__getitem__)
     chosen = {key for key in ranked[1:-1] if digests[key] < share} | set(ranked[:1] if len(ranked) > 1 else ())
     return np.array([key in chosen for key in keys], dtype=bool)
 
@@ -35,15 +35,17 @@ def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> 
     What is asked of a model then is a thing that it knows in a style that it knows, but not together. Groups with one
     style only have no such pair. The choice is by hash, as in `held_out`.
     """
-
-    def rank(key: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"pair {key}".encode()).digest()[:8], "big")
-
     drawn: dict[str, set[str]] = {}
     for group, style in zip(groups, styles, strict=True):
         drawn.setdefault(group, set()).add(style)
-    several = sorted((group for group, found in drawn.items() if len(found) > 1), key=rank)
+    several = sorted(
+        (group for group, found in drawn.items() if len(found) > 1), key=lambda group: _rank(f"pair {group}")
+    )
     if len(several) < count:
         raise ValueError(f"{count} pairs of group and style can't be held out: {len(several)} groups have two styles")
-    pairs = {(group, min(drawn[group], key=lambda style: rank(f"{group} {style}"))) for group in several[:count]}
+    pairs = {(group, min(drawn[group], key=lambda style: _rank(f"pair {group} {style}"))) for group in several[:count]}
     return np.array([pair in pairs for pair in zip(groups, styles, strict=True)], dtype=bool)
+
+
+def _rank(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")

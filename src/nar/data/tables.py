@@ -190,15 +190,12 @@ def open_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Source:
     texts = rows.remove_columns(images[:1])
     columns = {key: list(texts[key]) for key in texts.column_names if key in _read(wanted)}
     schema_names = getattr(rows.features.get(wanted.label), "names", None) or []
-    return table(
-        name,
-        [f"row {index}" for index in range(len(rows))],
-        columns,
-        lambda index: _opened(rows[index][images[0]], None, name),
-        wanted,
-        known=texts.column_names,
-        schema_names=schema_names,
-    )
+    names, known = [f"row {index}" for index in range(len(rows))], texts.column_names
+
+    def read(index: int) -> Any:
+        return _opened(rows[index][images[0]], None, name)
+
+    return table(name, names, columns, read, wanted, known=known, schema_names=schema_names)
 
 
 def open_parquet(paths: Sequence[Path], wanted: Wanted) -> Source:
@@ -279,7 +276,9 @@ def table(
     """The source that columns describe; `known` are the names of all that there are, None means these."""
     wanted.check_columns(where, columns if known is None else known)
     classes = _classes(columns, len(names), schema_names, where, wanted.label)
-    return Source(names, open=read, groups=_groups(columns, wanted.group), **classes, **_words(columns, where))
+    groups = columns[wanted.group] if wanted.group else []  # a row without a value belongs to itself
+    named = [f"row {row}" if value is None else str(value) for row, value in enumerate(groups)] or None
+    return Source(names, open=read, groups=named, **classes, **_words(columns, where))
 
 
 def _read(wanted: Wanted) -> set[str]:
@@ -323,13 +322,6 @@ def _texts(value: Any, where: Path | str, column: str, row: int) -> tuple[str, .
             "needed is text, or a list of texts"
         )
     return tuple(text.strip() for text in texts if text.strip())
-
-
-def _groups(columns: Mapping[str, Sequence[Any]], group: str) -> list[str] | None:
-    """What each row belongs to; a row without a value belongs to itself."""
-    if not group:
-        return None
-    return [f"row {row}" if value is None else str(value) for row, value in enumerate(columns[group])]
 
 
 def _schema_names(metadata: Mapping[bytes, bytes], label: str) -> list[str]:

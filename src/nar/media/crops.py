@@ -30,10 +30,8 @@ def views(picture: Image.Image, size: int, kind: str) -> list[Image.Image]:
         step = max(1, size // 32)
         wide = np.pad(np.asarray(centre_crop(picture, size)), ((step, step), (step, step), (0, 0)), mode="edge")
         moves = [(0, 0), *((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right)]
-        return [
-            Image.fromarray(wide[top : top + size, left : left + size])
-            for top, left in ((step - step * down, step - step * right) for down, right in moves)
-        ]
+        corners = [(step - step * down, step - step * right) for down, right in moves]
+        return [Image.fromarray(wide[top : top + size, left : left + size]) for top, left in corners]
     if kind == "ten-crop":
         large = int(size * 1.1)
         square = centre_crop(picture, large)
@@ -88,10 +86,5 @@ def resized_square(
     if width * height <= MOST_ENLARGED * size * size:
         return picture.resize(full, kernel).crop((left, top, left + size, top + size))
     across, down = picture.width / width, picture.height / height
-    box = (
-        left * across,
-        top * down,
-        min(picture.width, (left + size) * across),
-        min(picture.height, (top + size) * down),
-    )
-    return picture.resize((size, size), kernel, box)
+    right, bottom = min(picture.width, (left + size) * across), min(picture.height, (top + size) * down)
+    return picture.resize((size, size), kernel, (left * across, top * down, right, bottom))

@@ -83,9 +83,10 @@ def opened(file: str | Path | BytesIO, name: str = "") -> Iterator[Image.Image]:
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(_called(file, name)):
+        called = _called(file, name)
+        if isinstance(error, ValueError) and str(error).startswith(called):
             raise
-        raise ValueError(f"{_called(file, name)} can't be read as a picture ({_reason(error)})") from error
+        raise ValueError(f"{called} can't be read as a picture ({_reason(error)})") from error
 
 
 def num_frames(picture: Image.Image) -> int:
@@ -148,7 +149,6 @@ def _called(file: Any, name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
     if isinstance(error, PIL.UnidentifiedImageError):
         return "no known format"
-    return text or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

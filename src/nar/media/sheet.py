@@ -31,9 +31,8 @@ def contact_sheet(
     rows = math.ceil(len(pictures) / columns)
     font = ImageFont.load_default(11)
     caption = 15 if labels else 0
-    sheet = Image.new(
-        "RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + caption + MARGIN) + MARGIN), "white"
-    )
+    extent = (columns * (width + MARGIN) + MARGIN, rows * (height + caption + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", extent, "white")
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
         left = MARGIN + index % columns * (width + MARGIN)

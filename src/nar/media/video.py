@@ -121,18 +121,13 @@ class Timeline:
         return self.rows(frame_rate)
 
 
-def read_clip(
-    file: File, *, num_frames: int = 0, start: int = 0, stride: int = 1, frame_rate: float = 0.0, size: int = 0
-) -> np.ndarray:
-    """Decode frames of a clip to (T, H, W, 3) uint8, without transparency (on white) and upright.
+def read_clip(file: File, windows: Windows | None = None, *, start: int = 0, size: int = 0) -> np.ndarray:
+    """Decode the frames of a window to (T, H, W, 3) uint8, without transparency (on white) and upright.
 
     Args:
         file: a path, the bytes of a file, frames as files in order, or an array (n, H, W, 3).
-        num_frames: T; 0 goes on to the end. Where the clip ends before, its last frame is repeated.
-        start: the first frame, counted at `frame_rate`.
-        stride: take every `stride`-th frame.
-        frame_rate: frames a second to count at, by their times, so that a variable rate becomes a constant one; 0
-            counts the frames as they are.
+        windows: how many frames, every which, at which rate; None takes all, each once.
+        start: the first frame, counted at the rate of `windows`.
         size: H and W: the shorter side is resized to it and the middle is cut out; 0 leaves the frames' own size.
 
     Raises:
@@ -141,10 +136,10 @@ def read_clip(
             sizes, or too many pixels.
         ModuleNotFoundError: PyAV is missing.
     """
-    shown = timeline(file).rows(frame_rate)
+    windows = windows or Windows()
+    shown = timeline(file).rows(windows.frame_rate)
     if not 0 <= start < len(shown):
         raise ValueError(f"{_name(file)} has {len(shown)} frames, so no window can start at frame {start}")
-    windows = Windows(num_frames, stride, frame_rate)
     rows = shown[windows.rows(len(shown), start)]
     made: list[np.ndarray] = []
     for frame in frames(file, rows.tolist()):
@@ -246,12 +241,8 @@ def _read_index(file: str | Path | io.BytesIO) -> _Index:
             "again"
         )
     keyed = [(pts, pts if dts is None else min(pts, dts)) for pts, dts, is_key, _ in packets if is_key]
-    return _Index(
-        Timeline(times, float(times[-1]) + last * unit),
-        stamps,
-        [stamp for stamp, _ in keyed],
-        [place for _, place in keyed],
-    )
+    keys, places = [stamp for stamp, _ in keyed], [place for _, place in keyed]
+    return _Index(Timeline(times, float(times[-1]) + last * unit), stamps, keys, places)
 
 
 def _decoded(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterator[np.ndarray]:
