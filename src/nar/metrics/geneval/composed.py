@@ -7,7 +7,6 @@ Dimensions: B pictures, S = 16 cells a side, D channels, K classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from nar.metrics.geneval.judge import Box, Found, Rules
 from nar.metrics.geneval.scenes import name_colour
 from nar.metrics.networks.efficientnet import EfficientNetLite0, load_efficientnet
+from nar.metrics.text_image import read_fitted
 from nar.storage.files import digest
 
 SIZE = 64  # pixels of the pictures that are judged
@@ -46,13 +45,9 @@ class SceneHead(nn.Module):
             cast(Tensor, self.out.bias)[0] = -4.0  # centres are rare
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
-        joined = torch.zeros(())
-        for tap, stage in zip(self.taps, stages, strict=True):
-            # A 1x1 convolution commutes with enlarging, and costs less before it.
-            joined = joined + F.interpolate(
-                tap(stage.float()), size=(CELLS, CELLS), mode="bilinear", align_corners=False
-            )
-        hidden = F.relu(joined)
+        # A 1x1 convolution commutes with enlarging, and costs less before it.
+        tapped = (tap(stage.float()) for tap, stage in zip(self.taps, stages, strict=True))
+        hidden = F.relu(sum(F.interpolate(maps, size=(CELLS, CELLS), mode="bilinear") for maps in tapped))
         found: Tensor = self.out(F.relu(hidden + self.body(hidden)))
         return found
 
@@ -81,12 +76,7 @@ class ComposedJudge:
     """
 
     def __init__(self, weights: str | Path = WEIGHTS, *, rules: Rules | None = None) -> None:
-        weights = Path(weights)
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} does not exist; scripts/composed_detector.py makes such a file")
-        with safe_open(weights, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 no mapping
+        tensors, facts = read_fitted(Path(weights), "scripts/composed_detector.py")
         self.names: list[str] = facts["names"]
         self.head = SceneHead(len(self.names)).eval().requires_grad_(False)
         self.head.load_state_dict(tensors)
@@ -96,20 +86,14 @@ class ComposedJudge:
 
     def find(self, picture: Image.Image) -> dict[str, list[Found]]:
         """Objects by class; the picture is brought to 64x64 pixels, boxes are in its own."""
-        scale = (picture.width / SIZE, picture.height / SIZE)
+        x, y = picture.width / SIZE, picture.height / SIZE
         small = np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX))
+        with torch.inference_mode():
+            maps = self.head(stages(self.network, small[None]))
         found: dict[str, list[Found]] = {}
-        for name, box, score in self.find_all(small[None])[0]:
-            left, top, right, bottom = box
-            box = (left * scale[0], top * scale[1], right * scale[0], bottom * scale[1])
-            found.setdefault(name, []).append(Found(box, score))
+        for name, (left, top, right, bottom), score in decoded(maps, self.names)[0]:
+            found.setdefault(name, []).append(Found((left * x, top * y, right * x, bottom * y), score))
         return found
-
-    @torch.inference_mode()
-    def find_all(self, pictures: np.ndarray) -> list[list[tuple[str, Box, float]]]:
-        """Class, box and score of the objects in every picture (B, 64, 64, 3) uint8."""
-        found = self.head(stages(self.network, pictures))
-        return decoded(found, self.names)
 
     def colours(self, picture: Image.Image, name: str, found: Sequence[Found]) -> list[str]:  # noqa: ARG002
         """The colour that most pixels of each box have, the ground left out."""

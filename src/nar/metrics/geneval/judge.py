@@ -7,6 +7,7 @@ Dimensions: Q queries, K classes, n pictures, h x w a mask at the network's size
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,8 +127,7 @@ def judge_picture(judge: Judge, picture: Image.Image, wanted: Mapping[str, Any])
         faults += [fault] if fault else []
         groups.append(None if fault else found)
     for need in wanted.get("exclude", ()):
-        number = len(objects.get(need["class"], ()))
-        if number >= need["count"]:
+        if (number := len(objects.get(need["class"], ()))) >= need["count"]:
             faults.append(f"{number} {need['class']}, fewer than {need['count']} are wanted")
     return not faults, "; ".join(faults)
 
@@ -145,14 +145,12 @@ def _fault(
             return f"{name} is {', '.join(colours)}, {need['color']} wanted"
     if "position" in need:
         relation, target = need["position"]
-        others = groups[target]
-        if others is None:
+        if (others := groups[target]) is None:
             return f"nothing for {name} to be {relation}"
-        for other in others:
-            for one in found:
-                where = relations(one.box, other.box, judge.rules.position_margin)
-                if relation not in where:
-                    return f"{name} is {' and '.join(sorted(where)) or 'nowhere clear'}, {relation} wanted"
+        for other, one in itertools.product(others, found):
+            where = relations(one.box, other.box, judge.rules.position_margin)
+            if relation not in where:
+                return f"{name} is {' and '.join(sorted(where)) or 'nowhere clear'}, {relation} wanted"
     return ""
 
 
@@ -179,17 +177,12 @@ def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: b
             row = {"file": file.relative_to(folder).as_posix(), "tag": wanted["tag"], "prompt": wanted["prompt"]}
             rows.append(row | {"place": place.name, "right": right, "fault": fault})
     versions = {"nar": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    versions["python"] = platform.python_version()
+    numbers = {"num_pictures": len(rows), "num_prompts": len({row["place"] for row in rows})}
+    facts = {"rules": asdict(judge.rules), "seed": seed, "folder": Path(folder).name, **numbers, "versions": versions}
     return summary(rows, seed=seed) | {
         "pictures": [{key: value for key, value in row.items() if key != "place"} for row in rows],
-        "settings": {
-            **judge.settings,
-            "rules": asdict(judge.rules),
-            "seed": seed,
-            "folder": Path(folder).name,
-            "num_pictures": len(rows),
-            "num_prompts": len({row["place"] for row in rows}),
-            "versions": versions | {"python": platform.python_version()},
-        },
+        "settings": {**judge.settings, **facts},
     }
 
 
@@ -199,22 +192,19 @@ def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, resamplings: in
     for row in rows:
         by_task.setdefault(row["tag"], {}).setdefault(row["place"], []).append(bool(row["right"]))
     generator = np.random.default_rng(seed)
-    report: dict[str, Any] = {"interval": {}}
-    moves = np.zeros(resamplings)
+    report, resampled = {}, {}
     for task in sorted(by_task, key=lambda task: (TASKS.index(task) if task in TASKS else len(TASKS), task)):
-        rights = np.array([sum(answers) for answers in by_task[task].values()], float)
-        counts = np.array([len(answers) for answers in by_task[task].values()], float)
+        answers = by_task[task].values()
+        rights, counts = (np.array([function(some) for some in answers], float) for function in (sum, len))
         report[task] = float(rights.sum() / counts.sum())
         draws = generator.integers(0, len(rights), (resamplings, len(rights)))
-        shares = rights[draws].sum(1) / counts[draws].sum(1)
-        moves += shares
-        report["interval"][task] = [float(end) for end in np.quantile(shares, (0.025, 0.975))]
-    report["score"] = float(np.mean([report[task] for task in by_task]))
-    report["interval"]["score"] = [float(end) for end in np.quantile(moves / len(by_task), (0.025, 0.975))]
+        resampled[task] = rights[draws].sum(1) / counts[draws].sum(1)
+    report["score"] = float(np.mean([*report.values()]))
+    resampled["score"] = np.mean([*resampled.values()], 0)
+    intervals = {name: np.quantile(shares, (0.025, 0.975)).tolist() for name, shares in resampled.items()}
     some = np.array([any(answers) for places in by_task.values() for answers in places.values()], float)
     report["prompts"] = float(some.mean())
-    report["interval"]["prompts"] = mean_interval(some, resamplings=resamplings, seed=seed)
-    return report
+    return report | {"interval": intervals | {"prompts": mean_interval(some, resamplings=resamplings, seed=seed)}}
 
 
 class Mask2FormerJudge:
@@ -235,16 +225,11 @@ class Mask2FormerJudge:
         self.network = load_pretrained("Mask2FormerForUniversalSegmentation", detector).to(device)
         self.prepare = normalisation(detector, IMAGENET_MEAN, IMAGENET_STD)
         labels = self.network.config.id2label
-        self.names = list(GENEVAL_OBJECTS)
-        if len(labels) not in (80, 133):
-            self.names = [labels[index] for index in range(len(labels))]
+        own = [labels[index] for index in range(len(labels))]
+        self.names = list(GENEVAL_OBJECTS) if len(own) in (80, 133) else own
         self.clip = ClipScorer(clip, device=device)
-        self.settings = {
-            "judge": "GenEval",
-            "detector_sha256": weights_digest(detector),
-            "clip_sha256": weights_digest(clip),
-            "num_classes": len(self.names),
-        }
+        self.settings = {"judge": "GenEval", "detector_sha256": weights_digest(detector)}
+        self.settings |= {"clip_sha256": weights_digest(clip), "num_classes": len(self.names)}
         self._colour_texts: dict[str, Tensor] = {}
 
     @torch.inference_mode()
@@ -252,16 +237,13 @@ class Mask2FormerJudge:
         """Objects by class: every query's classes, the best 100, each scored by class times sureness of its mask."""
         scale = min(_SHORTEST / min(picture.size), _LONGEST / max(picture.size))
         size = (max(32, round(picture.width * scale)), max(32, round(picture.height * scale)))
-        output = self.network(
-            pixel_values=self.prepare(picture.resize(size, Image.Resampling.BILINEAR)).to(self.device)
-        )
+        pixels = self.prepare(picture.resize(size, Image.Resampling.BILINEAR)).to(self.device)
+        output = self.network(pixel_values=pixels)
         chances = output.class_queries_logits[0].float().softmax(-1)[:, : len(self.names)]  # (Q, K): things only
-        number = min(MAX_DETECTIONS, chances.numel())
-        scores, places = chances.flatten().topk(number)
+        scores, places = chances.flatten().topk(min(MAX_DETECTIONS, chances.numel()))
         queries, classes = places // chances.shape[1], places % chances.shape[1]
         logits = output.masks_queries_logits[0].float()[queries]  # (n, h, w)
-        size = (picture.height, picture.width)
-        logits = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+        logits = F.interpolate(logits[None], size=(picture.height, picture.width), mode="bilinear")[0]
         inside = logits > 0
         sure = (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1e-6)
         found: dict[str, list[Found]] = {}
@@ -291,24 +273,17 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _prompt_folders(folder: str | Path) -> list[Path]:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist; give a folder with 00000/metadata.jsonl, 00000/samples/0000.png"
-        )
-    places = sorted(
-        place for place in folder.iterdir() if place.name.isdigit() and (place / "metadata.jsonl").is_file()
-    )
+    places = sorted(file.parent for file in Path(folder).glob("*/metadata.jsonl") if file.parent.name.isdigit())
     if not places:
+        fault = "has no prompts" if Path(folder).is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{folder} has no prompts; it must hold 00000/metadata.jsonl and 00000/samples/0000.png, and on"
+            f"{folder} {fault}; it must hold 00000/metadata.jsonl and 00000/samples/0000.png, and on"
         )
     empty = [place.name for place in places if not _samples(place)]
     if empty:
         shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
-        raise ValueError(
-            f"{len(empty)} of {len(places)} prompts have no picture in samples/ ({shown}); draw them first"
-        )
+        what = f"{len(empty)} of {len(places)} prompts have no picture in samples/ ({shown})"
+        raise ValueError(f"{what}; sample them first")
     return places
 
 

@@ -48,22 +48,20 @@ def composition(
     `names` are one or two objects; in a position the first stands in `relation` to the second. `colours` has one for
     each object, or none. A count is exact: as many are included, one more is excluded.
     """
+    wanted: dict[str, Any] = {"tag": task, "include": [{"class": name, "count": count} for name in names]}
     if task == "counting":
-        wanted = {
-            "include": [{"class": names[0], "count": count}],
-            "exclude": [{"class": names[0], "count": count + 1}],
-        }
+        wanted["exclude"] = [{"class": names[0], "count": count + 1}]
         words = f"{NUMBERS[count]} {(plural or plural_of)(names[0])}"
     elif task == "position":
-        first = {"class": names[0], "count": 1, "position": [relation, 0]}
-        wanted = {"include": [{"class": names[1], "count": 1}, first]}
+        first, second = wanted["include"]
+        wanted["include"] = [second, first | {"position": [relation, 0]}]
         words = f"{with_article(names[0])} {relation} {with_article(names[1])}"
     else:
-        painted = [{"color": colour} for colour in colours] or [{}] * len(names)
-        wanted = {"include": [{"class": n, "count": 1, **colour} for n, colour in zip(names, painted, strict=True)]}
+        for need, colour in zip(wanted["include"], colours, strict=False):
+            need["color"] = colour
         phrases = [f"{colour} {name}" for colour, name in zip(colours, names, strict=True)] if colours else names
-        words = " and ".join(with_article(phrase) for phrase in phrases)
-    return {"tag": task, **wanted, "prompt": f"{prefix}{words}"}
+        words = " and ".join(map(with_article, phrases))
+    return wanted | {"prompt": f"{prefix}{words}"}
 
 
 def composition_prompts(

@@ -98,12 +98,10 @@ def composed_scenes(
         raise ValueError(f"the captions name {len(names)} of the {len(set(objects.values()))} objects; 2 are needed")
     if unknown := set(tasks) - set(TASKS):
         raise ValueError(f"tasks {', '.join(sorted(unknown))} are unknown; allowed are {', '.join(TASKS)}")
-    images = np.empty((number, size, size, 3), np.uint8)
-    metadata = []
-    for index in range(number):
-        generator = np.random.default_rng((seed, start + index))
-        task = tasks[(start + index) % len(tasks)]
-        images[index], wanted = _scene(task, drawings, names, size, generator)
+    images, metadata = np.empty((number, size, size, 3), np.uint8), []
+    for row, index in enumerate(range(start, start + number)):
+        generator = np.random.default_rng((seed, index))
+        images[row], wanted = _scene(tasks[index % len(tasks)], drawings, names, size, generator)
         metadata.append(wanted)
     return Scenes(images, [wanted["prompt"] for wanted in metadata], metadata)
 
@@ -119,17 +117,12 @@ def composed_source(source: Source, *, seed: int, number: int, size: int) -> Sou
     if source.captions is None:
         raise ValueError("scenes are composed of drawings with captions, and these have none")
     rows = [row for row, caption in enumerate(source.captions) if caption in OBJECTS]
-    drawings = [source.array(row, size) for row in rows]
     captions = [source.captions[row] for row in rows]
-    scenes = composed_scenes(drawings, captions, seed, number=number, size=size)
+    scenes = composed_scenes([source.array(row, size) for row in rows], captions, seed, number=number, size=size)
     fingerprint = hashlib.sha256(scenes.pictures.tobytes()).hexdigest()[:16]
-    return Source(
-        [f"scene {index} of {fingerprint}" for index in range(number)],
-        np.full(number, -1),
-        source.class_names,
-        lambda index: Image.fromarray(scenes.pictures[index]),
-        scenes.prompts,
-    )
+    names, classes = [f"scene {index} of {fingerprint}" for index in range(number)], np.full(number, -1)
+    pictures = scenes.pictures
+    return Source(names, classes, source.class_names, lambda row: Image.fromarray(pictures[row]), scenes.prompts)
 
 
 def scene_prompts(*, num_per_task: int = 100, seed: int = 43) -> list[dict[str, Any]]:
@@ -160,11 +153,9 @@ def _scene(
     wanted = composition(task, chosen, count=count, colours=painted, relation=relation)
 
     pieces = []
-    for index, name in enumerate(chosen):
-        own = drawings[name]
-        drawing = own[int(generator.integers(len(own)))]  # a counted object is the same drawing every time
-        piece = _Piece(drawing, name, painted[index] if painted else None)
-        pieces += [piece] * count
+    for name, colour in zip(chosen, painted or [None] * len(chosen), strict=True):
+        drawing = drawings[name][int(generator.integers(len(drawings[name])))]
+        pieces += [_Piece(drawing, name, colour)] * count  # a counted object is the same drawing every time
     canvas = np.full((size, size, 3), 255, np.uint8)
     objects = []
     for piece, (left, top, width, height) in zip(pieces, _places(pieces, relation, size, generator), strict=True):

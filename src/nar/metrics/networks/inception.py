@@ -6,7 +6,6 @@ statistics or where pictures come from. Dimensions: B pictures, H x W pixels, C 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,39 @@ SIZE = 299
 NUM_SPATIAL = 7  # channels of the spatial features, as in the ADM evaluator: 7 x 17 x 17 = 2023 numbers
 POOLED_DIMS = (64, 192, 768, 2048)
 _COUNTER = ".num_batches_tracked"  # of batch norm; present in some weight files, without meaning here
+
+
+Kernel = int | tuple[int, int]
+# Names of branches, and in each the ends of its layers' names, their channels and kernels; 2a and 2b both read 1.
+Branches = dict[str, list[tuple[str, int, Kernel]]]
+_DOUBLE: list[tuple[str, int, Kernel]] = [("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3)]
+_BLOCK_35: Branches = {"1x1": [("", 64, 1)], "5x5": [("_1", 48, 1), ("_2", 64, 5)], "3x3dbl": _DOUBLE}
+_REDUCE_35: Branches = {"3x3": [("", 384, 3)], "3x3dbl": _DOUBLE}
+_REDUCE_17: Branches = {
+    "3x3": [("_1", 192, 1), ("_2", 320, 3)],
+    "7x7x3": [("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3)],
+}
+_BLOCK_8: Branches = {
+    "1x1": [("", 320, 1)],
+    "3x3": [("_1", 384, 1), ("_2a", 384, (1, 3)), ("_2b", 384, (3, 1))],
+    "3x3dbl": [("_1", 448, 1), ("_2", 384, 3), ("_3a", 384, (1, 3)), ("_3b", 384, (3, 1))],
+}
+
+
+def _block_17(width: int) -> Branches:
+    """7 x 7 convolutions, split into rows and columns."""
+    row, column = (1, 7), (7, 1)
+    return {
+        "1x1": [("", 192, 1)],
+        "7x7": [("_1", width, 1), ("_2", width, row), ("_3", 192, column)],
+        "7x7dbl": [
+            ("_1", width, 1),
+            ("_2", width, column),
+            ("_3", width, row),
+            ("_4", width, column),
+            ("_5", 192, row),
+        ],
+    }
 
 
 @dataclass(frozen=True)
@@ -44,22 +76,22 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, padded=False)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padded=False)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        self.Mixed_5b = Block35(192, 32)
-        self.Mixed_5c = Block35(256, 64)
-        self.Mixed_5d = Block35(288, 64)
-        self.Mixed_6a = Reduce35(288)
-        self.Mixed_6b = Block17(128)
-        self.Mixed_6c = Block17(160)
-        self.Mixed_6d = Block17(160)
-        self.Mixed_6e = Block17(192)
-        self.Mixed_7a = Reduce17(768)
-        self.Mixed_7b = Block8(1280, _average_pool)
-        self.Mixed_7c = Block8(2048, _max_pool)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padded=False)
+        self.Mixed_5b = Mixed(192, _BLOCK_35, pooled=32)
+        self.Mixed_5c = Mixed(256, _BLOCK_35, pooled=64)
+        self.Mixed_5d = Mixed(288, _BLOCK_35, pooled=64)
+        self.Mixed_6a = Mixed(288, _REDUCE_35, halves=True)
+        self.Mixed_6b = Mixed(768, _block_17(128))
+        self.Mixed_6c = Mixed(768, _block_17(160))
+        self.Mixed_6d = Mixed(768, _block_17(160))
+        self.Mixed_6e = Mixed(768, _block_17(192))
+        self.Mixed_7a = Mixed(768, _REDUCE_17, halves=True)
+        self.Mixed_7b = Mixed(1280, _BLOCK_8)
+        self.Mixed_7c = Mixed(2048, _BLOCK_8, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
         self.eval()  # batch statistics make no sense for a detector, so it is born ready to judge
         self.requires_grad_(False)
@@ -76,7 +108,7 @@ class Inception(nn.Module):
         second = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(second)))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :NUM_SPATIAL]
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :NUM_SPATIAL]
         third = self.Mixed_6e(self.Mixed_6d(x))
         last = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(third)))  # (B, 2048, 8, 8)
         pooled = {maps.shape[1]: maps.mean((2, 3)) for maps in (first, second, third, last)}
@@ -94,27 +126,22 @@ def load_inception(path: str | Path) -> Inception:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; FID needs the 2015 Inception weights, as pytorch-fid and torch-fidelity use them"
-        )
+        what = "FID needs the 2015 Inception weights, as pytorch-fid and torch-fidelity use them"
+        raise FileNotFoundError(f"{path} does not exist; {what}")
     state = load_pickle(path)
     with torch.device("meta"):
         network = Inception()
-    expected = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(_COUNTER)}
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    counters = {name: torch.zeros((), dtype=torch.long) for name in network.state_dict() if name.endswith(_COUNTER)}
     given = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
-    wrong = sorted(
-        name
-        for name in expected.keys() | given.keys()
-        if name not in given or name not in expected or given[name].shape != expected[name].shape
-    )
+    own, found = ({name: x.shape for name, x in part.items()} for part in (network.state_dict(), given | counters))
+    wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
     if wrong:
         raise ValueError(
             f"{path} is not the 2015 Inception network: {len(wrong)} tensors are missing, left over or of another "
             f"shape ({', '.join(wrong[:3])}, ...); torchvision's weights are another network and give other numbers"
         )
-    counters = {name: torch.zeros((), dtype=torch.long) for name in network.state_dict() if name.endswith(_COUNTER)}
     network.load_state_dict({name: tensor.float() for name, tensor in given.items()} | counters, assign=True)
     return network.requires_grad_(False)
 
@@ -124,8 +151,7 @@ def resize_tensorflow1(images: Tensor, size: int) -> Tensor:
 
     PyTorch aligns pixel centres instead, which shifts the picture by up to half a pixel and moves FID.
     """
-    for axis in (2, 3):
-        length = images.shape[axis]
+    for axis, length in enumerate(images.shape[2:], start=2):
         if length == size:
             continue
         position = torch.arange(size, device=images.device, dtype=images.dtype) * (length / size)
@@ -138,144 +164,61 @@ def resize_tensorflow1(images: Tensor, size: int) -> Tensor:
     return images
 
 
-def _average_pool(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
+    """Convolution without bias, batch norm, ReLU; where it is `padded` the size stays (at stride 1)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: Kernel, *, stride: int = 1, padded: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        padding = [length // 2 for length in ((kernel, kernel) if isinstance(kernel, int) else kernel)]
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding if padded else 0, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
-def _row(in_channels: int, out_channels: int, width: int) -> ConvNorm:
-    """A 1 x width convolution that keeps the size."""
-    return ConvNorm(in_channels, out_channels, (1, width), padding=(0, width // 2))
+class Mixed(nn.Module):
+    """Branches side by side, chains of convolutions as the tables above list them, and a pool with a convolution.
 
+    A block that halves the size does so at the end of every branch, and its pool has no convolution.
+    """
 
-def _column(in_channels: int, out_channels: int, height: int) -> ConvNorm:
-    """A height x 1 convolution that keeps the size."""
-    return ConvNorm(in_channels, out_channels, (height, 1), padding=(height // 2, 0))
-
-
-class Block35(nn.Module):
-    """The block at 35 x 35."""
-
-    def __init__(self, in_channels: int, pool_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        branches: Branches,
+        *,
+        pooled: int = 192,
+        max_pool: bool = False,
+        halves: bool = False,
+    ) -> None:
         super().__init__()
-        self.branch1x1 = ConvNorm(in_channels, 64, 1)
-        self.branch5x5_1 = ConvNorm(in_channels, 48, 1)
-        self.branch5x5_2 = ConvNorm(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvNorm(in_channels, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, padding=1)
-        self.branch_pool = ConvNorm(in_channels, pool_channels, 1)
+        self.branches, self.max_pool, self.halves = branches, max_pool, halves
+        for branch, layers in branches.items():
+            width = channels
+            for mark, out_channels, kernel in layers:
+                last = halves and mark == layers[-1][0]
+                layer = ConvNorm(width, out_channels, kernel, stride=2 if last else 1, padded=not last)
+                self.add_module(f"branch{branch}{mark}", layer)
+                width = out_channels
+        if not halves:
+            self.branch_pool = ConvNorm(channels, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_average_pool(x))], 1)
-
-
-class Reduce35(nn.Module):
-    """From 35 x 35 to 17 x 17."""
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__()
-        self.branch3x3 = ConvNorm(in_channels, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvNorm(in_channels, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
-
-
-class Block17(nn.Module):
-    """The block at 17 x 17, with 7 x 7 convolutions split into rows and columns."""
-
-    def __init__(self, middle: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvNorm(768, 192, 1)
-        self.branch7x7_1 = ConvNorm(768, middle, 1)
-        self.branch7x7_2 = _row(middle, middle, 7)
-        self.branch7x7_3 = _column(middle, 192, 7)
-        self.branch7x7dbl_1 = ConvNorm(768, middle, 1)
-        self.branch7x7dbl_2 = _column(middle, middle, 7)
-        self.branch7x7dbl_3 = _row(middle, middle, 7)
-        self.branch7x7dbl_4 = _column(middle, middle, 7)
-        self.branch7x7dbl_5 = _row(middle, 192, 7)
-        self.branch_pool = ConvNorm(768, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], 1)
-
-
-class Reduce17(nn.Module):
-    """From 17 x 17 to 8 x 8."""
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = ConvNorm(in_channels, 192, 1)
-        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvNorm(in_channels, 192, 1)
-        self.branch7x7x3_2 = _row(192, 192, 7)
-        self.branch7x7x3_3 = _column(192, 192, 7)
-        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
-
-
-class Block8(nn.Module):
-    """The block at 8 x 8; `pool` keeps the size."""
-
-    def __init__(self, in_channels: int, pool: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.branch1x1 = ConvNorm(in_channels, 320, 1)
-        self.branch3x3_1 = ConvNorm(in_channels, 384, 1)
-        self.branch3x3_2a = _row(384, 384, 3)
-        self.branch3x3_2b = _column(384, 384, 3)
-        self.branch3x3dbl_1 = ConvNorm(in_channels, 448, 1)
-        self.branch3x3dbl_2 = ConvNorm(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _row(384, 384, 3)
-        self.branch3x3dbl_3b = _column(384, 384, 3)
-        self.branch_pool = ConvNorm(in_channels, 192, 1)
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x)),
-        ]
-        return torch.cat(branches, 1)
+        found = []
+        for branch, layers in self.branches.items():
+            hidden = x
+            for mark, _, _ in layers:
+                made = self.get_submodule(f"branch{branch}{mark}")(hidden)
+                if mark.endswith("a"):  # a fork: the next one reads the same
+                    found.append(made)
+                else:
+                    hidden = made
+            found.append(hidden)
+        if self.halves:
+            found.append(F.max_pool2d(x, 3, stride=2))
+        elif self.max_pool:
+            found.append(self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)))
+        else:
+            found.append(self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)))
+        return torch.cat(found, 1)
