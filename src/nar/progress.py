@@ -46,8 +46,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._said and kind is None:
-            seconds = time.monotonic() - self._began
-            self.say(f"{self.doing}: {self._done:,} {self.unit} in {duration(seconds)}{self._details()}")
+            self._say_state(f"{self._done:,} {self.unit} in {duration(time.monotonic() - self._began)}")
 
     def update(self, count: int = 1, **shown: str) -> None:
         """Add to what is done; `shown` are further values, by name."""
@@ -69,19 +68,15 @@ class Progress:
         pause = FIRST
         while not self._end.wait(pause):
             pause, self._said = EVERY, True
-            self.say(self._line())
+            done, total = self._done, self.total
+            rate = (done - self._first) / (time.monotonic() - self._began)
+            state = f"{done:,} of {total:,} {self.unit} ({done / total:.0%})" if total else f"{done:,} {self.unit}"
+            state += f", {rate:,.3g} a second" if rate else ""
+            self._say_state(state + (f", {duration((total - done) / rate)} left" if total and rate else ""))
 
-    def _line(self) -> str:
-        done, seconds = self._done, time.monotonic() - self._began
-        rate = (done - self._first) / seconds
-        share = f" of {self.total:,}" if self.total else ""
-        share += f" {self.unit}" + (f" ({done / self.total:.0%})" if self.total else "")
-        left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
-        speed = f", {rate:,.3g} a second" if rate else ""
-        return f"{self.doing}: {done:,}{share}{speed}{left}{self._details()}"
-
-    def _details(self) -> str:
-        return "".join(f", {name} {value}" for name, value in self._shown.items())
+    def _say_state(self, state: str) -> None:
+        details = "".join(f", {name} {value}" for name, value in self._shown.items())
+        self.say(f"{self.doing}: {state}{details}")
 
 
 def steps(items: Sequence[Item], doing: str, unit: str, *, quiet: bool = False) -> Iterator[Item]:

@@ -9,15 +9,16 @@ from its own speed measured in the same run: to read every weight once a step, a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from nar.tokenizer.larp import VideoTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+TOKENIZERS = ("llamagen-vq", "larp-tokenizer")  # kinds of presets
 IMAGE_GUIDANCE, VIDEO_GUIDANCE = 2.0, 1.25  # what the paper samples with
 
 
@@ -56,21 +58,11 @@ class Setup:
     def __post_init__(self) -> None:
         check(self)
 
-    def row(self, name: str, operation: str, batch_size: int, seconds: float, dtype: str) -> Row:
-        """A measurement in this setup."""
-        device = torch.device(self.device)
-        return Row(
-            name,
-            operation,
-            batch_size,
-            seconds,
-            batch_size / seconds,
-            dtype=dtype,
-            device=_device_name(device),
-            threads=torch.get_num_threads(),
-            warmups=self.warmups,
-            repetitions=self.repetitions,
-        )
+    def row(self, name: str, operation: str, batch_size: int, seconds: float, dtype: str, **facts: Any) -> Row:
+        """A measurement in this setup, and what else is known of it."""
+        device = _device_name(torch.device(self.device))
+        setup = (dtype, device, torch.get_num_threads(), self.warmups, self.repetitions)
+        return Row(name, operation, batch_size, seconds, batch_size / seconds, *setup, **facts)
 
 
 def preset_model(
@@ -90,14 +82,9 @@ def preset_model(
 def preset_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a published size, or of the published kind for a model's, with random weights."""
     preset = find(name)
-    vocabulary, clips = preset.config.get("vocab_size", 16384), len(preset.config.get("grid", ())) == 3
-    config: ImageTokenizerConfig | VideoTokenizerConfig
-    if preset.kind == "larp-tokenizer":
-        config = VideoTokenizerConfig(**preset.config)
-    elif "channel_multipliers" in preset.config:
-        config = ImageTokenizerConfig(**preset.config)
-    else:
-        config = (VideoTokenizerConfig if clips else ImageTokenizerConfig)(vocab_size=vocabulary)
+    kind = VideoTokenizerConfig if len(preset.config.get("grid", ())) == 3 else ImageTokenizerConfig
+    is_tokenizer = preset.kind in TOKENIZERS
+    config = kind(**preset.config if is_tokenizer else {"vocab_size": preset.config["vocab_size"]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return new_tokenizer(config).eval().requires_grad_(False)
@@ -117,11 +104,10 @@ def bench_preset(
     name: str, setup: Setup, schedules: Sequence[str] = SCHEDULES, *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
     """Measure the backbone of a published size, with random weights, under several schedules."""
-    config = _preset_config(name)
+    default = IMAGE_GUIDANCE if len(_preset_config(name).grid) == 2 else VIDEO_GUIDANCE
     tokenizer = preset_tokenizer(name) if setup.pixels else None
-    models = ((schedule, partial(preset_model, name, schedule, setup.dtype, setup.device)) for schedule in schedules)
-    default = IMAGE_GUIDANCE if len(config.grid) == 2 else VIDEO_GUIDANCE
-    return _bench(name, models, tokenizer, setup, default, report)
+    load = partial(preset_model, name, precision=setup.dtype, device=setup.device)
+    return _bench(name, load, schedules, tokenizer, setup, default, report)
 
 
 def bench_folder(
@@ -138,9 +124,8 @@ def bench_folder(
             return Transformer.from_pretrained(folder, setup.dtype, setup.device)
         return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
 
-    models = ((schedule, partial(load, schedule)) for schedule in schedules or (shape.schedule,))
     default = float(config.get("sampling", {}).get("guidance_scale", 1.0))
-    return _bench(str(source), models, tokenizer, setup, default, report)
+    return _bench(str(source), load, schedules or (shape.schedule,), tokenizer, setup, default, report)
 
 
 def bench_tokenizer(source: str | Path, setup: Setup) -> list[Row]:
@@ -148,38 +133,35 @@ def bench_tokenizer(source: str | Path, setup: Setup) -> list[Row]:
 
     Pictures have 16x16 codes and random pixels. `setup.dtype` is not used.
     """
-    device = torch.device(setup.device)
-    if str(source) in PRESETS:
-        if PRESETS[str(source)].kind not in ("llamagen-vq", "larp-tokenizer"):
-            raise ValueError(f"preset {source!r} is not a tokenizer; give VQ-16, VQ-8, LARP-L-long, or a folder")
-        tokenizer = preset_tokenizer(str(source)).to(device)
-    else:
+    device, name = torch.device(setup.device), str(source)
+    if name not in PRESETS:
         folder = find_model(source)
         tokenizer = load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).to(device)
+    elif PRESETS[name].kind in TOKENIZERS:
+        tokenizer = preset_tokenizer(name).to(device)
+    else:
+        raise ValueError(f"preset {name!r} is not a tokenizer; give VQ-16, VQ-8, LARP-L-long, or a folder")
     size = tokenizer.pixel_shape((4, 16, 16)[-len(tokenizer.code_axes) :])
     layouts = {"contiguous": torch.contiguous_format}
     if isinstance(tokenizer, ImageTokenizer):
         layouts["channels_last"] = torch.channels_last
     exact: dict[tuple[str, int], Tensor] = {}  # float32, contiguous
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        for layout, memory_format in layouts.items():
-            tokenizer = tokenizer.to(getattr(torch, dtype), memory_format=memory_format)  # type: ignore[call-overload]
-            for batch in setup.batch_sizes:
-                pixels = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-                codes = exact.get(("encode", batch))
-                for operation in ("encode", "decode"):
-                    fed = pixels.to(getattr(torch, dtype)) if operation == "encode" else exact["encode", batch]
-                    run = partial(_inferred, getattr(tokenizer, operation), fed)
-                    result = run()
-                    codes = exact.setdefault((operation, batch), result)
-                    change = (result != codes).float() if operation == "encode" else (result - codes).abs() * 127.5
-                    row = setup.row(str(source), operation, batch, _median(run, setup, device), dtype)
-                    rows.append(dataclasses.replace(row, layout=layout, change=float(change.mean()), size=size))
+    for dtype, (layout, memory_format) in itertools.product((torch.float32, torch.bfloat16), layouts.items()):
+        tokenizer = tokenizer.to(dtype, memory_format=memory_format)  # type: ignore[call-overload]
+        for batch, operation in itertools.product(setup.batch_sizes, ("encode", "decode")):
+            pixels = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+            fed = pixels.to(dtype) if operation == "encode" else exact["encode", batch]
+            run = partial(_inferred, getattr(tokenizer, operation), fed)
+            result = run()
+            right = exact.setdefault((operation, batch), result)
+            change = (result != right).float() if operation == "encode" else (result - right).abs() * 127.5
+            facts = {"layout": layout, "change": float(change.mean()), "size": size}
+            seconds = _median(run, setup, device)
+            rows.append(setup.row(name, operation, batch, seconds, str(dtype).removeprefix("torch."), **facts))
     best = {kind: min(row.latency_seconds for row in rows if (row.operation, row.batch_size) == kind) for kind in exact}
-    return [
-        dataclasses.replace(row, fastest=row.latency_seconds == best[row.operation, row.batch_size]) for row in rows
-    ]
+    fastest = [row.latency_seconds == best[row.operation, row.batch_size] for row in rows]
+    return [dataclasses.replace(row, fastest=is_best) for row, is_best in zip(rows, fastest, strict=True)]
 
 
 def work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
@@ -197,7 +179,8 @@ def work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
 
 def _bench(
     name: str,
-    models: Iterable[tuple[str, Callable[[], Transformer]]],
+    load: Callable[[str], Transformer],
+    schedules: Sequence[str],
     tokenizer: Tokenizer | None,
     setup: Setup,
     default_guidance: float,
@@ -211,8 +194,8 @@ def _bench(
         tokenizer = tokenizer.to(device)
     decoding: dict[int, float] = {}  # the same for every schedule
     rows = []
-    for schedule, load in models:
-        model = load()  # the one before it is gone by now, which the peak memory relies on
+    for schedule in schedules:
+        model = load(schedule)  # the one before it is gone by now, which the peak memory relies on
         weights, products = work(model, sampling)
         steps = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
@@ -228,23 +211,22 @@ def _bench(
             both = seconds + decoding[batch] if tokenizer is not None else None
             reading = steps * weights * WEIGHT_BYTES[setup.dtype] / bandwidth
             multiplying = batch * 2 * products / arithmetic
-            row = dataclasses.replace(
-                setup.row(name, "sample", batch, seconds, setup.dtype),
-                schedule=schedule,
-                steps=steps,
-                latency_with_pixels_seconds=both,
-                images_per_second_with_pixels=None if both is None else batch / both,
-                peak_memory_bytes=peak,
-                reading_floor_seconds=reading,
-                arithmetic_floor_seconds=multiplying,
-                floor_fraction=max(reading, multiplying) / seconds,
-                weights_per_step=weights,
-                compiled=setup.compiled,
-                guidance_scale=scale,
-            )
-            rows.append(row)
+            facts = {
+                "schedule": schedule,
+                "steps": steps,
+                "latency_with_pixels_seconds": both,
+                "images_per_second_with_pixels": None if both is None else batch / both,
+                "peak_memory_bytes": peak,
+                "reading_floor_seconds": reading,
+                "arithmetic_floor_seconds": multiplying,
+                "floor_fraction": max(reading, multiplying) / seconds,
+                "weights_per_step": weights,
+                "compiled": setup.compiled,
+                "guidance_scale": scale,
+            }
+            rows.append(setup.row(name, "sample", batch, seconds, setup.dtype, **facts))
             if report is not None:
-                report(row)
+                report(rows[-1])
         del model, session, run
     return rows
 
@@ -269,14 +251,11 @@ def _random(config: ModelConfig, precision: str | torch.dtype | None, device: to
 
 
 def _condition(config: ModelConfig, batch: int) -> Condition:
-    shape = (batch, config.text_length)
-    return Condition(
-        torch.arange(batch) % config.num_classes if config.num_classes else None,
-        TextFeatures(torch.randn(*shape, config.text_dim), torch.ones(shape, dtype=torch.bool))
-        if config.text_dim
-        else None,
-        PrefixCodes(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)) if config.prefix_grid else None,
-    )
+    labels = torch.arange(batch) % config.num_classes if config.num_classes else None
+    mask = torch.ones(batch, config.text_length, dtype=torch.bool)
+    text = TextFeatures(torch.randn(*mask.shape, config.text_dim), mask) if config.text_dim else None
+    given = PrefixCodes(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)) if config.prefix_grid else None
+    return Condition(labels, text, given)
 
 
 def _num_weights(module: nn.Module) -> int:
@@ -290,9 +269,7 @@ def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
     read = min(_time(lambda: memory.sum(), device) for _ in range(5))
     side = 2048 if device.type == "cpu" else 8192
     layer = convert(nn.Sequential(nn.Linear(side, side, bias=False)), dtype, device)
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    if device.type != "cpu":
-        kind = getattr(torch, dtype)
+    kind = getattr(torch, dtype) if device.type != "cpu" or dtype == "bfloat16" else torch.float32
     x = torch.randn(side, side, device=device, dtype=kind)
     with torch.inference_mode():
         multiply = min(_time(lambda: layer(x), device) for _ in range(5))

@@ -68,16 +68,14 @@ def compare(rows: Sequence[Row]) -> list[str]:
     for batch in sorted({row.batch_size for row in rows}):
         same = [row for row in rows if row.batch_size == batch]
         best = min(same, key=lambda row: row.steps or 0)
-        for row in same:
-            if row is not best:
-                ratio = row.latency_seconds / best.latency_seconds
-                steps = (row.steps or 0) / (best.steps or 1)
-                promised = steps * (row.weights_per_step or 0) / (best.weights_per_step or 1)
-                lines.append(
-                    f"batch {batch}: {best.schedule} is {ratio:.2f} times as fast as {row.schedule}; "
-                    f"ratio of steps {steps:.2f}, with its extra blocks {promised:.2f}, of which "
-                    f"{ratio / promised:.0%} is reached"
-                )
+        for row in [row for row in same if row is not best]:
+            ratio = row.latency_seconds / best.latency_seconds
+            steps = (row.steps or 0) / (best.steps or 1)
+            promised = steps * (row.weights_per_step or 0) / (best.weights_per_step or 1)
+            lines.append(
+                f"batch {batch}: {best.schedule} is {ratio:.2f} times as fast as {row.schedule}; ratio of steps "
+                f"{steps:.2f}, with its extra blocks {promised:.2f}, of which {ratio / promised:.0%} is reached"
+            )
     return lines
 
 

@@ -46,14 +46,14 @@ class Detector(Protocol):
 
     def name(self, metric: str) -> str:
         """What a metric is called with this network: metric is FD, sFD, IS, KID, precision, ..."""
-        ...
+        return f"{metric}-{self.label}"
 
     def __call__(self, images: Tensor) -> Detected:
         """Features of uint8 pictures (B, 3, H, W)."""
         ...
 
 
-class EfficientNetDetector:
+class EfficientNetDetector(Detector):
     """EfficientNet-Lite0, whose weights come with a package: FD-EffLite0, KID-EffLite0."""
 
     label = "EffLite0"
@@ -64,9 +64,6 @@ class EfficientNetDetector:
         self.digest = digest(efficientnet.weights_file())
         self.network = efficientnet.load_efficientnet().to(device)
         self.device = device
-
-    def name(self, metric: str) -> str:
-        return f"{metric}-{self.label}"
 
     def __call__(self, images: Tensor) -> Detected:
         _refuse_clips(images)
@@ -115,10 +112,9 @@ class I3DDetector:
             self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not torchscript ({str(error).splitlines()[0]})") from error
-        wanted = {"rescale", "resize", "return_features"}
         schema = getattr(getattr(self.network, "forward", None), "schema", None)
-        if not wanted <= {argument.name for argument in getattr(schema, "arguments", ())}:
-            raise ValueError(f"{path} is another network: the published file takes {', '.join(sorted(wanted))}")
+        if not {"rescale", "resize", "return_features"} <= {part.name for part in getattr(schema, "arguments", ())}:
+            raise ValueError(f"{path} is another network: the published file takes rescale, resize, return_features")
         self.label, self.variant, self.device = f"I3D, {variant}", variant, device
         self.digest = digest(path)
 
@@ -127,21 +123,19 @@ class I3DDetector:
 
     def __call__(self, images: Tensor) -> Detected:
         clips = _checked(images, I3D_FRAMES).to(self.device).float()
-        if self.variant == "stylegan-v":
-            features = self.network(clips, rescale=True, resize=True, return_features=True)
-        else:
+        whole = self.variant == "stylegan-v"
+        if not whole:
             frames = clips.transpose(1, 2).flatten(0, 1)  # (B * T, 3, H, W)
             scale = I3D_SIZE / min(frames.shape[2:])
             size = [max(I3D_SIZE, round(length * scale)) for length in frames.shape[2:]]
-            frames = F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
+            frames = F.interpolate(frames, size=size, mode="bilinear")
             top, left = ((length - I3D_SIZE) // 2 for length in size)
             frames = frames[:, :, top : top + I3D_SIZE, left : left + I3D_SIZE]
             clips = frames.unflatten(0, (len(images), -1)).transpose(1, 2) / 127.5 - 1
-            features = self.network(clips, rescale=False, resize=False, return_features=True)
-        return Detected(features.flatten(1))
+        return Detected(self.network(clips, rescale=whole, resize=whole, return_features=True).flatten(1))
 
 
-class TransNetDetector:
+class TransNetDetector(Detector):
     """TransNetV2, trained to find cuts: its convolutions over space and time see how frames change.
 
     The features are the mean and the spread over time of the last 256 channels: FD-TransNetV2, KID-TransNetV2. They say
@@ -158,9 +152,6 @@ class TransNetDetector:
         self.device = device
         self.network = load_transnet().to(device)
 
-    def name(self, metric: str) -> str:
-        return f"{metric}-{self.label}"
-
     def __call__(self, images: Tensor) -> Detected:
         maps = self.network(_checked(images, 2).to(self.device))
         over_time = maps.mean((3, 4))  # (B, C, T)
@@ -169,18 +160,14 @@ class TransNetDetector:
 
 def _refuse_clips(images: Tensor) -> None:
     if images.ndim == 5:
-        raise ValueError(
-            f"these are clips of {images.shape[2]} frames, this network judges pictures; give --video or --i3d FILE "
-            "(TransNetDetector or I3DDetector)"
-        )
+        what = f"these are clips of {images.shape[2]} frames, this network judges pictures"
+        raise ValueError(f"{what}; give --video or --i3d FILE (TransNetDetector or I3DDetector)")
 
 
 def _checked(clips: Tensor, num_frames: int) -> Tensor:
     if clips.ndim != 5 or clips.shape[1] != 3:
-        raise ValueError(
-            f"clips must be (B, 3, T, H, W), not {tuple(clips.shape)}; are these pictures? For folders of frames, one "
-            "a clip, give the number of frames (--num-frames)"
-        )
+        hint = "are these pictures? For folders of frames, one a clip, give the number of frames (--num-frames)"
+        raise ValueError(f"clips must be (B, 3, T, H, W), not {tuple(clips.shape)}; {hint}")
     if clips.shape[2] < num_frames:
         raise ValueError(f"clips of {clips.shape[2]} frames are too short; at least {num_frames} are needed")
     return clips

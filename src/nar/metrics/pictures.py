@@ -105,8 +105,7 @@ def count(source: Opened, num_frames: int | None = None) -> int | None:
     if num_frames is not None:
         return None
     if isinstance(source, list | tuple):
-        batched = [isinstance(item, np.ndarray | Tensor) and item.ndim > 3 for item in source]
-        return sum(len(item) if many else 1 for item, many in zip(source, batched, strict=True))
+        return sum(len(item) if isinstance(item, np.ndarray | Tensor) and item.ndim > 3 else 1 for item in source)
     return len(source) if isinstance(source, Sized) else None
 
 
@@ -140,24 +139,19 @@ def _items(items: Iterable[Any]) -> Iterator[tuple[str, np.ndarray]]:
             yield f"picture {index}", np.asarray(upright_rgb(item))
             index += 1
             continue
+        what = f"picture {index}"
         if not isinstance(item, np.ndarray | Tensor):
-            raise ValueError(
-                f"picture {index} is a {type(item).__name__}; allowed are Pillow pictures, arrays and tensors"
-            )
+            raise ValueError(f"{what} is a {type(item).__name__}; allowed are Pillow pictures, arrays and tensors")
         if item.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(
-                f"picture {index} has dtype {str(item.dtype).removeprefix('torch.')}; pictures must be uint8 "
-                "0..255 (of floats in 0..1: (255 * x).round(), in -1..1: (127.5 * (x + 1)).round())"
-            )
+            wanted = "uint8 0..255 (of floats in 0..1: (255 * x).round(), in -1..1: (127.5 * (x + 1)).round())"
+            raise ValueError(f"{what} has dtype {str(item.dtype).removeprefix('torch.')}; pictures must be {wanted}")
         array = item.cpu().numpy() if isinstance(item, Tensor) else item
         pictures = array[None] if array.ndim == 3 else array
         if pictures.ndim in (4, 5) and pictures.shape[-1] != 3 and pictures.shape[1] == 3:
             pictures = np.moveaxis(pictures, 1, -1)
         if pictures.ndim not in (4, 5) or pictures.shape[-1] != 3:
-            raise ValueError(
-                f"picture {index} has shape {tuple(array.shape)}; allowed are (H, W, 3), (B, H, W, 3) and "
-                "(B, 3, H, W), for clips (B, T, H, W, 3) and (B, 3, T, H, W)"
-            )
+            shapes = "(H, W, 3), (B, H, W, 3) and (B, 3, H, W), for clips (B, T, H, W, 3) and (B, 3, T, H, W)"
+            raise ValueError(f"{what} has shape {tuple(array.shape)}; allowed are {shapes}")
         for picture in pictures:
             yield f"picture {index}", picture
             index += 1

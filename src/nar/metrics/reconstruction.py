@@ -94,27 +94,21 @@ def compare(
         ValueError: the two have not one shape, or are not uint8 pictures or clips.
     """
     if real.shape != reconstructed.shape or real.ndim not in (4, 5) or real.shape[-1] != 3 or not len(real):
-        raise ValueError(
-            f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {real.shape}, {reconstructed.shape}"
-        )
+        shapes = f"{real.shape}, {reconstructed.shape}"
+        raise ValueError(f"pictures must be (B, H, W, 3) or (B, T, H, W, 3) on both sides, not {shapes}")
     if real.dtype != np.uint8 or reconstructed.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 0..255, not {real.dtype} and {reconstructed.dtype}")
     errors, rows, motion = [], [], []
     for start in range(0, len(real), batch_size):
-        first, second = (
-            torch.from_numpy(np.ascontiguousarray(side[start : start + batch_size])).to(device)
-            for side in (real, reconstructed)
-        )
+        parts = (np.ascontiguousarray(side[start : start + batch_size]) for side in (real, reconstructed))
+        first, second = (torch.from_numpy(part).to(device).float() for part in parts)
         errors.append(squared_error(first, second))
         if real.ndim == 5:
-            motion.append(squared_error(first.float().diff(dim=1), second.float().diff(dim=1)))
-        frames = [side.reshape(-1, *side.shape[-3:]).movedim(-1, 1).float() for side in (first, second)]
+            motion.append(squared_error(first.diff(dim=1), second.diff(dim=1)))
+        frames = [side.reshape(-1, *side.shape[-3:]).movedim(-1, 1) for side in (first, second)]
         scaled = [side / 127.5 - 1 for side in frames]
-        rows.append(
-            torch.stack(
-                [ssim(frames[0], frames[1]), *(distance(*scaled) for distance in (distances or {}).values())], -1
-            )
-        )
+        apart = [distance(*scaled) for distance in (distances or {}).values()]
+        rows.append(torch.stack([ssim(frames[0], frames[1]), *apart], -1))
     error, means = torch.cat(errors), torch.cat(rows).mean(0)
     numbers = {"psnr": psnr(error.mean()), "psnr_each": sum(map(psnr, error.tolist())) / len(error)}
     if motion:
@@ -143,9 +137,8 @@ def frechet_distances(
         for part, rows in zip(parts, halves, strict=False):
             for start in range(0, len(rows), batch_size):
                 shown = side[rows[start : start + batch_size]]
-                frames = torch.from_numpy(shown.reshape(-1, *shown.shape[-3:])).movedim(-1, 1)
                 with torch.inference_mode():
-                    found = features(frames)
+                    found = features(torch.from_numpy(shown.reshape(-1, *shown.shape[-3:])).movedim(-1, 1))
                 part.add(found)
                 parts[2].add(found)
         fitted.append(parts)
@@ -161,13 +154,9 @@ def frechet_distances(
 
 def thumbnails(real: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Pictures (B, H, W, 3) reduced to one pixel a token of the `grid` and enlarged again, both bicubic."""
-    height, width = real.shape[1:3]
-
-    def through(picture: np.ndarray) -> np.ndarray:
-        small = Image.fromarray(picture).resize(grid[::-1], Image.Resampling.BICUBIC)
-        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-
-    return np.stack([through(picture) for picture in real])
+    size = real.shape[2], real.shape[1]
+    small = (Image.fromarray(picture).resize(grid[::-1], Image.Resampling.BICUBIC) for picture in real)
+    return np.stack([np.asarray(picture.resize(size, Image.Resampling.BICUBIC)) for picture in small])
 
 
 def motionless(real: np.ndarray) -> np.ndarray:
@@ -206,16 +195,13 @@ def nearest_patches(
     per_picture = math.prod(real.shape[1:-1]) // math.prod(patch)
     wanted = num_fitted_patches(train, patch, vocab_size)
     if wanted < 2 * vocab_size:
-        raise ValueError(
-            f"{len(train)} pictures have too few patches to fit {vocab_size} of them, or these are too large"
-        )
+        what = f"{len(train)} pictures have too few patches to fit {vocab_size} of them"
+        raise ValueError(f"{what}, or these are too large")
     # From as many pictures as there are, a few patches of each.
     shown = train[generator.permutation(len(train))[: -(-wanted // max(1, wanted // len(train)))]]
     share = -(-wanted // len(shown))
-    sample = np.concatenate(
-        [_patches(picture[None], patch)[generator.permutation(per_picture)[:share]] for picture in shown]
-    )
-    points = torch.from_numpy(sample).to(device).float()
+    some = [_patches(picture[None], patch)[generator.permutation(per_picture)[:share]] for picture in shown]
+    points = torch.from_numpy(np.concatenate(some)).to(device).float()
     entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size]).to(device)]
     for _ in range(iterations):
         codes = nearest(points, entries)[1]

@@ -47,7 +47,8 @@ class SceneHead(nn.Module):
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
         # A 1x1 convolution commutes with enlarging, and costs less before it.
         tapped = (tap(stage.float()) for tap, stage in zip(self.taps, stages, strict=True))
-        hidden = F.relu(sum(F.interpolate(maps, size=(CELLS, CELLS), mode="bilinear") for maps in tapped))
+        enlarged = (F.interpolate(maps, size=(CELLS, CELLS), mode="bilinear") for maps in tapped)
+        hidden = F.relu(sum(enlarged, torch.zeros(())))
         found: Tensor = self.out(F.relu(hidden + self.body(hidden)))
         return found
 

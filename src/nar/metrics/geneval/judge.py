@@ -228,7 +228,7 @@ class Mask2FormerJudge:
         own = [labels[index] for index in range(len(labels))]
         self.names = list(GENEVAL_OBJECTS) if len(own) in (80, 133) else own
         self.clip = ClipScorer(clip, device=device)
-        self.settings = {"judge": "GenEval", "detector_sha256": weights_digest(detector)}
+        self.settings: dict[str, Any] = {"judge": "GenEval", "detector_sha256": weights_digest(detector)}
         self.settings |= {"clip_sha256": weights_digest(clip), "num_classes": len(self.names)}
         self._colour_texts: dict[str, Tensor] = {}
 

@@ -7,6 +7,7 @@ what is held out is the caller's choice of drawings. White is not among the colo
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def _scene(
     wanted = composition(task, chosen, count=count, colours=painted, relation=relation)
 
     pieces = []
-    for name, colour in zip(chosen, painted or [None] * len(chosen), strict=True):
+    for name, colour in itertools.zip_longest(chosen, painted):
         drawing = drawings[name][int(generator.integers(len(drawings[name])))]
         pieces += [_Piece(drawing, name, colour)] * count  # a counted object is the same drawing every time
     canvas = np.full((size, size, 3), 255, np.uint8)

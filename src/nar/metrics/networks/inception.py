@@ -169,8 +169,9 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Kernel, *, stride: int = 1, padded: bool = True):
         super().__init__()
-        padding = [length // 2 for length in ((kernel, kernel) if isinstance(kernel, int) else kernel)]
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding if padded else 0, bias=False)
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if padded else (0, 0)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
