@@ -78,10 +78,9 @@ def parse_json(text: str, name: str) -> Any:
     """Parse JSON; raises ValueError that names where it stands."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is no JSON ({error})") from error
-    except RecursionError:
-        raise ValueError(f"{name} is no JSON that can be read (nested too deeply)") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name} is no JSON ({reason})") from None
 
 
 def inside(folder: Path, name: str, origin: Path | str) -> Path:

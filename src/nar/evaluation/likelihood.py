@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from nar.data.open import open_source
 from nar.data.source import Source
 from nar.data.wording import wordings
 from nar.evaluation.independence import independence_cost
+from nar.evaluation.sets import trained_on
 from nar.likelihood import bits_per_token
 from nar.media.pixels import as_pixels
 from nar.media.video import Windows
@@ -31,7 +31,7 @@ from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
 from nar.precision import usable_device
 from nar.progress import Progress, steps
-from nar.storage.folder import find_model, model_digest, read_config
+from nar.storage.folder import find_model, model_digest
 
 ROWS = {
     "bits_per_token": "held-out bits per token",
@@ -79,12 +79,12 @@ def judge_likelihood(
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     pipes = [Pipeline.from_pretrained(folder, device=usable_device(device), dtype=dtype) for folder in folders]
-    heldout = _held_out(pipes, _trained(folders[0]), real, split, number, seed)
+    heldout = _held_out(pipes, trained_on(folders[0]), real, split, number, seed)
     found: dict[str, np.ndarray] = {}
     warnings: list[str] = []
     for index, (pipe, folder) in enumerate(zip(pipes, folders, strict=True)):
         prefix = "against: " if index else ""
-        samples = _Samples(pipe, heldout, _trained(folder).get("wording", "plain"))
+        samples = _Samples(pipe, heldout, trained_on(folder).get("wording", "plain"))
         for count in pipe.continuation.counts:
             name = f"bits_per_token_given_{count}" if count else "bits_per_token"
             found[prefix + name] = samples.bits(count)
@@ -162,11 +162,6 @@ class _Samples:
         """What the independence of a front's tokens costs (M / 2,) of what follows `count` frames."""
         condition, known = self.condition(slice(None), count)
         return independence_cost(self.pipe.model, self.heldout.codes, condition, known=known, seed=seed).numpy()
-
-
-def _trained(folder: Path) -> dict[str, Any]:
-    """What the data were that a model was trained on."""
-    return dict(read_config(folder).get("training", {}).get("config", {}).get("data", {}))
 
 
 def _held_out(

@@ -99,6 +99,11 @@ class Sampled:
             yield as_images(torch.stack(pixels))
 
 
+def trained_on(folder: str | Path) -> dict[str, Any]:
+    """What the data were that a model or tokenizer was trained on, by its recipe; empty where none is known."""
+    return dict(read_config(folder).get("training", {}).get("config", {}).get("data", {}))
+
+
 def made_by(folder: Path) -> dict[str, Any]:
     """What a report should say of the model in a folder: the hash of its weights and how they were averaged."""
     training = read_config(folder).get("training") or {}

@@ -20,7 +20,7 @@ from nar import __version__
 from nar.data.config import DataConfig, recorded
 from nar.data.open import load_pictures
 from nar.data.source import Source
-from nar.evaluation.sets import BATCH, CLIP_BATCH
+from nar.evaluation.sets import BATCH, CLIP_BATCH, trained_on
 from nar.media.pixels import as_images, as_pixels, pad_to_multiple
 from nar.media.sheet import contact_sheet
 from nar.metrics.detectors import Detector, default_detector
@@ -38,7 +38,7 @@ from nar.metrics.reference import ENOUGH
 from nar.precision import usable_device
 from nar.progress import steps
 from nar.storage.files import atomically
-from nar.storage.folder import find_model, model_digest, read_config
+from nar.storage.folder import find_model, model_digest
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.image import ImageTokenizer
 from nar.tokenizer.refine import refine_codes
@@ -124,8 +124,7 @@ def _opened(
     folder: str, tokenizer: Any, real: str, size: int | None, group: str | None, num_frames: int | None
 ) -> tuple[DataConfig, Source, Source, list[str]]:
     """The data as the tokenizer was trained with them, the parts that were learned and held out, and warnings."""
-    made_with = read_config(folder).get("training", {}).get("config", {}).get("data", {})
-    trained = recorded(made_with) if made_with else {}
+    trained = recorded(made_with) if (made_with := trained_on(folder)) else {}
     size = size or trained.get("size") or getattr(tokenizer.config, "image_size", None)
     if size is None:
         raise ValueError(f"{folder} does not say at which size it was trained; give --size PIXELS")
