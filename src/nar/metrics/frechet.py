@@ -44,9 +44,8 @@ class RunningStatistics:
         if len(rows) == 0:
             return
         if not np.isfinite(rows).all():
-            raise ValueError(
-                f"features {self.count} to {self.count + len(rows)} hold NaN or infinity; check the pictures and dtype"
-            )
+            span = f"{self.count} to {self.count + len(rows)}"
+            raise ValueError(f"features {span} hold NaN or infinity; check the pictures and dtype")
         if self.count == 0:
             self._mean, self._scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
         if rows.shape[1] != len(self._mean):
@@ -85,10 +84,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     zero whatever the rank, and the same from either side. So nothing can become complex or infinite, and the 1e-6 that
     ADM adds to the diagonals when `scipy.linalg.sqrtm` fails is never needed. What is within rounding of zero is 0.
     """
-    if first.mean.shape != second.mean.shape:
-        raise ValueError(
-            f"{len(first.mean)} features cannot be compared with {len(second.mean)}; were both made by one network?"
-        )
+    _check_widths(len(first.mean), len(second.mean))
     # Not the eigenvalues of R1' C2 R1: squared, what should be 0 comes as 1e-16, with a root of 1e-8, and 600 pictures
     # of 1,280 features are at -5e-6 from themselves in place of 1e-13.
     shared = np.linalg.svd(_root(first.covariance).T @ _root(second.covariance), compute_uv=False)
@@ -268,11 +264,13 @@ def _as_rows(features: Features) -> Tensor:
 
 def _as_pair(real: Features, fake: Features) -> tuple[Tensor, Tensor]:
     real, fake = _as_rows(real), _as_rows(fake)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"{real.shape[1]} real features cannot be compared with {fake.shape[1]}; were both made by one network?"
-        )
+    _check_widths(real.shape[1], fake.shape[1])
     return real, fake.to(real)
+
+
+def _check_widths(real: int, fake: int) -> None:
+    if real != fake:
+        raise ValueError(f"{real} features cannot be compared with {fake}; were both made by one network?")
 
 
 def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:

@@ -192,15 +192,20 @@ def nearest_patches(
         ValueError: it would be fitted to fewer than two patches an entry.
     """
     generator = np.random.default_rng(seed)
-    per_picture = math.prod(real.shape[1:-1]) // math.prod(patch)
     wanted = num_fitted_patches(train, patch, vocab_size)
     if wanted < 2 * vocab_size:
         what = f"{len(train)} pictures have too few patches to fit {vocab_size} of them"
         raise ValueError(f"{what}, or these are too large")
+    places = _patch_places(real.shape[1:-1], patch)
+
+    def cut(picture: np.ndarray) -> np.ndarray:
+        patches: np.ndarray = picture.reshape(-1, 3)[places].reshape(len(places), -1)
+        return patches
+
     # From as many pictures as there are, a few patches of each.
     shown = train[generator.permutation(len(train))[: -(-wanted // max(1, wanted // len(train)))]]
     share = -(-wanted // len(shown))
-    some = [_patches(picture[None], patch)[generator.permutation(per_picture)[:share]] for picture in shown]
+    some = [cut(picture)[generator.permutation(len(places))[:share]] for picture in shown]
     points = torch.from_numpy(np.concatenate(some)).to(device).float()
     entries = points[torch.from_numpy(generator.permutation(len(points))[:vocab_size]).to(device)]
     for _ in range(iterations):
@@ -208,26 +213,16 @@ def nearest_patches(
         counts = torch.bincount(codes, minlength=vocab_size)
         sums = torch.zeros_like(entries).index_add_(0, codes, points)
         entries = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], entries)
-
-    def through(picture: np.ndarray) -> np.ndarray:
-        own = torch.from_numpy(_patches(picture[None], patch)).to(device).float()
-        return _from_patches(entries[nearest(own, entries)[1]].cpu(), patch, picture)
-
-    return np.stack([through(picture) for picture in real])
-
-
-def _patches(pictures: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
-    """Pictures or clips (B, ..., 3) to patches (n, d), in raster order."""
-    split = [part for length, size in zip(pictures.shape[1:-1], patch, strict=True) for part in (length // size, size)]
-    axes = len(patch)
-    order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
-    return pictures.reshape(len(pictures), *split, 3).transpose(order).reshape(-1, math.prod(patch) * 3)
+    pixels = entries.round().clamp(0, 255).to(torch.uint8).cpu().numpy().reshape(vocab_size, -1, 3)
+    made = np.empty(real.shape, np.uint8)
+    for picture, into in zip(real, made, strict=True):
+        codes = nearest(torch.from_numpy(cut(picture)).to(device).float(), entries)[1]
+        into.reshape(-1, 3)[places] = pixels[codes.cpu()]
+    return made
 
 
-def _from_patches(patches: Tensor, patch: tuple[int, ...], like: np.ndarray) -> np.ndarray:
-    """The inverse of `_patches` for one picture or clip of the shape of `like`, rounded to uint8."""
-    grid = [length // size for length, size in zip(like.shape[:-1], patch, strict=True)]
-    axes = len(patch)
-    order = [axis for pair in zip(range(axes), range(axes, 2 * axes), strict=True) for axis in pair]
-    pixels = patches.round().clamp(0, 255).to(torch.uint8).numpy().reshape(*grid, *patch, 3)
-    return pixels.transpose(*order, 2 * axes).reshape(like.shape)
+def _patch_places(size: tuple[int, ...], patch: tuple[int, ...]) -> np.ndarray:
+    """Where in a picture or clip, in raster order, the pixels of every patch are: (patches, pixels of one)."""
+    split = [part for length, step in zip(size, patch, strict=True) for part in (length // step, step)]
+    order = [*range(0, 2 * len(patch), 2), *range(1, 2 * len(patch), 2)]
+    return np.arange(math.prod(size)).reshape(split).transpose(order).reshape(-1, math.prod(patch))

@@ -276,9 +276,7 @@ def _prompt_folders(folder: str | Path) -> list[Path]:
     places = sorted(file.parent for file in Path(folder).glob("*/metadata.jsonl") if file.parent.name.isdigit())
     if not places:
         fault = "has no prompts" if Path(folder).is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{folder} {fault}; it must hold 00000/metadata.jsonl and 00000/samples/0000.png, and on"
-        )
+        raise FileNotFoundError(f"{folder} {fault}; it must hold 00000/metadata.jsonl, 00000/samples/0000.png and on")
     empty = [place.name for place in places if not _samples(place)]
     if empty:
         shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")

