@@ -22,7 +22,7 @@ def test_a_fixed_weight_is_a_factor_and_an_adaptive_one_a_share_of_the_gradient(
     fake = layer(real)
     reconstruction = 100 * (fake - real).square().mean()
     fixed, adaptive = adversary(adaptive=False), adversary()
-    expected = 0.5 * generator_hinge_loss(fixed.discriminator(fake))
+    expected = 0.5 * generator_hinge_loss(fixed.network(fake))
     torch.testing.assert_close(fixed.loss(real, fake, reconstruction, layer.weight, 0), expected)
     loss = adaptive.loss(real, fake, reconstruction, layer.weight, 0)
     (wanted,) = torch.autograd.grad(reconstruction, layer.weight, retain_graph=True)
@@ -33,12 +33,12 @@ def test_a_fixed_weight_is_a_factor_and_an_adaptive_one_a_share_of_the_gradient(
 def test_it_learns_and_acts_from_its_steps_on() -> None:
     judge = adversary(start=3, learn_from=2, adaptive=False, clip_norm=1.0, learning_rate=1e-2)
     real, fake = torch.ones(4, 3, 16, 16), -torch.ones(4, 3, 16, 16, requires_grad=True)
-    before = {name: tensor.clone() for name, tensor in judge.discriminator.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in judge.network.state_dict().items()}
     for step in range(3):
         assert float(judge.loss(real, fake, fake.sum(), fake, step)) == 0
         learned = judge.update(torch.Generator())
         assert (learned is None) == (step < 2)
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in judge.discriminator.state_dict().items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in judge.network.state_dict().items())
     losses = []
     for step in range(3, 12):
         assert float(judge.loss(real, fake, fake.sum(), fake, step).detach()) != 0
@@ -50,23 +50,23 @@ def test_it_learns_and_acts_from_its_steps_on() -> None:
 
 def test_its_losses_are_told_and_looking_changes_nothing() -> None:
     judge = adversary(adaptive=False)
-    before = {name: tensor.clone() for name, tensor in judge.discriminator.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in judge.network.state_dict().items()}
     judge.check(torch.zeros(1, 3, 2, 16, 16))  # a clip, frame by frame
-    assert all(torch.equal(tensor, before[name]) for name, tensor in judge.discriminator.state_dict().items())
-    assert judge.discriminator.training
-    assert judge.scalars() == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in judge.network.state_dict().items())
+    assert judge.network.training
+    assert judge.losses == {}
     real, fake = torch.ones(4, 3, 16, 16), -torch.ones(4, 3, 16, 16, requires_grad=True)
     loss = judge.loss(real, fake, fake.sum(), fake, 0)
     learned = judge.update(torch.Generator())
-    assert float(judge.scalars()["adversarial"]) == pytest.approx(float(loss.detach()) / 0.5)  # before its weight
-    assert judge.scalars()["discriminator"] == learned
+    assert float(judge.losses["adversarial"]) == pytest.approx(float(loss.detach()) / 0.5)  # before its weight
+    assert judge.losses["discriminator"] == learned
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_it_learns_in_the_precision_of_the_engine(half: bool) -> None:
     judge = Adversary(AdversaryConfig(weight=0.5, channels=8, num_layers=1), ALONE, half=half)
     seen = []
-    judge.discriminator[0].register_forward_hook(lambda *made: seen.append(made[-1].dtype))
+    judge.network[0].register_forward_hook(lambda *made: seen.append(made[-1].dtype))
     fake = torch.zeros(2, 3, 16, 16, requires_grad=True)
     judge.loss(torch.ones(2, 3, 16, 16), fake, fake.sum(), fake, 0)
     seen.clear()
@@ -81,7 +81,7 @@ def test_frames_seen_at_once_show_motion() -> None:
     swapped = clip[:, :, [1, 0, 3, 2]]  # other motion within the pairs, the same pictures
     for frames, blind in ((1, True), (2, False)):
         judge = adversary(frames=frames)
-        judge.discriminator.eval()
+        judge.network.eval()
         logits = [judge._judge(pixels).flatten(1) for pixels in (clip, swapped)]
         assert len(logits[0]) == 4 // frames
         same = torch.allclose(*(found.sort(0).values for found in logits), atol=1e-6)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nar.storage.fields import NotNegative, OneOf, Positive, Range, Size, check
 from nar.tokenizer.larp import Bidirectional, sinusoid_grid
 from nar.training.distributed import Workers
-from nar.training.optim import load_side_state, side_state
+from nar.training.optim import Side
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,23 @@ class AdversaryConfig:
             )
 
 
-class Adversary:
+class Adversary(Side):
     """Tells real pictures from reconstructed ones, and turns that into a loss for the tokenizer.
 
-    With `half` it learns under bfloat16 autocast, as the tokenizer then does.
+    With `half` it learns under bfloat16 autocast, as the tokenizer then does. `losses` are the last ones before any
+    weighting, to be logged: "adversarial" of the tokenizer, and "discriminator".
     """
 
     def __init__(self, config: AdversaryConfig, workers: Workers, *, half: bool = False) -> None:
-        self.config, self._workers, self._half = config, workers, half
-        self.discriminator = _network(config).to(workers.device)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), config.learning_rate, betas=config.betas)
+        self.config, self._half = config, half
+        if config.network == "patch":
+            network: nn.Module = PatchDiscriminator(config.channels, config.num_layers, in_channels=3 * config.frames)
+        else:
+            network = ClipDiscriminator(config.channels, config.num_layers, config.num_heads)
+        super().__init__("adversary", network, config.learning_rate, config.betas, workers)
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._means = torch.zeros(2, device=workers.device)  # of the logits of real and of made clips
-        self._losses: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def check(self, sample: Tensor) -> None:
@@ -84,7 +88,7 @@ class Adversary:
         Raises:
             ValueError: the discriminator can't judge what is of this size, and would fail only when it starts to learn.
         """
-        self.discriminator.eval()
+        self.network.eval()
         try:
             self._judge(sample)
         except (RuntimeError, ValueError) as error:
@@ -95,11 +99,7 @@ class Adversary:
                 f"judge samples of {size} ({str(error).splitlines()[0]}); choose another network, fewer layers or "
                 "frames, or other sizes"
             ) from error
-        self.discriminator.train()
-
-    def scalars(self) -> dict[str, Tensor]:
-        """The last losses before any weighting, to be logged: "adversarial" of the tokenizer, "discriminator"."""
-        return dict(self._losses)
+        self.network.train()
 
     def loss(self, real: Tensor, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, step: int) -> Tensor:
         """The tokenizer's adversarial loss on reconstructed pictures `fake`, like `real`, already weighted.
@@ -110,13 +110,10 @@ class Adversary:
             self._seen.append((real.float(), fake.detach().float()))
         if step < self.config.start:
             return torch.zeros((), device=fake.device)
-        for parameter in self.discriminator.parameters():
-            parameter.requires_grad_(False)
+        self.network.requires_grad_(False)
         judged = self._judge(fake)
-        adversarial = (
-            generator_hinge_loss(judged) if self.config.network == "patch" else generator_logistic_loss(judged)
-        )
-        self._losses["adversarial"] = adversarial.detach()
+        adversarial = generator_hinge_loss(judged) if self.config.network == "patch" else F.softplus(-judged).mean()
+        self.losses["adversarial"] = adversarial.detach()
         if not self.config.adaptive:
             return self.config.weight * adversarial
         (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
@@ -136,29 +133,22 @@ class Adversary:
             return None
         real, fake = (torch.cat(pictures) for pictures in zip(*self._seen, strict=True))
         self._seen = []
-        for parameter in self.discriminator.parameters():
-            parameter.requires_grad_(True)
+        self.network.requires_grad_(True)
         with torch.autocast(self._workers.device.type, torch.bfloat16, enabled=self._half):
             loss = self._discriminator_loss(real, fake, generator)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for parameter in self.discriminator.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self._workers.sum(parameter.grad) / self._workers.count
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self._losses["discriminator"] = loss.detach()
+        self.step(clip_norm=self.config.clip_norm)
+        self.losses["discriminator"] = loss.detach()
         return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimizer moments and mean logits by name."""
         means = {"adversary.mean_logits": self._means} if self.config.lecam else {}
-        return side_state("adversary", self.discriminator, self.optimizer) | means
+        return super().state() | means
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        load_side_state("adversary", self.discriminator, self.optimizer, state)
+        super().load_state(state)
         if self.config.lecam:
             self._means = state["adversary.mean_logits"].to(self._means.device)
 
@@ -166,7 +156,7 @@ class Adversary:
         """Logits of pictures (B, 3, H, W) or clips (B, 3, T, H, W), of which a patch network sees `frames` at once."""
         if self.config.network == "patch" and pixels.ndim == 5:
             pixels = pixels.unflatten(2, (-1, self.config.frames)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        return cast(Tensor, self.discriminator(pixels))
+        return cast(Tensor, self.network(pixels))
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
         judged = self._judge(real).float(), self._judge(fake).float()
@@ -187,27 +177,20 @@ class PatchDiscriminator(nn.Sequential):
     """PatchGAN (Isola et al. 2017): pictures (B, 3, H, W) to one logit a patch, above 0 for real.
 
     `num_layers` convolutions halve the resolution; with the defaults it has 2,765,633 parameters and a logit sees
-    70x70 pixels. Batch normalisation: a training pass updates running statistics.
+    70x70 pixels. Batch normalisation: a training pass updates running statistics. Weights of convolutions begin as
+    N(0, 0.02), of norms as N(1, 0.02) with bias 0.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for index in range(1, num_layers + 1):
-            target = channels * min(2**index, 8)
-            stride = 2 if index < num_layers else 1
-            layers += [
-                nn.Conv2d(width, target, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(target),
-                nn.LeakyReLU(0.2),
-            ]
+            target, stride = channels * min(2**index, 8), 2 if index < num_layers else 1
+            convolution = nn.Conv2d(width, target, 4, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(target), nn.LeakyReLU(0.2)]
             width = target
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         super().__init__(*layers)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Convolutions N(0, 0.02), norms N(1, 0.02) with bias 0."""
         for module in self:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -233,16 +216,11 @@ class ClipDiscriminator(nn.Module):
     any size that is a multiple of the patch works.
     """
 
-    def __init__(
-        self,
-        dim: int = 512,
-        num_layers: int = 12,
-        num_heads: int = 8,
-        patch: tuple[int, int, int] = (4, 8, 8),
-    ) -> None:
+    patch = (4, 8, 8)
+
+    def __init__(self, dim: int = 512, num_layers: int = 12, num_heads: int = 8) -> None:
         super().__init__()
-        self.patch = patch
-        self.patch_embed = nn.Conv3d(3, dim, patch, stride=patch)
+        self.patch_embed = nn.Conv3d(3, dim, self.patch, stride=self.patch)
         self.class_token = nn.Parameter(0.02 * torch.randn(dim))
         self.layers = Bidirectional(dim, num_layers, num_heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -279,17 +257,6 @@ def noisy_labels(noise: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - spread[0]).clamp_min(0.7), spread[1].clamp_max(0.3)
 
 
-def generator_logistic_loss(fake: Tensor) -> Tensor:
-    """What the tokenizer minimises: softplus(-logit), made clips that the discriminator takes for real."""
-    return F.softplus(-fake).mean()
-
-
 def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
     """LeCam regularisation (Tseng et al. 2021): logits (B,) that leave the moving mean of the other kind cost."""
     return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
-
-
-def _network(config: AdversaryConfig) -> nn.Module:
-    if config.network == "patch":
-        return PatchDiscriminator(config.channels, config.num_layers, in_channels=3 * config.frames)
-    return ClipDiscriminator(config.channels, config.num_layers, config.num_heads)

@@ -15,26 +15,9 @@ import numpy as np
 # The column of each number that is drawn for a sample. Two names share one only where no sample needs both: a model's
 # and a tokenizer's, and a crop's and a loop's (see `data.augment`). Give a new name a column of its own at the end:
 # columns from 6 on are streams of their own, so that those before them stay what they are.
-DRAWS = {
-    # A model's samples.
-    "condition_dropout": 0,
-    "view": 1,
-    "wording": 2,
-    "given_frames": 3,
-    "frame_dropout": 4,
-    "scene": 5,
-    # A tokenizer's.
-    "crop_side": 0,
-    "crop_left": 1,
-    "crop_top": 2,
-    "mirror": 3,
-    "loop_start": 0,
-    "loop_direction": 1,
-    "shift_down": 2,
-    "shift_right": 4,
-    "codes": 5,
-    "window_start": 6,
-}
+_MODEL = {"condition_dropout": 0, "view": 1, "wording": 2, "given_frames": 3, "frame_dropout": 4, "scene": 5}
+_TOKENIZER = {"crop_side": 0, "crop_left": 1, "crop_top": 2, "mirror": 3, "loop_start": 0, "loop_direction": 1}
+DRAWS = _MODEL | _TOKENIZER | {"shift_down": 2, "shift_right": 4, "codes": 5, "window_start": 6}
 _TOGETHER = 6  # columns that one stream draws
 
 
@@ -75,10 +58,8 @@ def batch_of(seed: int, step: int, *, num_samples: int, batch_size: int) -> Batc
     start = step % per_epoch * batch_size
     rows = np.resize(order, max(batch_size, num_samples))[start : start + batch_size]
     together = np.random.default_rng((seed, step, 2)).random((batch_size, _TOGETHER), dtype=np.float32)
-    alone = [
-        np.random.default_rng((seed, step, 3, column)).random((batch_size, 1), dtype=np.float32)
-        for column in range(_TOGETHER, max(DRAWS.values()) + 1)
-    ]
+    streams = (np.random.default_rng((seed, step, 3, column)) for column in range(_TOGETHER, max(DRAWS.values()) + 1))
+    alone = [stream.random((batch_size, 1), dtype=np.float32) for stream in streams]
     return Batch(rows, Draws(np.concatenate((together, *alone), axis=1)), step)
 
 

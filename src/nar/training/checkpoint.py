@@ -65,9 +65,8 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The checkpoint with the lowest held-out loss, or None when none was measured."""
-        scores = {path: read_record(path)["heldout"] for path in self.all()}
-        known = {path: score for path, score in scores.items() if score is not None}
-        return min(known, key=lambda path: known[path]) if known else None
+        scores = [(read_record(path)["heldout"], path) for path in self.all()]
+        return min(((score, path) for score, path in scores if score is not None), default=(0, None))[1]
 
     def resume(self, take: Callable[[Fill], None], start: str = "") -> dict[str, Any] | None:
         """Go on from the newest whole checkpoint, or from that named `start`; returns its record, None without any.
@@ -91,11 +90,13 @@ class Checkpoints:
                 continue
             later = found[found.index(path) + 1 :]
             if later and self._workers.first:
-                self._set_aside(later)
+                aside = self.folder / _ASIDE
+                aside.mkdir(exist_ok=True)
+                for other in later:
+                    shutil.rmtree(aside / other.name, ignore_errors=True)
+                    other.replace(aside / other.name)
                 why = "; ".join(reasons) or f"later ones ({', '.join(other.name for other in later)})"
-                warnings.warn(
-                    f"{why}: going on from {path.name}, and later ones are in {self.folder / _ASIDE}", stacklevel=2
-                )
+                warnings.warn(f"{why}: going on from {path.name}, and later ones are in {aside}", stacklevel=2)
             self._workers.wait()
             return read_record(path)
         if reasons:
@@ -154,37 +155,22 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(exist_ok=True)  # another process may be in `save` already, which makes it too
             with _without_notice():
-                save(
-                    state,
-                    storage_writer=FileSystemWriter(staging),
-                    process_group=self._group,
-                    no_dist=self._workers.count == 1,
-                )
+                writer, alone = FileSystemWriter(staging), self._workers.count == 1
+                save(state, storage_writer=writer, process_group=self._group, no_dist=alone)
             if self._workers.first:
                 _write_record(staging, {"step": step, **record})
                 if target.exists():  # of a run that went on from an earlier checkpoint
                     _remove(target)
                 staging.replace(target)
-                self._prune()
+                kept = {*self.all()[-self._keep_last :], self.best()}
+                for path in set(self.all()) - kept:
+                    _remove(path)
         except (CheckpointException, OSError, RuntimeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise OSError(
                 f"checkpoint {target} can't be written ({_reason(error)}); the ones before it are intact: "
                 "make room, then run the same command again"
             ) from error
-
-    def _prune(self) -> None:
-        kept = {*self.all()[-self._keep_last :], self.best()}
-        for path in self.all():
-            if path not in kept:
-                _remove(path)
-
-    def _set_aside(self, paths: list[Path]) -> None:
-        (self.folder / _ASIDE).mkdir(exist_ok=True)
-        for path in paths:
-            target = self.folder / _ASIDE / path.name
-            shutil.rmtree(target, ignore_errors=True)
-            path.replace(target)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -259,14 +245,8 @@ class _Reader(FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     _allowed: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+            *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},

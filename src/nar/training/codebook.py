@@ -88,7 +88,11 @@ class Codebook:
         tokens = sum(codes.numel() for _, codes in observed) * self._workers.count
         # Long enough for each of equally frequent codes to occur, all but 1 in 50.
         window = max(_WINDOW, math.ceil(4 * self.quantizer.vocab_size / tokens))
-        self._count(torch.cat([codes.flatten() for _, codes in observed]), window)
+        codes = torch.cat([codes.flatten() for _, codes in observed])
+        counts = self._workers.sum(torch.bincount(codes, minlength=self.quantizer.vocab_size).float())
+        self._state["idle"].add_(1).clamp_(max=_NEVER).masked_fill_(counts > 0, 0)
+        self._state["recent"].mul_(1 - 1 / window).add_(counts)
+        self._state["window"].fill_(window)
         if self._vectors is not None:
             self._keep_in_use(self._vectors, observed, step, num_steps, generator)
         return self._warning(step, window)
@@ -113,13 +117,6 @@ class Codebook:
         for name, tensor in self._state.items():
             tensor.copy_(state[f"codebook.{name}"])
 
-    def _count(self, codes: Tensor, window: int) -> None:
-        counts = self._workers.sum(torch.bincount(codes, minlength=self.quantizer.vocab_size).float())
-        idle, recent = self._state["idle"], self._state["recent"]
-        idle.add_(1).clamp_(max=_NEVER).masked_fill_(counts > 0, 0)
-        recent.mul_(1 - 1 / window).add_(counts)
-        self._state["window"].fill_(window)
-
     def _keep_in_use(
         self,
         quantizer: VectorQuantizer,
@@ -129,9 +126,8 @@ class Codebook:
         generator: torch.Generator,
     ) -> None:
         """Average, restart and cluster the entries, as the config asks for at this step."""
-        config = self.config
-        restarts = config.restart_every and step % config.restart_every == 0
-        restarts = restarts and step <= config.restart_until * num_steps
+        config, until = self.config, self.config.restart_until * num_steps
+        restarts = config.restart_every and step % config.restart_every == 0 and step <= until
         clusters = self._fresh and step < config.kmeans_steps
         first = self._fresh and step == 0  # all of them: a start on the data
         if config.codebook_decay:
@@ -156,9 +152,7 @@ class Codebook:
     @torch.no_grad()
     def _average(self, quantizer: VectorQuantizer, observed: list[tuple[Tensor, Tensor]]) -> None:
         """Move entries to the moving averages of their latents; one whose average is of almost nothing stays."""
-        found = quantizer.members(
-            torch.cat([piece for piece, _ in observed]), torch.cat([codes for _, codes in observed])
-        )
+        found = quantizer.members(*(torch.cat(pieces) for pieces in zip(*observed, strict=True)))
         means = self._state["mean_counts"], self._state["mean_sums"]
         for mean, now in zip(means, found, strict=True):
             mean.lerp_(self._workers.sum(now), 1 - self.config.codebook_decay)
@@ -182,14 +176,10 @@ class Codebook:
         )
 
     def _advice(self) -> str:
-        config = self.config
         if self._vectors is None:
             entropy = "raise tokenizer_loss.entropy, " if isinstance(self.quantizer, BinaryQuantizer) else ""
             return f"{entropy}lower optim.learning_rate, or look whether all pictures are alike"
-        settings = [
-            (f"{self._group}.l2_norm=true", not self._vectors.l2_norm),
-            ("tokenizer_loss.kmeans_steps=10", not config.kmeans_steps),
-            ("tokenizer_loss.restart_every=100", not config.restart_every),
-        ]
-        unset = [setting for setting, missing in settings if missing]
+        unset = [] if self._vectors.l2_norm else [f"{self._group}.l2_norm=true"]
+        unset += [] if self.config.kmeans_steps else ["tokenizer_loss.kmeans_steps=10"]
+        unset += [] if self.config.restart_every else ["tokenizer_loss.restart_every=100"]
         return f"set {', '.join(unset) or f'a smaller {self._group}.vocab_size'}, or lower optim.learning_rate"

@@ -59,10 +59,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among all that train together: number `rank` of `count`, computing on `device`.
-
-    `waiting` is the group in which they wait for each other, however long that is.
-    """
+    """This process, number `rank` of `count` that train together, on `device`; in the group `waiting` they wait."""
 
     rank: int
     count: int
@@ -89,9 +86,8 @@ class Workers:
         """The `values` of all processes, of one shape, joined along the first axis in the order of ranks."""
         if self.count == 1:
             return values
-        values = values.contiguous()
-        pieces = [torch.empty_like(values) for _ in range(self.count)]
-        dist.all_gather(pieces, values)
+        pieces = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        dist.all_gather(pieces, values.contiguous())
         return torch.cat(pieces)
 
     def wait(self) -> None:

@@ -34,7 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    mine = json.dumps(_myself()) + "\n"
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    mine = json.dumps({"pid": os.getpid(), "host": platform.node(), **_start(os.getpid()), "since": since}) + "\n"
     while not _make(path, mine):
         _take_over(path)
     end = threading.Event()
@@ -50,20 +51,13 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()  # nothing came of it
 
 
-def _myself() -> dict[str, Any]:
-    pid = os.getpid()
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"pid": pid, "host": platform.node(), "boot": _boot(), "began": _began(pid), "since": since}
-
-
 def _make(path: Path, text: str) -> bool:
     """Make the lock, unless there is one."""
     try:
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
     except FileExistsError:
         return False
-    os.write(number, text.encode())
-    os.close(number)
     return True
 
 
@@ -98,23 +92,16 @@ def _there(owner: dict[str, Any], silent: float) -> bool:
     pid = owner.get("pid")
     if owner.get("host") != platform.node() or not isinstance(pid, int) or sys.platform == "win32":
         return silent < _SILENT
-    return owner.get("boot") == _boot() and is_running(pid) and owner.get("began") == _began(pid)
+    return is_running(pid) and owner.items() >= _start(pid).items()
 
 
-def _boot() -> str:
-    """What tells this start of the machine from others, "" where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _began(pid: int) -> str:
-    """When a process began, in the system's own count: ids are used again. "" where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+def _start(pid: int) -> dict[str, str]:
+    """This start of the machine, and when in it a process began: ids are used again. "" where the system is silent."""
+    start = {"boot": "", "began": ""}
+    with suppress(OSError, IndexError):
+        start["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        start["began"] = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return start
 
 
 def _beat(path: Path, end: threading.Event) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,13 +38,12 @@ class Log:
         path = self._run / "metrics.jsonl"
         write_text(path, "".join(f"{line}\n" for line in _records(path, self._first_step)))
         self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
-        try:
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return self
-        images_seen = self._first_step * self._batch_size
-        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=images_seen + 1)
-        self._stack.callback(self._board.close)
+
+            first = self._first_step * self._batch_size + 1
+            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=first)
+            self._stack.callback(self._board.close)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,9 +52,8 @@ class Log:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers, after `step` steps."""
         self.record(step, values)
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step * self._batch_size)
+        for name, value in values.items() if self._board else ():
+            self._board.add_scalar(name, value, step * self._batch_size)
 
     def record(self, step: int, values: Mapping[str, float | str]) -> None:
         """Log numbers or words in `metrics.jsonl` alone."""

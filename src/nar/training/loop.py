@@ -14,11 +14,12 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -42,62 +43,50 @@ from nar.training.optim import build_optimizers, learning_rate_factor
 from nar.training.plan import Plan
 
 
-class Task(Protocol):
+class Task:
     """What the loop trains: a module, its loss, and what becomes of it."""
 
-    @property
-    def module(self) -> nn.Module:
-        """What is optimised, already on the workers' device."""
-        ...
+    module: nn.Module  # what is optimised, already on the workers' device
+    num_samples: int  # of the training set
+    summary: str  # what there is to learn from, in a few words for people
 
-    @property
-    def num_samples(self) -> int:
-        """Size of the training set."""
-        ...
-
-    @property
-    def summary(self) -> str:
-        """What there is to learn from, in a few words for people."""
-        ...
-
-    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         """The repeated parts of `module`, of this task or a copy of it: they are sharded and compiled one by one."""
-        ...
+        return ()
 
     def fetch(self, batch: Batch) -> Any:
         """Read what `loss` needs of a batch; called in a thread, ahead of time."""
-        ...
+        raise NotImplementedError
 
     def loss(self, batch: Batch, data: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over a batch and what `fetch` gave for it, and values to log."""
-        ...
+        raise NotImplementedError
 
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:
+    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
         """Upkeep after an optimizer step (reviving dead codes, say), the same on every process.
 
         Returns what the user should be warned of, if anything.
         """
-        ...
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that the task must remember between steps."""
-        ...
+        return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        ...
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Measure `module` (with averaged weights) on held-out data, all processes together: "loss", and others."""
-        ...
+        raise NotImplementedError
 
     def preview(self, module: nn.Module) -> Image.Image:
         """A picture of what `module` makes; the same seed every time."""
-        ...
+        raise NotImplementedError
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         """Write `module` as a model folder; `training` says how it was made."""
-        ...
+        raise NotImplementedError
 
 
 Metrics = Callable[[nn.Module, Task], dict[str, float]]
@@ -105,19 +94,13 @@ Metrics = Callable[[nn.Module, Task], dict[str, float]]
 
 
 def train(
-    task: Task,
-    plan: Plan,
-    *,
-    config: dict[str, Any],
-    workers: Workers,
-    data: dict[str, str] | None = None,
-    start: str = "",
-    metrics: Metrics | None = None,
+    task: Task, plan: Plan, record: dict[str, Any], workers: Workers, *, start: str = "", metrics: Metrics | None = None
 ) -> Path | None:
     """Train to the end of the plan; returns the folder of the final model, `run/model`.
 
-    Returns None when SIGTERM, SIGINT or SIGHUP came: then the state is saved. `config`, and `data`, which says what the
-    data were, are stored in checkpoints. A run goes on from its newest checkpoint, or from `start`, such as "step-200".
+    Returns None when SIGTERM, SIGINT or SIGHUP came: then the state is saved. `record`, with the recipe as "config" and
+    what the data were as "data", is stored in checkpoints. A run goes on from its newest one, or from `start`, such as
+    "step-200".
 
     Raises:
         ValueError: the batch can't be split, or no checkpoint can be read.
@@ -125,7 +108,7 @@ def train(
         OSError: a checkpoint can't be written; those before it are kept.
     """
     _check(task, plan, workers)
-    run = _Run(task, plan, {"config": config, "data": data or {}}, workers, metrics)
+    run = _Run(task, plan, record, workers, metrics)
     run.resume(start)
     return run.export() if run.finish() else None
 
@@ -174,7 +157,7 @@ class _Run:
         self.folder = Path(plan.run)
         self.num_steps = plan.num_steps(task.num_samples)
         self._num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
-        self.state = _State.of(task, plan, workers)
+        self.state = _State(task, plan, workers)
         self.checkpoints = Checkpoints(self.folder, plan.keep_last, workers)
         self.first_step, self._lowest, self._heldout = 0, math.inf, dict[str, float]()
         self._started = time.monotonic()
@@ -266,10 +249,9 @@ class _Run:
         bound = plan.optim.clip_norm if plan.optim.clip_norm > 0 else math.inf
         norm = whole(nn.utils.clip_grad_norm_(task.module.parameters(), bound))
         # One exchange a step: the mean loss, and whether any process is asked to stop.
-        sums = workers.sum(torch.stack([loss / workers.count, loss.new_tensor(float(stopping.asked))]))
-        mean, stop = float(sums[0]), bool(sums[1] > 0)
+        mean, asked = workers.sum(torch.stack([loss / workers.count, loss.new_tensor(float(stopping.asked))])).tolist()
         if not math.isfinite(mean) or not torch.isfinite(norm):
-            rows = ", ".join(map(str, _batch(task, plan, step).indices[:8]))
+            rows = ", ".join(map(str, batches[0].indices[:8]))
             raise FloatingPointError(
                 f"step {step}: the loss is {mean} and the gradient norm {float(norm)} on rows {rows}, ... of the "
                 "data; stopped before the weights were touched. Lower optim.learning_rate or look at these rows; "
@@ -282,7 +264,7 @@ class _Run:
             warnings.warn(warning, stacklevel=2)
             self.log.record(step + 1, {"warning": warning})
         update_average(self.state.average, task.module, step, plan.ema_decay)
-        return _Step(mean, float(norm), values, stop)
+        return _Step(mean, float(norm), values, asked > 0)
 
     def _report(self, done: int, made: _Step) -> None:
         """Log what is known of a step after it."""
@@ -313,13 +295,8 @@ class _Run:
         return self._heldout["loss"]
 
     def _save(self, done: int, measured: float | None) -> None:
-        record = self.record | {
-            "version": __version__,
-            "torch": torch.__version__,
-            "processes": self.workers.count,
-            "seconds": time.monotonic() - self._started,
-            "heldout": measured,
-        }
+        now = {"seconds": time.monotonic() - self._started, "heldout": measured, "processes": self.workers.count}
+        record = self.record | now | {"version": __version__, "torch": torch.__version__}
         self.checkpoints.save(done, self.state.values(), record)
         self._lowest = self._lowest if measured is None else min(self._lowest, measured)
 
@@ -327,25 +304,14 @@ class _Run:
 class _State:
     """Everything that training changes: the module, its running average, the optimizer, the task's own tensors."""
 
-    def __init__(
-        self,
-        task: Task,
-        step: nn.Module,
-        average: nn.Module,
-        optimizers: tuple[torch.optim.Optimizer, ...],
-        plain: nn.Module | None,
-    ) -> None:
-        self.task, self.step, self.average, self.optimizers, self._plain = task, step, average, optimizers, plain
-
-    @classmethod
-    def of(cls, task: Task, plan: Plan, workers: Workers) -> _State:
-        average = copy.deepcopy(task.module).eval().requires_grad_(False)  # norms over a batch use what they have seen
+    def __init__(self, task: Task, plan: Plan, workers: Workers) -> None:
+        self.task = task
+        self.average = average = copy.deepcopy(task.module).eval().requires_grad_(False)  # norms use what they saw
         sharded = workers.count > 1 and plan.engine.parallel == "fsdp"
-        plain = copy.deepcopy(average) if sharded else None
-        step = spread(
-            _Loss(task), task.blocks(task.module), (average, task.blocks(average)), plan.engine, workers
-        )  # in place, so the optimizer's parameters are taken afterwards
-        return cls(task, step, average, build_optimizers(task.module, plan.optim), plain)
+        self._plain = copy.deepcopy(average) if sharded else None
+        averages = average, task.blocks(average)
+        self.step = spread(_Loss(task), task.blocks(task.module), averages, plan.engine, workers)
+        self.optimizers = build_optimizers(task.module, plan.optim)  # of parameters that were spread in place
 
     def values(self) -> dict[str, Any]:
         """All of it as nested dicts, by parameter name, so that any number of processes can read it."""
@@ -380,8 +346,7 @@ class _State:
         """The module with averaged weights, in full on every process."""
         if self._plain is None:
             return self.average
-        full = {name: whole(tensor) for name, tensor in self.average.state_dict().items()}
-        self._plain.load_state_dict(full)
+        self._plain.load_state_dict({name: whole(tensor) for name, tensor in self.average.state_dict().items()})
         return self._plain
 
 
@@ -390,8 +355,7 @@ class _Loss(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.module = task.module
-        self.task = task
+        self.module, self.task = task.module, task
 
     def forward(self, batch: Batch, data: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self.task.loss(batch, data)
@@ -404,15 +368,13 @@ def _backward(
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     total, totals = torch.zeros((), device=workers.device), dict[str, Tensor]()
+    half = torch.autocast(workers.device.type, torch.bfloat16, enabled=plan.engine.precision == "bfloat16")
     for index, (batch, data) in enumerate(zip(batches, fetched, strict=True)):
         torch.manual_seed(_mix(plan.seed, step, 1, workers.rank, index))  # dropout masks
-        with (
-            unsynchronised(state.step, last=index == len(batches) - 1),
-            torch.autocast(workers.device.type, torch.bfloat16, enabled=plan.engine.precision == "bfloat16"),
-        ):
-            loss, values = state.step(batch, data)
-            loss = loss / len(batches)
         with unsynchronised(state.step, last=index == len(batches) - 1):
+            with half:
+                loss, values = state.step(batch, data)
+                loss = loss / len(batches)
             loss.backward()
         total += loss.detach()
         for name, value in values.items():
@@ -427,21 +389,16 @@ def _ahead(
     pool = ThreadPoolExecutor(1)
     stack.callback(pool.shutdown, cancel_futures=True)
 
-    def prepare(step: int) -> tuple[list[Batch], list[Any]]:
-        whole = _batch(task, plan, step)
-        batches = pieces(whole, rank=workers.rank, count=workers.count, accumulate=plan.engine.accumulate)
-        return batches, [task.fetch(batch) for batch in batches]
+    def prepare(step: int) -> tuple[int, list[Batch], list[Any]]:
+        batch = batch_of(plan.seed, step, num_samples=task.num_samples, batch_size=plan.batch_size)
+        batches = pieces(batch, rank=workers.rank, count=workers.count, accumulate=plan.engine.accumulate)
+        return step, batches, [task.fetch(piece) for piece in batches]
 
-    future: Future[tuple[list[Batch], list[Any]]] | None = None
+    waiting = deque(pool.submit(prepare, step) for step in steps[:1])
     for step in steps:
-        ready = future or pool.submit(prepare, step)
-        future = pool.submit(prepare, step + 1) if step + 1 < steps.stop else None
-        batches, fetched = ready.result()
-        yield step, batches, fetched
-
-
-def _batch(task: Task, plan: Plan, step: int) -> Batch:
-    return batch_of(plan.seed, step, num_samples=task.num_samples, batch_size=plan.batch_size)
+        ready = waiting.popleft()
+        waiting.extend(pool.submit(prepare, later) for later in steps[step + 1 - steps.start :][:1])
+        yield ready.result()
 
 
 def _mix(*numbers: int) -> int:
@@ -459,13 +416,12 @@ class _Stopping:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):  # the last two are not on every system
-                number = getattr(signal, name, None)
-                if number is not None and not (
-                    name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-                ):  # nohup
-                    self._before[number] = signal.signal(number, self._ask)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):  # the last two are not on every system
+            number = getattr(signal, name, None)
+            if number is None or threading.current_thread() is not threading.main_thread():
+                continue
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:

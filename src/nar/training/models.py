@@ -27,7 +27,7 @@ from nar.storage.folder import find_model
 from nar.tokenizer import load_tokenizer
 from nar.training.batches import Batch
 from nar.training.distributed import Workers
-from nar.training.loop import share
+from nar.training.loop import Task, share
 from nar.training.recipe import Recipe
 from nar.training.samples import (
     Samples,
@@ -44,8 +44,10 @@ from nar.training.words import Text, dropped
 TEXT = "text"  # the folder of features, in that of codes or of a run
 
 
-class ModelTask:
+class ModelTask(Task):
     """Train a transformer on codes: extracted ones, or those of pictures, which are made at the start of the run."""
+
+    module: Transformer
 
     def __init__(self, recipe: Recipe, workers: Workers, sources: Sequence[Source] = ()) -> None:
         """Prepare to train on codes of `sources`, to learn from and held out; by default those the recipe names."""
@@ -53,8 +55,8 @@ class ModelTask:
         together = recipe.batch_size // (workers.count * recipe.engine.accumulate)
         if recipe.mixed_context and together < 2:
             raise ValueError(
-                f"mixed_context mixes the samples that are computed together, and their number, batch_size / "
-                f"(processes * engine.accumulate), is {together}; take a larger batch_size, or mixed_context=0"
+                "mixed_context mixes the samples that are computed together, and batch_size / (processes * "
+                f"engine.accumulate) is {together}; take a larger batch_size, or mixed_context=0"
             )
         if recipe.model.text_dim and not recipe.text_encoder.source:
             raise ValueError("captions need text_encoder.source=NAME, which says what reads them")
@@ -79,7 +81,7 @@ class ModelTask:
             composed = composed_codes(recipe, sources[0], train, self.tokenizer_folder, workers)
         if workers.first and recipe.text_encoder.source:
             record_held_out(recipe, heldout, pairs)
-        self.text = _text(recipe, [train, heldout, pairs], composed, workers)
+        self.text = _text(recipe, train, heldout, pairs, composed, workers)
         classes = recipe.learns_classes
         self.class_names = train.class_names if classes else ()
         sizes = self._sizes(train)
@@ -87,28 +89,18 @@ class ModelTask:
             extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
         torch.manual_seed(recipe.seed)
         self.module = _initial(recipe, sizes, self.text).to(workers.device)
-        self.continuation: Continuation | None = None
-        if recipe.given_frames:
-            self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
-        conditioning: dict[str, Any] = {
-            "classes": classes,
-            "text": self.text,
-            "wording": recipe.data.wording,
-            "continuation": self.continuation,
-        }
-        self.train = Samples(train, composed=composed, composed_share=recipe.data.composed, **conditioning)
-        self.heldout = Samples(heldout, **conditioning)
-        self.pairs = None if pairs is None else Samples(pairs, **conditioning)
+        self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
+        kind = classes, self.text, recipe.data.wording, self.continuation
+        self.train = Samples(train, *kind, composed=composed, composed_share=recipe.data.composed)
+        self.heldout = Samples(heldout, *kind)
+        self.pairs = None if pairs is None else Samples(pairs, *kind)
         self.num_samples = len(train)
         self.summary = summary(train, heldout)
 
     def _sizes(self, codes: Codes) -> dict[str, Any]:
         """The sizes of the model that follow from data, tokenizer and text encoder."""
-        sizes: dict[str, Any] = {
-            "grid": codes.grid,
-            "vocab_size": self.tokenizer.config.vocab_size,
-            "num_classes": len(self.class_names),
-        }
+        vocab_size = self.tokenizer.config.vocab_size
+        sizes: dict[str, Any] = {"grid": codes.grid, "vocab_size": vocab_size, "num_classes": len(self.class_names)}
         if self.text is not None:
             sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
         if given := self.recipe.given_frames:
@@ -125,13 +117,11 @@ class ModelTask:
         return list(module.blocks)
 
     def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
-        draws, given = batch.draws, None
-        if self.continuation is not None:
-            choice = np.array(self.continuation.counts)
-            given = choice[(draws["given_frames"] * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
-            given = np.where(draws["frame_dropout"] < self.recipe.frame_dropout, 0, given)
+        draws, choice = batch.draws, np.array(self.continuation.counts)
+        counts = choice[(draws["given_frames"] * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
+        counts = np.where(draws["frame_dropout"] < self.recipe.frame_dropout, 0, counts)
         return self.train.read(
-            batch.indices, views=draws["view"], wordings=draws["wording"], counts=given, composed=draws["scene"]
+            batch.indices, counts, views=draws["view"], wordings=draws["wording"], composed=draws["scene"]
         )
 
     def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -148,17 +138,7 @@ class ModelTask:
 
     def _of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
         """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide."""
-        known = None if self.continuation is None else self.continuation.known(condition)
-        return sample_losses(self.module, losses, known)
-
-    def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
-        return None
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
+        return sample_losses(self.module, losses, self.continuation.known(condition))
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -168,29 +148,28 @@ class ModelTask:
         of what follows N frames, and "loss" the mean of all.
         """
         assert isinstance(module, Transformer)
-        counts = (0,) if self.continuation is None else self.continuation.counts
-        found = {count: self._heldout(module, self.heldout, count) / math.log(2) for count in counts}
+        counts, bits = self.continuation.counts, self._heldout_bits
+        found = {count: bits(module, self.heldout, count) for count in counts}
         measured = {"loss": sum(found.values()) / len(found) * math.log(2)}
         measured |= {f"bits_per_token_given_{count}" if count else "bits_per_token": found[count] for count in counts}
         if self.text is not None:
-            null = self._heldout(module, self.heldout, counts[0], without_words=True)
-            measured["bits_per_token_without_words"] = null / math.log(2)
+            measured["bits_per_token_without_words"] = bits(module, self.heldout, counts[0], without_words=True)
         if self.pairs is not None:
-            measured["bits_per_token_of_pairs"] = self._heldout(module, self.pairs, counts[0]) / math.log(2)
+            measured["bits_per_token_of_pairs"] = bits(module, self.pairs, counts[0])
         return measured
 
-    def _heldout(self, module: Transformer, samples: Samples, count: int, *, without_words: bool = False) -> float:
-        """Mean loss of a token in nats, each sample with its first wording and `count` given frames."""
+    def _heldout_bits(self, module: Transformer, samples: Samples, count: int, *, without_words: bool = False) -> float:
+        """Mean loss of a token in bits, each sample with its first wording and `count` given frames."""
         device = self.workers.device
         total = torch.zeros(1, device=device)
-        for rows in share(len(samples), 500 if self.continuation is None else 100, self.workers):
+        for rows in share(len(samples), 100 if self.continuation.prefix else 500, self.workers):
             indices = np.arange(rows.start, rows.stop)
-            codes, condition = samples.read(indices, counts=np.full(len(indices), count))
+            codes, condition = samples.read(indices, np.full(len(indices), count))
             condition = condition.to(device)
             if without_words:
                 condition = condition.drop(torch.ones(len(indices), dtype=torch.bool, device=device))
             total += self._of_samples(token_losses(module, codes.to(device), condition), condition).sum()
-        return float(self.workers.sum(total)) / len(samples)
+        return float(self.workers.sum(total)) / len(samples) / math.log(2)
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
@@ -201,7 +180,7 @@ class ModelTask:
         made = []
         for _, condition in shown:
             condition = condition.to(self.workers.device)
-            known = None if self.continuation is None else self.continuation.known(condition)
+            known = self.continuation.known(condition)
             made.append(generate(module, condition, self.recipe.sampling, seed=0, known=known))
         names = [name for labels, _ in shown for name in labels]
         pixels = torch.cat([self.tokenizer.decode(part) for codes in made for part in codes.split(16)])
@@ -211,7 +190,7 @@ class ModelTask:
 
     def _asked(self, each: int) -> Iterator[tuple[list[str], Condition]]:
         """What previews draw from words or classes: names of the pictures, and their condition."""
-        if self.continuation is not None and self.continuation.counts[0]:
+        if self.continuation.counts[0]:
             return
         if self.text is not None:
             names = [prompt for prompt in _prompts(self.recipe, self.heldout.codes) for _ in range(each)]
@@ -222,7 +201,7 @@ class ModelTask:
         parts = [ClassCondition(labels)] if self.class_names else []
         if self.text is not None:
             parts.append(self.text.condition(self.text.places(names)))
-        if self.continuation is not None:
+        if self.continuation.prefix:
             nothing = torch.zeros(len(names), *self.continuation.prefix, dtype=torch.long)
             parts.append(self.continuation.masked(nothing, [0] * len(names)))
         if names:
@@ -230,29 +209,23 @@ class ModelTask:
 
     def _continued(self) -> Iterator[tuple[list[str], Condition]]:
         """Held-out clips to go on with, four of each number of given frames."""
-        for count in filter(None, () if self.continuation is None else self.continuation.counts):
-            rows = np.arange(min(4, len(self.heldout)))
-            captions = self.heldout.codes.captions
+        rows, captions = np.arange(min(4, len(self.heldout))), self.heldout.codes.captions
+        for count in filter(None, self.continuation.counts):
             names = [f"{count} given" + (f": {captions[row]}" if captions else "") for row in rows]
-            yield names, self.heldout.read(rows, counts=np.full(len(rows), count))[1]
+            yield names, self.heldout.read(rows, np.full(len(rows), count))[1]
 
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, Transformer)
         data, further = self.recipe.data, dict[str, Any]()
         if self.text is not None:
-            further["text_encoder"] = self.text.record()
-        if self.continuation is not None:
+            further["text_encoder"] = dataclasses.asdict(self.text.config)
+        if self.continuation.prefix:
             further["given_frames"] = list(self.continuation.counts)
         if data.frame_rate:
             further["frame_rate"] = data.frame_rate / data.stride
-        (_merged(module) if self.recipe.lora_rank else module).save_pretrained(
-            folder,
-            class_names=self.class_names,
-            tokenizer=self.tokenizer_folder,
-            training=training,
-            sampling=dataclasses.asdict(self.recipe.sampling),
-            **further,
-        )
+        further |= {"training": training, "sampling": dataclasses.asdict(self.recipe.sampling)}
+        module = _merged(module) if self.recipe.lora_rank else module
+        module.save_pretrained(folder, class_names=self.class_names, tokenizer=self.tokenizer_folder, **further)
 
 
 def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transformer:
@@ -261,10 +234,8 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         return Transformer(dataclasses.replace(recipe.model, **sizes))
     model = Transformer.from_pretrained(find_model(recipe.init))
     if model.config.vocab_size != sizes["vocab_size"]:
-        raise ValueError(
-            f"{recipe.init} has {model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}; "
-            f"use its own: tokenizer_path={Path(recipe.init) / 'tokenizer'}"
-        )
+        counts = f"{model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}"
+        raise ValueError(f"{recipe.init} has {counts}; use its own: tokenizer_path={Path(recipe.init) / 'tokenizer'}")
     if text and (model.config.text_dim, model.config.text_length) != (text.dim, text.config.max_length):
         raise ValueError(
             f"{recipe.init} reads {model.config.text_length} text features of width {model.config.text_dim}, the text "
@@ -275,8 +246,7 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         raise ValueError(f"{recipe.init} reads captions: set text_encoder.source, as in its config.json")
     if recipe.model.schedule not in (ModelConfig.schedule, model.config.schedule):
         raise ValueError(
-            f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule to that, "
-            "or train without init"
+            f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule so, or no init"
         )
     recipe.check_null_class(model.config)
     model = model.at_grid(sizes["grid"])
@@ -286,19 +256,17 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
             f"{list(recipe.given_frames)} are {sizes.get('prefix_grid', ())}; set those that it was trained with"
         )
     if model.config.num_classes != sizes["num_classes"]:  # all but the embeddings of the classes
-        fresh = Transformer(dataclasses.replace(model.config, num_classes=sizes["num_classes"]))
         kept = {name: tensor for name, tensor in model.state_dict().items() if name != "classes.weight"}
-        fresh.load_state_dict(fresh.state_dict() | kept)
-        model = fresh
+        model = Transformer(dataclasses.replace(model.config, num_classes=sizes["num_classes"]))
+        model.load_state_dict(model.state_dict() | kept)
     model.requires_grad_(True)
     if recipe.lora_rank:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("lora_rank needs peft: pip install nar-gen[lora]") from error
-        targets = ["qkv", "proj", "gate_up", "down"]
-        adapter = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
-        inject_adapter_in_model(adapter, model)
+        targets, rank = ["qkv", "proj", "gate_up", "down"], recipe.lora_rank
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
         if model.config.num_classes:
             model.classes.weight.requires_grad_(True)
     return model
@@ -312,38 +280,29 @@ def _merged(module: Transformer) -> Transformer:
     for part in adapted.modules():
         if isinstance(part, BaseTunerLayer):
             part.merge()
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in adapted.state_dict().items()
-        if ".lora_" not in name
-    }
-    plain = Transformer(module.config)
-    plain.load_state_dict(state)
+    plain, state = Transformer(module.config), adapted.state_dict().items()
+    plain.load_state_dict({k.replace(".base_layer.", "."): tensor for k, tensor in state if ".lora_" not in k})
     return plain
 
 
-def _text(recipe: Recipe, sets: Sequence[Codes | None], composed: Codes | None, workers: Workers) -> Text | None:
+def _text(
+    recipe: Recipe, train: Codes, heldout: Codes, pairs: Codes | None, composed: Codes | None, workers: Workers
+) -> Text | None:
     """The captions of all sets with their features: those beside extracted codes, or else those in the run's folder."""
     if not recipe.text_encoder.source:
         return None
-    kind = recipe.data.wording
-    captions = [form for codes in sets if codes is not None for forms in codes.wordings(kind) for form in forms]
-    scenes = [] if composed is None else [form for forms in composed.wordings("plain") for form in forms]
-    folders = [Path(folder) / TEXT for folder in (recipe.data.codes, recipe.data.heldout_codes) if folder]
-    return Text(
-        recipe.text_encoder,
-        [*captions, *_prompts(recipe, sets[1]), *scenes],
-        kind=recipe.data.text_features,
-        folders=[*folders, Path(recipe.run) / TEXT],
-        workers=workers,
-    )
+    data = recipe.data
+    said = [forms for codes in (train, heldout, pairs) if codes is not None for forms in codes.wordings(data.wording)]
+    said += [tuple(_prompts(recipe, heldout)), *([] if composed is None else composed.wordings("plain"))]
+    captions = [form for forms in said for form in forms]
+    folders = [Path(folder) / TEXT for folder in (data.codes, data.heldout_codes, recipe.run) if folder]
+    return Text(recipe.text_encoder, captions, kind=data.text_features, folders=folders, workers=workers)
 
 
-def _prompts(recipe: Recipe, heldout: Codes | None) -> list[str]:
+def _prompts(recipe: Recipe, heldout: Codes) -> list[str]:
     """What previews show: the recipe's prompts, or ten captions that are held out."""
-    if recipe.prompts or heldout is None:
-        return list(recipe.prompts)
-    return list(dict.fromkeys(forms[0] for forms in heldout.wordings(recipe.data.wording)))[:10]
+    captions = () if recipe.prompts else heldout.wordings(recipe.data.wording)
+    return list(recipe.prompts) or list(dict.fromkeys(forms[0] for forms in captions))[:10]
 
 
 def mixed(codes: Tensor, most: float) -> Tensor:

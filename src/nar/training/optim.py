@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nar.storage.fields import NotNegative, OneOf, Positive, Range, Share, check
+from nar.training.distributed import Workers
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,13 @@ def learning_rate_factor(config: OptimConfig, images_seen: float, num_images: fl
 
 def parameter_groups(module: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict[str, Any]]:
     """Two AdamW groups, decayed and not, each ordered by parameter name; frozen parameters are left out."""
-    linear = {
-        f"{name}.weight" if name else "weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)
-    }
-    named = sorted((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
-    decayed = [p.ndim >= 2 if decay == "matrices" else name in linear for name, p in named]
-    return [
-        {"params": [p for (_, p), yes in zip(named, decayed, strict=True) if yes], "weight_decay": weight_decay},
-        {"params": [p for (_, p), yes in zip(named, decayed, strict=True) if not yes], "weight_decay": 0.0},
-    ]
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for _, parameter in sorted(module.named_parameters()):
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 if decay == "matrices" else id(parameter) in linear
+            groups[0 if decayed else 1]["params"].append(parameter)
+    return groups
 
 
 def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.Optimizer, ...]:
@@ -77,8 +76,12 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.opti
         ValueError: Muon is asked for and there is nothing for it, or this PyTorch has none.
     """
     groups = parameter_groups(module, config.weight_decay, config.decay)
-    beta1, beta2 = config.betas
-    matrices = _hidden_matrices(module) if config.muon_learning_rate else []
+    matrices = [  # of linear layers, by name, without the projection to the vocabulary
+        part.weight
+        for name, part in sorted(module.named_modules())
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "output" and part.weight.requires_grad
+    ]
+    matrices = matrices if config.muon_learning_rate else []
     if config.muon_learning_rate and not matrices:
         raise ValueError("optim.muon_learning_rate: there are no linear layers to train with Muon; set it to 0")
     if matrices and not hasattr(torch.optim, "Muon"):
@@ -86,41 +89,51 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.opti
     taken = {id(matrix) for matrix in matrices}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
-    made: tuple[torch.optim.Optimizer, ...] = (adamw,)
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+    made: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         rate, decay = config.muon_learning_rate, config.weight_decay
-        made = (*made, torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return made
+        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return tuple(made)
 
 
-def _hidden_matrices(module: nn.Module) -> list[Tensor]:
-    """Weights of linear layers, by name, without the projection to the vocabulary."""
-    return [
-        part.weight
-        for name, part in sorted(module.named_modules())
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "output" and part.weight.requires_grad
-    ]
+class Side:
+    """A network that is trained by Adam beside the one that the loop trains, with gradients of all processes."""
+
+    def __init__(
+        self, name: str, network: nn.Module, rate: float, betas: tuple[float, float], workers: Workers
+    ) -> None:
+        self._name, self._workers, self.network = name, workers, network.to(workers.device)
+        self.optimizer = torch.optim.Adam(network.parameters(), rate, betas=betas)
+
+    def step(self, *, scale: float = 1.0, clip_norm: float = 0.0) -> None:
+        """One step with the gradients that are there, their mean over all processes divided by `scale`."""
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self._workers.mean(parameter.grad) / scale
+        if clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and Adam's moments by name."""
+        values = {f"{self._name}.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for index, parameter in enumerate(self.network.parameters()):
+            zeros = {name: torch.zeros_like(parameter) for name in _MOMENTS[1:]}  # what Adam starts from
+            moments = self.optimizer.state.get(parameter) or {"step": torch.zeros(())} | zeros
+            values |= {f"{self._name}.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        return values
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.network.load_state_dict({name: state[f"{self._name}.{name}"] for name in self.network.state_dict()})
+        for index, parameter in enumerate(self.network.parameters()):
+            moments = {name: state[f"{self._name}.{index}.{name}"] for name in _MOMENTS}
+            moments |= {name: moments[name].to(parameter.device) for name in _MOMENTS[1:]}
+            self.optimizer.state[parameter] = moments | {"step": moments["step"].cpu()}
 
 
-def side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and Adam's moments, by name, of a network that is trained beside the one that the loop trains."""
-    values = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
-    for index, parameter in enumerate(module.parameters()):
-        fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}  # what Adam starts from
-        moments = optimizer.state.get(parameter) or fresh | {"exp_avg_sq": torch.zeros_like(parameter)}
-        values |= {f"{prefix}.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return values
-
-
-def load_side_state(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """The inverse of `side_state`."""
-    module.load_state_dict({name: state[f"{prefix}.{name}"] for name in module.state_dict()})
-    for index, parameter in enumerate(module.parameters()):
-        optimizer.state[parameter] = {
-            name: state[f"{prefix}.{index}.{name}"].to(parameter.device if name != "step" else "cpu")
-            for name in ("step", "exp_avg", "exp_avg_sq")
-        }
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")

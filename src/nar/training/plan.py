@@ -45,9 +45,8 @@ class Plan:
     def __post_init__(self) -> None:
         check(self)
         if (self.num_images > 0) == (self.epochs > 0):
-            raise ValueError(
-                f"either num_images or epochs must be set, not num_images={self.num_images} and epochs={self.epochs}"
-            )
+            both = f"num_images={self.num_images} and epochs={self.epochs}"
+            raise ValueError(f"either num_images or epochs must be set, not {both}")
         if self.images_between[0] > self.images_between[1]:
             raise ValueError(f"images_between must be two rising numbers, not {self.images_between}")
 

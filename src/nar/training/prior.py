@@ -7,7 +7,6 @@ of a sample, `D` code_dim, `V` vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from nar.storage.fields import NotNegative, Positive, Range, Share, Size, check
 from nar.tokenizer.base import Reconstruction
 from nar.tokenizer.quantize import Quantizer, sample_codes
 from nar.training.distributed import Workers
-from nar.training.optim import load_side_state, side_state
+from nar.training.optim import Side
 
 
 @dataclass(frozen=True)
@@ -46,47 +45,30 @@ class PriorConfig:
         check(self, "prior.")
 
 
-class Prior:
+class Prior(Side):
     """Learns to predict codes, and turns that into a loss for the tokenizer."""
 
+    network: CodePrior
+
     def __init__(self, config: PriorConfig, grid_size: int, code_dim: int, num_steps: int, workers: Workers) -> None:
-        self.config, self._num_steps, self._workers = config, num_steps, workers
-        self.network = CodePrior(grid_size, code_dim, config.dim, config.num_layers, config.num_heads)
-        self.network.to(workers.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), config.learning_rate, betas=(0.5, 0.9))
+        self.config, self._num_steps = config, num_steps
+        network = CodePrior(grid_size, code_dim, config.dim, config.num_layers, config.num_heads)
+        super().__init__("prior", network, config.learning_rate, (0.5, 0.9), workers)
 
     def loss(self, quantizer: Quantizer, made: Reconstruction, uniforms: Tensor, step: int) -> Tensor:
         """Cross-entropy of a step's codes, in nats; its gradient also trains the prior. `uniforms` are (B, 2, Q)."""
         points = quantizer.points(made.latents)
         entries = quantizer.entries(made.codes)
         straight_through = (points + (entries - points).detach()).flatten(1, -2)  # (B, Q, D)
-        every = torch.arange(quantizer.vocab_size, device=points.device)
+        codebook = F.normalize(quantizer.entries(torch.arange(quantizer.vocab_size, device=points.device)), dim=-1)
+        straight_through, uniforms = F.normalize(straight_through, dim=-1), uniforms.to(points.device)
         share = self.config.mix * min(1.0, step / (self.config.mix_until * self._num_steps))
-        return self.network.losses(
-            F.normalize(straight_through, dim=-1),
-            made.codes.flatten(1),
-            F.normalize(quantizer.entries(every), dim=-1),
-            uniforms.to(points.device),
-            share,
-            self.config.temperature,
-        )
+        temperature = self.config.temperature
+        return self.network.losses(straight_through, made.codes.flatten(1), codebook, uniforms, share, temperature)
 
     def update(self) -> None:
-        """One step of the prior with the gradient that the tokenizer's backward pass has left, of all processes."""
-        parameters: Sequence[Tensor] = [*self.network.parameters()]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self._workers.sum(parameter.grad) / self._workers.count / self.config.weight
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights and optimizer moments by name."""
-        return side_state("prior", self.network, self.optimizer)
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        load_side_state("prior", self.network, self.optimizer, state)
+        """One step of the prior with the gradient that the tokenizer's backward pass has left."""
+        self.step(scale=self.config.weight)
 
 
 class CodePrior(nn.Module):
@@ -126,6 +108,5 @@ class CodePrior(nn.Module):
             replaced = (uniforms[:, 0, 1:-1] < share)[..., None]
         mixed = torch.cat((inputs[:, :1], torch.where(replaced, sampled[:, :-1], inputs[:, 1:])), dim=1)
         second = self(mixed) @ codebook.float().T / temperature
-        return torch.stack(
-            [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in (first, second)]
-        ).mean()
+        entropies = [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in (first, second)]
+        return torch.stack(entropies).mean()

@@ -144,21 +144,12 @@ class Recipe(Plan):
 
     def _check_model(self) -> None:
         """Refuse settings that the training of a model would pass over."""
-        of_tokenizers = (
-            "tokenizer",
-            "causal_tokenizer",
-            "video_tokenizer",
-            "tokenizer_loss",
-            "adversary",
-            "prior",
-            "train_encoder",
-        )
-        defaults = {field.name: field for field in dataclasses.fields(Recipe)}
-        for name in of_tokenizers:
-            made = defaults[name].default_factory
-            if getattr(self, name) != (defaults[name].default if made is dataclasses.MISSING else made()):
+        of_tokenizers = {"tokenizer", "causal_tokenizer", "video_tokenizer", "tokenizer_loss", "adversary", "prior"}
+        for known in dataclasses.fields(Recipe):
+            default = known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
+            if known.name in of_tokenizers | {"train_encoder"} and getattr(self, known.name) != default:
                 raise ValueError(
-                    f"{name} has no effect on a model; set it for the tokenizer's own recipe "
+                    f"{known.name} has no effect on a model; set it for the tokenizer's own recipe "
                     f"({self.tokenizer_recipe or 'task=tokenizer'}), and give what that trains as tokenizer_path"
                 )
         if not self.init:
@@ -168,9 +159,7 @@ class Recipe(Plan):
             if getattr(data, name) != getattr(DataConfig, name):
                 raise ValueError(f"data.{name} is for tokenizers: models learn the codes of data.views")
         if data.windows == "random":
-            raise ValueError(
-                "data.windows=random is for tokenizers: codes are made once; take all, or centre, for a model"
-            )
+            raise ValueError("data.windows=random is for tokenizers: codes are made once; take all, or centre")
 
     def _check_tokenizer(self) -> None:
         """Refuse settings that the training of a tokenizer would pass over."""
@@ -179,12 +168,9 @@ class Recipe(Plan):
         for name in ("compile", "activation_checkpointing"):
             if getattr(self.engine, name):
                 raise ValueError(f"engine.{name} has no effect on tokenizers, which have no blocks; set it to false")
-        group, unset = self.tokenizer_group, ImageTokenizerConfig()
-        changed = [
-            f"tokenizer.{field.name}"
-            for field in dataclasses.fields(unset)
-            if getattr(self.tokenizer, field.name) != getattr(unset, field.name)
-        ]
+        group, unset = self.tokenizer_group, dataclasses.asdict(ImageTokenizerConfig())
+        own = dataclasses.asdict(self.tokenizer)
+        changed = [f"tokenizer.{name}" for name, value in own.items() if value != unset[name]]
         if changed and group != "tokenizer":
             raise ValueError(
                 f"{', '.join(changed)} would have no effect: this recipe trains the {group}; set its sizes as "
@@ -192,8 +178,6 @@ class Recipe(Plan):
             )
         kind = getattr(self.tokenizer_config, "quantizer", "vq")
         for name in ("kmeans_steps", "codebook_decay"):
-            if kind != "vq" and getattr(self.tokenizer_loss, name):
-                raise ValueError(
-                    f"tokenizer_loss.{name} {getattr(self.tokenizer_loss, name)} is of quantizer vq: the codebook of "
-                    f"{kind} is fixed; set it to 0"
-                )
+            if kind != "vq" and (value := getattr(self.tokenizer_loss, name)):
+                of_vq = f"tokenizer_loss.{name} {value} is of quantizer vq"
+                raise ValueError(f"{of_vq}: the codebook of {kind} is fixed; set it to 0")

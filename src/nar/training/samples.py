@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nar.condition import Condition
+from nar.condition import ClassCondition, Condition
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract, fingerprint, given_folder
@@ -25,11 +26,12 @@ from nar.data.split import held_out, held_out_pairs
 from nar.metrics.geneval.scenes import composed_source
 from nar.pipeline.continuation import Continuation
 from nar.storage import files
-from nar.storage.files import atomically
 from nar.storage.folder import model_digest
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
-from nar.training.words import Conditions, Labels, Text, Words
+from nar.training.words import Text, Words
+
+_SETS = ("train", "heldout")
 
 
 class Samples:
@@ -41,28 +43,21 @@ class Samples:
     def __init__(
         self,
         codes: Codes,
-        *,
         classes: bool,
         text: Text | None,
         wording: str,
-        continuation: Continuation | None = None,
+        continuation: Continuation,
+        *,
         composed: Codes | None = None,
         composed_share: float = 0.0,
     ) -> None:
         self.codes, self._composed, self._share = codes, composed, composed_share
-        self._conditions: list[Conditions] = []
-        if classes:
-            labels = [codes.labels, *([] if composed is None else [composed.labels])]
-            self._conditions.append(Labels(np.concatenate(labels)))
-        if text is not None:
-            scenes = [] if composed is None else composed.wordings("plain")
-            self._conditions.append(Words(text, [*codes.wordings(wording), *scenes]))
-        self._continuation = continuation
-        self._given: dict[int, Codes] = {}
-        if continuation is not None and not continuation.causal:
-            self._given = {
-                count: codes.beside(codes.folder / given_folder(count)) for count in continuation.counts if count
-            }
+        labels = [codes.labels, *([] if composed is None else [composed.labels])]
+        self._labels = np.concatenate(labels) if classes else None
+        scenes = [] if composed is None else composed.wordings("plain")
+        self._words = None if text is None else Words(text, [*codes.wordings(wording), *scenes])
+        self._continuation, counts = continuation, () if continuation.causal else filter(None, continuation.counts)
+        self._given = {count: codes.beside(codes.folder / given_folder(count)) for count in counts}
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -70,10 +65,10 @@ class Samples:
     def read(
         self,
         rows: np.ndarray,
+        counts: np.ndarray | None = None,
         *,
         views: np.ndarray | None = None,
         wordings: np.ndarray | None = None,
-        counts: np.ndarray | None = None,
         composed: np.ndarray | None = None,
     ) -> tuple[Tensor, Condition]:
         """Codes (b, *grid) of samples, and their condition on the CPU or a text encoder's device.
@@ -90,24 +85,18 @@ class Samples:
             codes[taken] = self._composed.read(scenes)
             conditioned = rows.copy()
             conditioned[taken] = len(self.codes) + scenes
-        parts = [conditions.read(conditioned, wordings) for conditions in self._conditions]
-        if self._continuation is not None and counts is not None:
-            parts.append(self._prefix(self._continuation, codes, rows, views, counts))
+        parts = []
+        if self._labels is not None:
+            parts.append(ClassCondition(torch.from_numpy(self._labels[conditioned])))
+        if self._words is not None:
+            parts.append(self._words.read(conditioned, wordings))
+        if (prefix := self._continuation.prefix) and counts is not None:
+            given = codes[:, : prefix[0]] if self._continuation.causal else np.zeros_like(codes)
+            for count, still in self._given.items():
+                taken = counts == count
+                given[taken] = still.read(rows[taken], None if views is None else views[taken])
+            parts.append(self._continuation.masked(torch.from_numpy(given), counts.tolist()))
         return torch.from_numpy(codes), Condition.of(parts)
-
-    def _prefix(
-        self,
-        continuation: Continuation,
-        codes: np.ndarray,
-        rows: np.ndarray,
-        views: np.ndarray | None,
-        counts: np.ndarray,
-    ) -> Condition:
-        given = codes[:, : continuation.prefix[0]] if continuation.causal else np.zeros_like(codes)
-        for count, frozen in self._given.items():
-            taken = counts == count
-            given[taken] = frozen.read(rows[taken], None if views is None else views[taken])
-        return continuation.masked(torch.from_numpy(given), counts.tolist())
 
 
 def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, workers: Workers) -> tuple[Codes, Codes]:
@@ -123,22 +112,25 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
     if sources:
         if recipe.learns_classes:  # before the work
             _labels_in(sources[0].class_names, sources[1])
-        made = [_extract(recipe, source, name, tokenizer, workers) for name, source in zip(_SETS, sources, strict=True)]
-        return made[0], _renumbered(recipe, *made)
-    train = Codes.open(data.codes)
-    if data.heldout_codes:
-        heldout = Codes.open(data.heldout_codes)
+        parts = zip(_SETS, sources, strict=True)
+        train, heldout = (_extract(recipe, source, name, tokenizer, workers) for name, source in parts)
+    elif data.heldout_codes:
+        train, heldout = Codes.open(data.codes), Codes.open(data.heldout_codes)
     else:
+        train = Codes.open(data.codes)
         out = held_out(train.groups, data.heldout_share)
         train, heldout = train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
-    for codes in (train, heldout):
+    for codes in () if sources else (train, heldout):
         if codes.manifest["tokenizer"] != model_digest(tokenizer):
             raise ValueError(
                 f"the codes in {codes.folder} were made by another tokenizer than {tokenizer} "
-                f"({codes.manifest['tokenizer'][:12]}..., not {model_digest(tokenizer)[:12]}...); extract them "
-                "again with it"
+                f"({codes.manifest['tokenizer'][:12]}..., not {model_digest(tokenizer)[:12]}...); extract them again"
             )
-    return train, _renumbered(recipe, train, heldout)
+    if recipe.learns_classes:
+        manifest = heldout.manifest | {"class_names": list(train.class_names)}
+        labels = _labels_in(train.class_names, heldout)
+        heldout = dataclasses.replace(heldout, labels=labels, manifest=manifest)
+    return train, heldout
 
 
 def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarray:
@@ -152,21 +144,10 @@ def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarra
         return samples.labels
     if unknown := [own[label] for label in np.unique(samples.labels) if own[label] not in known]:
         raise ValueError(
-            f"the held-out part has the classes {_few(unknown)}, but those that are learned are {_few(class_names)}; "
-            "name them alike, or leave these samples out"
+            f"the held-out part has the classes {', '.join(unknown[:10])}, but those that are learned are "
+            f"{', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}; name them alike"
         )
     return np.take([known.get(name, -1) for name in own], samples.labels)
-
-
-def _renumbered(recipe: Recipe, train: Codes, heldout: Codes) -> Codes:
-    if not recipe.learns_classes:
-        return heldout
-    manifest = heldout.manifest | {"class_names": list(train.class_names)}
-    return dataclasses.replace(heldout, labels=_labels_in(train.class_names, heldout), manifest=manifest)
-
-
-def _few(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def extract_given(
@@ -184,11 +165,9 @@ def extract_given(
 def composed_codes(recipe: Recipe, source: Source, train: Codes, tokenizer: Path, workers: Workers) -> Codes:
     """Scenes composed of drawings in `train`, which was made of `source`, with their prompts as captions."""
     learned = set(zip(train.groups, train.styles or [""] * len(train), strict=True))
-    groups, styles = source.groups or source.names, source.styles or [""] * len(source)
-    rows = [row for row, key in enumerate(zip(groups, styles, strict=True)) if key in learned]
-    scenes = composed_source(
-        source.take(np.array(rows, np.int64)), seed=recipe.seed, number=recipe.data.num_composed, size=recipe.data.size
-    )
+    keys = zip(source.groups or source.names, source.styles or [""] * len(source), strict=True)
+    known, data = source.take(np.flatnonzero([key in learned for key in keys])), recipe.data
+    scenes = composed_source(known, seed=recipe.seed, number=data.num_composed, size=data.size)
     return _extract(recipe, scenes, "composed", tokenizer, workers)
 
 
@@ -218,63 +197,40 @@ def facts(recipe: Recipe, sources: Sequence[Source]) -> dict[str, str]:
         return {key: files.digest(folders[key], paths)[:16] for key, paths in listed.items() if paths}
     found: dict[str, str] = {}
     for part, source in zip(("to learn from", "held out"), sources, strict=True):
-        words = [source.captions, source.tags, source.styles]
-        values = {
-            "number": len(source),
-            "names": list(source.names),
-            "classes": source.class_names,
-            "labels": source.labels.tolist(),
-            "words": words,
-            "groups": source.groups,
-        }
-        found |= {f"{name} {part}": _short(value) for name, value in values.items()}
+        values: dict[str, Any] = {"number": len(source), "names": list(source.names), "classes": source.class_names}
+        values |= {"labels": source.labels.tolist(), "words": [source.captions, source.tags, source.styles]}
+        for name, value in (values | {"groups": source.groups}).items():
+            text = json.dumps(value)
+            found[f"{name} {part}"] = text if len(text) <= 16 else hashlib.sha256(text.encode()).hexdigest()[:16]
         found[f"pictures {part}"] = fingerprint(source)
     return found
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 16 else hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def summary(train: Source | Codes, heldout: Source | Codes) -> str:
     """How much there is to learn from, and of what, for people."""
-    kind = (
-        "clips" if isinstance(train, ClipSource) or (isinstance(train, Codes) and len(train.grid) == 3) else "pictures"
-    )
+    clips = len(train.grid) == 3 if isinstance(train, Codes) else isinstance(train, ClipSource)
     classes = f" of {len(train.class_names)} classes" if len(train.class_names) > 1 else ""
     captions = " with captions" if train.captions is not None else ""
-    return f"{len(train):,} {kind}{classes}{captions}, {len(heldout):,} held out"
+    return f"{len(train):,} {'clips' if clips else 'pictures'}{classes}{captions}, {len(heldout):,} held out"
 
 
 def record_held_out(recipe: Recipe, heldout: Codes, pairs: Codes | None) -> None:
     """Write down what the model never sees, for whoever measures it."""
-    run = Path(recipe.run)
-    run.mkdir(parents=True, exist_ok=True)
-    pair_rows: list[tuple[str, ...]] = []
-    if pairs is not None:
-        pair_rows = sorted(set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True)))
-    record = {"groups": sorted(set(heldout.groups)), "pairs": pair_rows, "styles": list(recipe.data.heldout_styles)}
-    atomically(run / "held-out.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
-
-
-_SETS = ("train", "heldout")
+    rows = () if pairs is None else set(zip(pairs.groups, pairs.styles or (), pairs.captions or (), strict=True))
+    record = {"groups": sorted(set(heldout.groups)), "pairs": sorted(rows), "styles": recipe.data.heldout_styles}
+    files.write_json(Path(recipe.run) / "held-out.json", record)
 
 
 def _extract(
     recipe: Recipe, source: Source, name: str, tokenizer: Path, workers: Workers, *, views_of: str = ""
 ) -> Codes:
     """Encode a source into the run's folder; the training set, and what goes with it, in the recipe's views."""
-    folder = extract(
-        tokenizer,
-        source,
-        Path(recipe.run) / "codes" / name,
-        size=recipe.data.size,
-        kind=recipe.data.views if (views_of or name) == "train" else "centre",
-        device=workers.device,
-        threads=recipe.engine.workers,
-        rank=workers.rank,
-        count=workers.count,
-        wait=workers.wait,
-    )
-    return Codes.open(folder)
+    folder, kind = Path(recipe.run) / "codes" / name, recipe.data.views if (views_of or name) == "train" else "centre"
+    place: dict[str, Any] = {
+        "device": workers.device,
+        "rank": workers.rank,
+        "count": workers.count,
+        "wait": workers.wait,
+    }
+    threads, size = recipe.engine.workers, recipe.data.size
+    return Codes.open(extract(tokenizer, source, folder, size=size, kind=kind, threads=threads, **place))

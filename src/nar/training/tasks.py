@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ from nar.training.tokenizers import TokenizerTask
 
 
 def run_recipe(
-    name: str,
-    overrides: Sequence[str] = (),
-    *,
-    override: bool = False,
-    start: str = "",
-    metrics: Metrics | None = None,
+    name: str, overrides: Sequence[str] = (), *, override: bool = False, start: str = "", metrics: Metrics | None = None
 ) -> Path | None:
     """Train what a recipe describes; returns the folder of the result, or None when a signal stopped it before.
 
@@ -55,7 +50,14 @@ def _run(
     config = recipe.record()
     if not start and _finished(run, config):
         return run / "model"
-    with _held(run, workers):
+    with ExitStack() as stack:
+        refused = ""
+        try:
+            stack.enter_context(locked(run) if workers.first else nullcontext())  # the first holds it for all
+        except ValueError as error:
+            refused = str(error)
+        if refused := workers.agree(refused):
+            raise ValueError(refused)
         sources = () if recipe.data.codes else recipe.data.open()
         data = facts(recipe, sources)
         _refuse_changes(run, config, data, workers, override=override)
@@ -68,7 +70,8 @@ def _run(
             recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
         kind = TokenizerTask if recipe.task == "tokenizer" else ModelTask
         task = kind(recipe, workers, sources)
-        return train(task, recipe, config=config, workers=workers, data=data, start=start, metrics=metrics)
+        record = {"config": config, "data": data}
+        return train(task, recipe, record, workers, start=start, metrics=metrics)
 
 
 def _as_begun(recipe: Recipe) -> Recipe:
@@ -89,21 +92,6 @@ def _first(recipe: Recipe) -> Recipe:
     return dataclasses.replace(first, seed=recipe.seed, engine=engine, data=data)
 
 
-@contextmanager
-def _held(run: Path, workers: Workers) -> Iterator[None]:
-    """Hold a run's folder, the first process for all."""
-    with ExitStack() as stack:
-        refused = ""
-        if workers.first:
-            try:
-                stack.enter_context(locked(run))
-            except ValueError as error:
-                refused = str(error)
-        if refused := workers.agree(refused):
-            raise ValueError(refused)
-        yield
-
-
 def _refuse_changes(
     run: Path, config: dict[str, Any], data: dict[str, str], workers: Workers, *, override: bool
 ) -> None:
@@ -115,13 +103,11 @@ def _refuse_changes(
     begun = record.get("data", {})
     changed = difference(of_weights(_known(record["config"])), of_weights(config))
     other = [name for name in data if begun.get(name, data[name]) != data[name]]
-    if not override:
-        for what, named in (("settings", changed), ("data", other)):
-            if named:
-                raise ValueError(
-                    f"{run} was started with other {what}: {'; '.join(named)}; "
-                    "use another run=DIR, or --override to go on with the new ones"
-                )
+    if (changed or other) and not override:
+        what = f"settings: {'; '.join(changed)}" if changed else f"data: {'; '.join(other)}"
+        raise ValueError(
+            f"{run} was started with other {what}; use another run=DIR, or --override to go on with the new ones"
+        )
     workers.wait()  # until all have looked
     if other and workers.first:
         shutil.rmtree(run / "codes", ignore_errors=True)

@@ -28,20 +28,20 @@ from nar.training.adversary import Adversary
 from nar.training.batches import Batch
 from nar.training.codebook import Codebook, CodebookConfig
 from nar.training.distributed import Workers
-from nar.training.loop import share
+from nar.training.loop import Task, share
 from nar.training.prior import Prior
 from nar.training.recipe import Recipe, TokenizerLossConfig
 from nar.training.samples import summary
 
 _HELDOUT = 2000  # held-out samples that are measured
 _IN_MEMORY = 2**31  # bytes of decoded samples that are kept
-
-
 _OF_TRAINING = {"stochastic", "temperature"}  # of a tokenizer's settings; the others say what its codes mean
 
 
-class TokenizerTask:
+class TokenizerTask(Task):
     """Train a tokenizer to reconstruct pictures or clips: of which kind it is, the recipe's config says."""
+
+    module: Tokenizer
 
     def __init__(self, recipe: Recipe, workers: Workers, sources: Sequence[Source] = ()) -> None:
         """Prepare to train on `sources`, to learn from and held out; by default those that the recipe names."""
@@ -62,8 +62,8 @@ class TokenizerTask:
             raise ValueError("data.augment loop is for clips, these are pictures; set data.augment=flip")
         if self.adversary is not None:  # it may begin to learn hours later
             self.adversary.check(as_pixels(sample).to(workers.device))
-        fresh = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
-        self.source = train if fresh or len(train) * sample.nbytes > _IN_MEMORY else None
+        cut = recipe.data.augment == "crop" or recipe.data.windows == "random"  # another part of it in each step
+        self.source = train if cut or len(train) * sample.nbytes > _IN_MEMORY else None
         self.pictures = None if self.source else load_pictures(train, size=recipe.data.size)
         self.num_samples = len(self.source or self.pictures or ())
         self.summary = summary(train, heldout)
@@ -75,17 +75,14 @@ class TokenizerTask:
                 part.requires_grad_(False)
                 if isinstance(part, nn.Module):
                     part.eval()  # a norm over the batch goes on with what it has seen
-        self.prior = None
-        if recipe.prior.weight:
-            steps = recipe.num_steps(self.num_samples)
-            self.prior = Prior(recipe.prior, math.prod(self._grid), config.code_dim, steps, workers)
+        steps, size = recipe.num_steps(self.num_samples), math.prod(self._grid)
+        self.prior = Prior(recipe.prior, size, config.code_dim, steps, workers) if recipe.prior.weight else None
         self._pool = ThreadPoolExecutor(recipe.engine.workers)
         self._broken: dict[int, str] = {}
         # Codes that are to stay what they are need no care, only counting.
         care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
-        self.codebook = Codebook(
-            self.module.quantizer, care, workers, fresh=not recipe.init, group=recipe.tokenizer_group
-        )
+        fresh, group = not recipe.init, recipe.tokenizer_group
+        self.codebook = Codebook(self.module.quantizer, care, workers, fresh=fresh, group=group)
         # Measured where there is a network for it, also when it is not part of the loss.
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
@@ -94,9 +91,8 @@ class TokenizerTask:
     @torch.no_grad()
     def _code_grid(self) -> tuple[int, ...]:
         """The grid of codes of a sample."""
-        pixels = as_pixels(self.heldout.images[:1]).to(self.workers.device)
         self.module.eval()  # looking must not change a norm over the batch
-        codes = self.module.encode(pixels)
+        codes = self.module.encode(as_pixels(self.heldout.images[:1]).to(self.workers.device))
         self.module.train()
         return tuple(codes.shape[1:])
 
@@ -108,9 +104,6 @@ class TokenizerTask:
             torch.rand(made[row].shape, generator=torch.Generator().manual_seed(seed), out=made[row])
         return made
 
-    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
-        return ()
-
     def fetch(self, batch: Batch) -> Tensor:
         if self.pictures is None:
             images = np.stack(list(self._pool.map(self._decode, batch.indices, batch.draws.samples())))
@@ -118,7 +111,8 @@ class TokenizerTask:
             images = self.pictures.images[batch.indices]
         draws, data = batch.draws, self.recipe.data
         if data.augment in ("flip", "loop"):
-            images = np.stack([*map(_mirrored, images, draws["mirror"])])
+            mirrored = (draws["mirror"] < 0.5).reshape(-1, *[1] * (images.ndim - 1))
+            images = np.where(mirrored, images[..., ::-1, :], images)
         if data.augment == "loop":
             images = np.stack([*map(_restarted, images, draws["loop_start"], draws["loop_direction"])])
         if data.shift:
@@ -129,23 +123,19 @@ class TokenizerTask:
     def _decode(self, row: int, draws: Mapping[str, float]) -> np.ndarray:
         """A picture or clip (..., size, size, 3) of the source; for a broken one, listed in the run, the next."""
         assert self.source is not None
+        data = self.recipe.data
         for step in range(len(self.source)):
             index = (int(row) + step) % len(self.source)
             try:
-                data = self.recipe.data
                 return self.source.array(index, data.size, draws, crop=data.augment == "crop")
             except BROKEN as error:
-                self._report(index, error)
+                if index in self._broken:
+                    continue
+                self._broken[index] = f"{self.source.names[index]} ({error})"
+                with Path(self.recipe.run, f"broken-{self.workers.rank}.txt").open("a", encoding="utf-8") as file:
+                    file.write(self._broken[index] + "\n")
+                self.source.check_broken(list(self._broken.values()))
         raise ValueError(f"no picture of {self.recipe.data.source} can be read")
-
-    def _report(self, index: int, error: Exception) -> None:
-        assert self.source is not None
-        if index in self._broken:
-            return
-        self._broken[index] = f"{self.source.names[index]} ({error})"
-        with Path(self.recipe.run, f"broken-{self.workers.rank}.txt").open("a", encoding="utf-8") as file:
-            file.write(self._broken[index] + "\n")
-        self.source.check_broken(list(self._broken.values()))
 
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
@@ -154,15 +144,14 @@ class TokenizerTask:
         made = self.module(pixels, uniforms=draws[:, 0].to(pixels.device)) if self.stochastic else self.module(pixels)
         error = made.pixels - pixels
         loss = weights.l1 * error.abs().mean() + weights.l2 * error.square().mean()
-        values = {"psnr": _psnr(error.detach()), **self.codebook.scalars()}
-        if weights.perceptual:
-            assert self.distance is not None
+        values = {"psnr": 10 * torch.log10(4 / error.detach().square().mean()), **self.codebook.scalars()}
+        if weights.perceptual and self.distance is not None:
             perceptual = self.distance(_frames(pixels), _frames(made.pixels)).mean()
             loss = loss + weights.perceptual * perceptual
             values["perceptual"] = perceptual.detach()
         if self.adversary is not None:
             loss = loss + self.adversary.loss(pixels, made.pixels, loss, self.module.last_layer, batch.step)
-            values |= self.adversary.scalars()
+            values |= self.adversary.losses
         loss = loss + weights.codebook * made.codebook_loss + weights.commitment * made.commitment_loss
         quantizer = self.module.quantizer
         if self.prior is not None:
@@ -184,21 +173,22 @@ class TokenizerTask:
         return self.codebook.update(step, num_steps, generator)
 
     def state(self) -> dict[str, Tensor]:
-        beside = [part.state() for part in (self.adversary, self.prior) if part is not None]
-        return self.codebook.state() | {name: tensor for state in beside for name, tensor in state.items()}
+        return {name: tensor for part in self._parts() for name, tensor in part.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.codebook.load_state(state)
-        for part in (self.adversary, self.prior):
-            if part is not None:
-                part.load_state(state)
+        for part in self._parts():
+            part.load_state(state)
+
+    def _parts(self) -> list[Codebook | Adversary | Prior]:
+        return [self.codebook, *(part for part in (self.adversary, self.prior) if part is not None)]
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         device, vocab_size = self.workers.device, self.recipe.tokenizer_config.vocab_size
         sums, codes = torch.zeros(3, device=device), torch.zeros(vocab_size, device=device)
         images = self.heldout.images
-        for rows in share(len(images), _batch_size(images), self.workers):
+        together = max(1, min(250, 250 * 64 * 64 * 3 // math.prod(images.shape[1:])))  # 250 of 64x64, or fewer
+        for rows in share(len(images), together, self.workers):
             pixels = as_pixels(images[rows]).to(device)
             made = module(pixels)
             found = made.pixels.clamp(-1, 1)
@@ -230,16 +220,6 @@ def _frames(pixels: Tensor) -> Tensor:
     return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
 
 
-def _batch_size(images: np.ndarray) -> int:
-    """How many to measure at once: 250 pictures of 64x64, and fewer of what is larger."""
-    return max(1, min(250, 250 * 64 * 64 * 3 // math.prod(images.shape[1:])))
-
-
-def _mirrored(image: np.ndarray, uniform: float) -> np.ndarray:
-    """A picture or clip (..., H, W, 3), mirrored when `uniform` is under 0.5."""
-    return image[..., ::-1, :] if uniform < 0.5 else image
-
-
 def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
     turned = np.roll(clip, int(start * len(clip)), axis=0)
@@ -257,11 +237,6 @@ def _moved(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarr
 def _spread(count: int, most: int) -> np.ndarray:
     """Rows of `count`, at most `most` of them, as far apart as can be: sets are often sorted by class."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
-
-
-def _psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of an error on the -1..1 scale."""
-    return 10 * torch.log10(4 / error.square().mean())
 
 
 def _check_same(recipe: Recipe, start: Path) -> None:

@@ -1,4 +1,4 @@
-"""The conditions of a set of codes, sample by sample: their classes, their captions as features, or both.
+"""The captions of a set of codes as conditions, sample by sample.
 
 Knows codes, captions and where features come from; does not know models or steps. Which of a sample's captions is taken
 is decided by a number that comes with the sample, so that it depends on the seed and the step only.
@@ -6,38 +6,16 @@ is decided by a number that comes with the sample, so that it depends on the see
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nar.condition import ClassCondition, Condition, TextCondition
+from nar.condition import Condition, TextCondition
 from nar.text import Features, TextEncoder, TextEncoderConfig, cached, found
 from nar.training.distributed import Workers
-
-
-class Conditions(Protocol):
-    """What the samples of a set are made from."""
-
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
-        """The condition of some samples, on the CPU or the encoder's device; `draws` (b,) in [0, 1) pick a wording of
-        each, None the first."""
-        ...
-
-
-class Labels:
-    """Samples by class; a negative label is none."""
-
-    def __init__(self, labels: np.ndarray) -> None:
-        self._labels = labels
-
-    def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:  # noqa: ARG002
-        """See `Conditions`."""
-        return ClassCondition(torch.from_numpy(self._labels[rows]))
 
 
 class Words:
@@ -50,7 +28,8 @@ class Words:
         self._places = text.places([form for forms in wordings for form in forms])
 
     def read(self, rows: np.ndarray, draws: np.ndarray | None = None) -> Condition:
-        """See `Conditions`."""
+        """The condition of some samples, on the CPU or the encoder's device; `draws` (b,) in [0, 1) pick a wording of
+        each, None the first."""
         picked = 0 if draws is None else (np.asarray(draws) * self._counts[rows]).astype(np.int64)
         return self._text.condition(self._places[self._starts[rows] + picked])
 
@@ -87,15 +66,11 @@ class Text:
         self._numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         self._captions = list(self._numbers)
         self._encoder: TextEncoder | None = None
-        self._features: list[Features] = []
         there = [features for folder in folders for features in found(config, folder)] if kind == "cached" else []
         workers.wait()  # so that all have seen the same before one writes
-        for exact in dict.fromkeys(features.config for features in there):
-            of_one = [features for features in there if features.config == exact]
-            if not self._missing(of_one):
-                self._features = of_one
-                break
-        else:
+        by_config = [[part for part in there if part.config == one] for one in {part.config: 0 for part in there}]
+        self._features = next((parts for parts in by_config if not self._missing(parts)), [])
+        if not self._features:
             fast = kind == "on-the-fly" and workers.device.type == "cuda"
             dtype = torch.bfloat16 if fast else None
             self._encoder = encoder = TextEncoder(config, device=workers.device, dtype=dtype)
@@ -135,7 +110,3 @@ class Text:
                 features[rows], mask[rows] = self._features[owner].read(captions)
         null: Tensor = self._blank[torch.from_numpy(places)]
         return TextCondition(features, mask, null.to(features.device))
-
-    def record(self) -> dict[str, object]:
-        """What a model's `config.json` says of its encoder."""
-        return dataclasses.asdict(self.config)
