@@ -93,10 +93,8 @@ def evaluate(
     folder = None if cache is None else Path(cache).expanduser()
     reading = Reading(size, num_frames, keep, seed, batch_size, progress, folder)
     judge = _Judge(detector, reading, resamplings)
-    if known:
-        real_set = read_reference(str(real), detector, judge.gather)
-    else:
-        real_set = judge.gather(real_source, "real", only_real)
+    reference = read_reference(str(real), detector, judge.gather) if known else None
+    real_set = reference or judge.gather(real_source, "real", only_real)
     fake_set = judge.gather(fake, "fake")
     if real_set.size and fake_set.size and real_set.size != fake_set.size:
         sides = f"the real side has {extent(real_set.size)}, the fake one {extent(fake_set.size)}"
