@@ -57,10 +57,8 @@ class AdversaryConfig:
         if self.lecam and self.network == "patch":
             raise ValueError(f"adversary.lecam {self.lecam} is of the network transformer; with patch it must be 0")
         if self.learn_from > self.start:
-            raise ValueError(
-                f"adversary.learn_from {self.learn_from} is after adversary.start {self.start}: "
-                "an untrained discriminator would act on the tokenizer"
-            )
+            late = f"adversary.learn_from {self.learn_from} is after adversary.start {self.start}"
+            raise ValueError(f"{late}: an untrained discriminator would act on the tokenizer")
 
 
 class Adversary(Side):
@@ -83,11 +81,7 @@ class Adversary(Side):
 
     @torch.no_grad()
     def check(self, sample: Tensor) -> None:
-        """Judge a picture or clip (1, 3, ...) once, and change nothing.
-
-        Raises:
-            ValueError: the discriminator can't judge what is of this size, and would fail only when it starts to learn.
-        """
+        """Judge a picture or clip (1, 3, ...) once, and change nothing; raises ValueError where it can't be judged."""
         self.network.eval()
         try:
             self._judge(sample)
@@ -249,10 +243,7 @@ def discriminator_logistic_loss(real: Tensor, fake: Tensor, real_labels: Tensor,
 
 
 def noisy_labels(noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of real and of made clips from two rows of normal numbers `noise` (2, B), as LARP draws them.
-
-    Real ones run from 0.7 to 1, made ones from 0 to 0.3.
-    """
+    """Labels as LARP draws them, of real clips in 0.7..1 and of made ones in 0..0.3, from normal `noise` (2, B)."""
     spread = 0.15 * noise.abs()
     return (1 - spread[0]).clamp_min(0.7), spread[1].clamp_max(0.3)
 

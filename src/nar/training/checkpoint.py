@@ -71,10 +71,8 @@ class Checkpoints:
     def resume(self, take: Callable[[Fill], None], start: str = "") -> dict[str, Any] | None:
         """Go on from the newest whole checkpoint, or from that named `start`; returns its record, None without any.
 
-        `take` is called with what fills a state. Checkpoints after this one are moved into the folder `aside`.
-
-        Raises:
-            ValueError: there is no such checkpoint, or none that can be read.
+        `take` is called with what fills a state. Checkpoints after this one are moved into the folder `aside`. Raises
+        ValueError when there is no such checkpoint, or none that can be read.
         """
         found = self.all()
         candidates = [path for path in found if _number(path.name) == _number(start)] if start else found[::-1]
@@ -128,11 +126,7 @@ class Checkpoints:
         self._pool.shutdown()
 
     def load(self, path: Path, take: Callable[[Fill], None]) -> None:
-        """Call `take` with what fills a state from a checkpoint.
-
-        Raises:
-            ValueError: the checkpoint is damaged or of something else.
-        """
+        """Call `take` with what fills a state from a checkpoint; raises ValueError for a damaged or another one."""
         if damage := self._workers.agree(_damage(path) if self._workers.first else ""):
             raise ValueError(f"{path} is damaged ({damage})")
 

@@ -141,9 +141,6 @@ def spread(
 
     `blocks` are its repeated parts, which are recomputed, compiled and sharded one by one; `averages`, a copy with its
     own blocks, is only sharded. All but DDP happens in place.
-
-    Raises:
-        ValueError: several processes, but `engine.parallel` is "none".
     """
     if workers.count > 1 and engine.parallel == "none":
         raise ValueError(f"torchrun started {workers.count} processes but engine.parallel is none; set ddp or fsdp")

@@ -26,11 +26,7 @@ _SILENT = 300.0  # seconds without one, after which a process of another machine
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder within the context; a lock that a killed process left is taken over.
-
-    Raises:
-        ValueError: another process holds it: its id, its machine, and since when.
-    """
+    """Hold the folder within the context; raises ValueError while another process that is still there holds it."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK

@@ -63,10 +63,7 @@ class Task:
         raise NotImplementedError
 
     def after_step(self, step: int, num_steps: int, generator: torch.Generator) -> str | None:  # noqa: ARG002
-        """Upkeep after an optimizer step (reviving dead codes, say), the same on every process.
-
-        Returns what the user should be warned of, if anything.
-        """
+        """Upkeep after an optimizer step, the same on every process; returns what to warn of, if anything."""
         return None
 
     def state(self) -> dict[str, Tensor]:
@@ -176,11 +173,9 @@ class _Run:
         plan, total = self.plan, self.num_steps * self.plan.batch_size
         with ExitStack() as stack:
             stopping = stack.enter_context(_Stopping(at_once=self.workers.count == 1))
-            self.log = stack.enter_context(
-                Log(self.folder, self.first_step, plan.batch_size, quiet=not self.workers.first)
-            )
-            done = self.first_step * plan.batch_size
-            bar = stack.enter_context(Progress("training", total, "images", done=done, quiet=not self.workers.first))
+            quiet, done = not self.workers.first, self.first_step * plan.batch_size
+            self.log = stack.enter_context(Log(self.folder, self.first_step, plan.batch_size, quiet=quiet))
+            bar = stack.enter_context(Progress("training", total, "images", done=done, quiet=quiet))
             bar.say(self._introduction())
             stack.callback(self.checkpoints.close)
             self._since = (self.first_step, time.monotonic())
@@ -199,14 +194,10 @@ class _Run:
         averaged = self.state.averaged()
         heldout = self._heldout or self.task.evaluate(averaged)
         if self.workers.first:
-            training = {
-                "version": __version__,
-                "images_seen": step * plan.batch_size,
-                "hours": round((time.monotonic() - self._started) / 3600, 3),
-                "heldout": {name: round(value, 5) for name, value in heldout.items()},
-                "config": self.record["config"],
-            }
-            self.task.export(averaged, self.folder / "model", training)
+            hours = round((time.monotonic() - self._started) / 3600, 3)
+            training = {"version": __version__, "images_seen": step * plan.batch_size, "hours": hours}
+            training |= {"heldout": {name: round(value, 5) for name, value in heldout.items()}}
+            self.task.export(averaged, self.folder / "model", training | {"config": self.record["config"]})
         self.workers.wait()
         return self.folder / "model"
 
@@ -271,16 +262,11 @@ class _Run:
         names, workers = sorted(made.values), self.workers
         means = workers.sum(torch.stack([made.values[name].float() for name in names]) / workers.count)
         since, moment = self._since
-        seconds = time.monotonic() - moment
         self._since = (done, time.monotonic())
-        scalars = dict(zip(names, means.tolist(), strict=True)) | {
-            "loss": made.loss,
-            "gradient_norm": made.gradient_norm,
-            **self.state.rates(),
-            "images_per_second": (done - since) * self.plan.batch_size / seconds,
-            **peak_memory(workers.device),
-        }
-        self.log.scalars(done, scalars)
+        speed = (done - since) * self.plan.batch_size / (self._since[1] - moment)
+        scalars = dict(zip(names, means.tolist(), strict=True))
+        scalars |= {"loss": made.loss, "gradient_norm": made.gradient_norm, **self.state.rates()}
+        self.log.scalars(done, scalars | {"images_per_second": speed, **peak_memory(workers.device)})
 
     def _measure(self, done: int) -> float:
         """Log held-out numbers of the averaged weights and a preview; returns the held-out loss."""
@@ -397,7 +383,7 @@ def _ahead(
     waiting = deque(pool.submit(prepare, step) for step in steps[:1])
     for step in steps:
         ready = waiting.popleft()
-        waiting.extend(pool.submit(prepare, later) for later in steps[step + 1 - steps.start :][:1])
+        waiting.extend(pool.submit(prepare, later) for later in range(step + 1, steps.stop)[:1])
         yield ready.result()
 
 

@@ -144,8 +144,7 @@ class ModelTask(Task):
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Held-out loss; with captions also without them, and on held-out pairs of group and style.
 
-        With given frames, "bits_per_token" is that of whole clips, if such are learned, "bits_per_token_given_N" that
-        of what follows N frames, and "loss" the mean of all.
+        "bits_per_token_given_N" is that of what follows N given frames, and "loss" the mean over all N.
         """
         assert isinstance(module, Transformer)
         counts, bits = self.continuation.counts, self._heldout_bits

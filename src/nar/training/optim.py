@@ -1,5 +1,4 @@
-"""Optimizer groups and learning-rate curves. Curves are functions of images seen, so they do not depend on batch
-size."""
+"""Optimizer groups, and learning-rate curves: functions of images seen, so that they do not depend on batch size."""
 
 from __future__ import annotations
 
@@ -70,11 +69,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, decay: str = "matri
 
 
 def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """AdamW (eps 1e-8, fused) over the groups of `module`, and Muon where it is asked for; groups know `initial_lr`.
-
-    Raises:
-        ValueError: Muon is asked for and there is nothing for it, or this PyTorch has none.
-    """
+    """AdamW (eps 1e-8, fused) over the groups of `module`, and Muon where it is asked for; groups know `initial_lr`."""
     groups = parameter_groups(module, config.weight_decay, config.decay)
     matrices = [  # of linear layers, by name, without the projection to the vocabulary
         part.weight
@@ -97,6 +92,9 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.opti
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return tuple(made)
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Side:
@@ -134,6 +132,3 @@ class Side:
             moments = {name: state[f"{self._name}.{index}.{name}"] for name in _MOMENTS}
             moments |= {name: moments[name].to(parameter.device) for name in _MOMENTS[1:]}
             self.optimizer.state[parameter] = moments | {"step": moments["step"].cpu()}
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -105,8 +105,7 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
     Where classes are learned, the labels of both index the class names of the first.
 
     Raises:
-        ValueError: the codes are of another tokenizer than the recipe's, or those held out of classes that are not
-            learned.
+        ValueError: the codes are of another tokenizer, or those held out of classes that are not learned.
     """
     data = recipe.data
     if sources:
@@ -134,11 +133,7 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
 
 
 def _labels_in(class_names: Sequence[str], samples: Source | Codes) -> np.ndarray:
-    """The labels (N,) of samples as indices of other `class_names`, found by name: each split numbers its own.
-
-    Raises:
-        ValueError: samples are of classes that have no such name.
-    """
+    """The labels (N,) of samples as indices of other `class_names`, found by name; raises ValueError without one."""
     own, known = samples.class_names, {name: number for number, name in enumerate(class_names)}
     if own == tuple(class_names):
         return samples.labels

@@ -48,10 +48,7 @@ def dropped(condition: Condition, uniforms: Tensor, rate: float) -> Condition:
 
 
 class Text:
-    """The encoder of a training and what it made of all captions, kept on disk or encoded again in each step.
-
-    Captions are numbered in the order in which they first occur.
-    """
+    """The encoder of a training and what it made of all captions, which are numbered, on disk or in each step anew."""
 
     def __init__(
         self,
