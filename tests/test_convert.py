@@ -279,7 +279,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, change: Any, message: str
 
 def test_what_is_not_in_the_file_is_asked_for(tmp_path: Path) -> None:
     torch.save(image_model(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="give it with --num-heads"):
+    with pytest.raises(ValueError, match="attention heads with --num-heads"):
         convert("nar-c2i", tmp_path / "model.pt", tmp_path / "out", grid=(3, 4))
     with pytest.raises(ValueError, match="give it, such as --grid 16x16"):
         convert("nar-c2i", tmp_path / "model.pt", tmp_path / "out", num_heads=2)

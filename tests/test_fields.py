@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from nar.storage.fields import OneOf, Range, check, from_dict, kinds
+from nar.storage.fields import OneOf, Range, check, checked, from_dict, kinds
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,45 @@ def test_python_is_checked_alike() -> None:
 def test_names_are_dotted() -> None:
     assert list(kinds(Group, "group.")) == ["group.rate", "group.sizes", "group.pair"]
     assert {"other", "other.pair"} <= kinds(Settings).keys()
+
+
+@checked
+def called(
+    name: str | Path,
+    sizes: Sequence[int] = (),
+    *,
+    tensor: Tensor | None = None,
+    made: Callable[[], int] | None = None,
+    rate: Annotated[float, Range(0)] = 0.0,
+) -> tuple[object, ...]:
+    return name, sizes, tensor, made, rate
+
+
+WRONG_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"name": None}, "name must be text or a Path, not None"),
+    ({"name": torch.zeros(2, 3)}, r"name must be text or a Path, not a Tensor \(2, 3\)"),
+    ({"sizes": 3}, "sizes must be a list, not 3"),
+    ({"sizes": "12"}, "sizes must be a list, not '12'"),
+    ({"sizes": torch.tensor(3)}, r"sizes must be a list, not tensor\(3\)"),
+    ({"sizes": [1, None]}, "number 1 of sizes must be a whole number, not None"),
+    ({"tensor": [0.5]}, r"tensor must be of type Tensor, or null, not \[0\.5\]"),
+    ({"made": 3}, "made must be of type Callable, or null, not 3"),
+    ({"rate": "x"}, "rate must be a finite number, at least 0, not 'x'"),
+    ({"rate": torch.tensor(0.5)}, "rate must be a finite number, .*, not tensor"),
+    ({"rate": 10**400}, "rate must be a finite number, .*, not a number of many digits"),
+    ({"sizes": [10**5000]}, "number 0 of sizes must be a whole number, not a number of many digits"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=range(len(WRONG_CALLS)))
+def test_arguments_are_checked_as_fields_are(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        called(**{"name": "x", **arguments})
+
+
+def test_arguments_that_fit_are_passed_on() -> None:
+    tensor = torch.zeros(2)
+    assert called(Path("x"), [np.int64(1)], tensor=tensor, made=int) == (Path("x"), [1], tensor, int, 0.0)
+    assert called("x", range(3), rate=1)[1:] == (range(3), None, None, 1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        called("x", other=1)

@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"order", "condition", "attention", "storage", "precision"},
     "tokenizer": {"storage", "attention", "media"},
     "text": {"storage", "progress"},
-    "likelihood": {"model", "condition"},
+    "likelihood": {"model", "condition", "storage"},
     "sampling": {"model", "order", "attention", "condition", "precision", "storage"},
     "convert": {"model", "tokenizer", "storage"},
     "data": {"progress", "tokenizer", "text", "media", "storage"},

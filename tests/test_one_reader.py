@@ -541,7 +541,7 @@ def test_broken_files_are_skipped_or_refused_as_is_asked(tmp_path: Path) -> None
         assert len(judged_in(tmp_path / "set")) == 150
     with pytest.raises(ValueError, match="1 of 151 pictures cannot be read"):
         load_pictures(open_source(tmp_path / "set", broken="refuse"), size=SIZE)
-    with pytest.raises(ValueError, match="broken must be skip or refuse"):
+    with pytest.raises(ValueError, match="broken must be one of skip, refuse"):
         open_source(tmp_path / "set", broken="ignore")
 
 

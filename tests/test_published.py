@@ -316,7 +316,7 @@ def test_frame_prediction_in_python(downloads: Path, tmp_path: Path, attention: 
         (("--kind", "nar"), "kind 'nar' is unknown; choose one of nar-c2i"),
         (("--kind", "nar-c2i", "--grid", "4by4"), "grid '4by4' must be whole numbers joined by x"),
         (("--kind", "nar-c2i", "--grid", "0x4"), "grid '0x4' must be whole numbers joined by x"),
-        (("--kind", "nar-c2i"), "give it with --num-heads"),
+        (("--kind", "nar-c2i"), "attention heads with --num-heads"),
         (("--kind", "nar-t2i", *SIZES), "use --kind nar-c2i"),
         (("--kind", "nar-c2i", *SIZES, "--weights", "best"), "choose model, ema or ema:DECAY"),
         (("--kind", "nar-c2i", *SIZES, "--prefix-attention", "full"), "prefix_attention does not apply to nar-c2i"),

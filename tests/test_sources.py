@@ -162,9 +162,9 @@ def test_folders_that_make_no_sense_are_refused(tmp_path: Path, make: object, me
 def test_sources_and_settings_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_pictures(tmp_path / "nothing", size=8)
-    with pytest.raises(ValueError, match="split 'validation' is not one of train, test, t10k, val"):
+    with pytest.raises(ValueError, match="split must be one of train, test, t10k, val, not 'validation'"):
         load_pictures(tmp_path, size=8, split="validation")
-    with pytest.raises(ValueError, match="size 0"):
+    with pytest.raises(ValueError, match="size must be at least 1"):
         load_pictures(tmp_path, size=0)
     (tmp_path / "a.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"allowed are a \.parquet, \.tar or \.npz file"):

@@ -30,6 +30,9 @@ class TextFeatures:
     null: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check("float", self.features, "features")
+        _check("bool", self.mask, "mask")
+        _check("bool", self.null, "null", optional=True)
         if self.features.ndim != 3 or self.mask.shape != self.features.shape[:2]:
             found = f"{tuple(self.features.shape)} and {tuple(self.mask.shape)}"
             raise ValueError(f"text features must be (B, T, F) with a mask (B, T), not {found}")
@@ -46,6 +49,8 @@ class PrefixCodes:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check("integer", self.codes, "codes")
+        _check("bool", self.mask, "mask", optional=True)
         if self.mask is not None and self.mask.shape != self.codes.shape:
             shapes = f"{tuple(self.codes.shape)} and their mask {tuple(self.mask.shape)}"
             raise ValueError(f"prefix codes {shapes} must have one shape")
@@ -65,6 +70,7 @@ class Condition:
     prefix: PrefixCodes | None = None
 
     def __post_init__(self) -> None:
+        _check("integer", self.labels, "labels", optional=True)
         sizes = {len(tensor) for tensor in self._tensors()}
         if not sizes:
             raise ValueError("a condition needs labels, text or a prefix")
@@ -74,10 +80,10 @@ class Condition:
     @classmethod
     def of(cls, condition: Condition | Iterable[Condition]) -> Condition:
         """Combine conditions of several kinds; one alone is returned as it is."""
-        parts = [condition] if isinstance(condition, Condition) else list(condition)
-        if not parts or not isinstance(parts[0], Condition):
+        parts: list[Any] = list(condition) if isinstance(condition, list | tuple) else [condition]
+        if not parts or not all(isinstance(part, Condition) for part in parts):
             raise ValueError(f"a condition is nar.ClassCondition(labels) or one of its kind, not {condition!r}")
-        return reduce(or_, parts)
+        return cast(Condition, reduce(or_, parts))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -131,6 +137,17 @@ class Condition:
         """One tensor of each kind, with the batch as its first axis."""
         first = (self.labels, self.text and self.text.features, self.prefix and self.prefix.codes)
         return [tensor for tensor in first if isinstance(tensor, Tensor)]
+
+
+def _check(kind: str, tensor: Any, name: str, *, optional: bool = False) -> None:
+    """Raise ValueError for what is no tensor of floats, bools or integers with a row a sample."""
+    if tensor is None and optional:
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of {kind}s, not {type(tensor).__name__}")
+    found = "float" if tensor.is_floating_point() else "bool" if tensor.dtype == torch.bool else "integer"
+    if found != kind or tensor.is_complex() or not tensor.ndim:
+        raise ValueError(f"{name} must be {kind}s, a row a sample, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
 AnyCondition = Condition | Iterable[Condition]  # several, of different kinds, are combined

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar.condition import Condition
 from nar.model import Dropout, Transformer
+from nar.storage.fields import Size, checked
 
 
 def token_losses(
@@ -59,9 +60,15 @@ def sample_losses(model: Transformer, losses: Tensor, known: Tensor | None) -> T
     return (losses * free).sum(-1) / free.sum(-1)
 
 
+@checked
 @torch.no_grad()
 def bits_per_token(
-    model: Transformer, codes: Tensor, condition: Condition, *, known: Tensor | None = None, batch_size: int = 100
+    model: Transformer,
+    codes: Tensor,
+    condition: Condition,
+    *,
+    known: Tensor | None = None,
+    batch_size: Size = 100,
 ) -> Tensor:
     """Mean bits (M,) of every sample's tokens, of codes (M, *grid), without guidance and without what `known` decides.
 

@@ -27,7 +27,7 @@ from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations, sinusoid
 from nar.condition import AnyCondition, Condition, PrefixCodes, TextFeatures
 from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
-from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check, from_dict
+from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check, checked, from_dict
 from nar.storage.folder import Weights, check_shapes, find_model, read_config, without_weights, write_folder
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
@@ -500,6 +500,7 @@ class Transformer(nn.Module):
         return other
 
     @classmethod
+    @checked
     def from_pretrained(
         cls, folder: str | Path, precision: str | torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Transformer:

@@ -11,6 +11,7 @@ order, and, where a method needs them, learned special slots among them.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -156,7 +157,7 @@ def par(grid: Sequence[int], regions: Sequence[int]) -> Schedule:
     region's first token: learned transition slots (one fewer than regions) stand in for the others, at the places of
     those first tokens.
     """
-    grid, regions = _checked(grid), tuple(int(count) for count in regions)
+    grid, regions = _checked(grid), _whole(regions, "regions")
     if len(regions) != len(grid) or any(size % count or count < 1 for size, count in zip(grid, regions, strict=True)):
         raise ValueError(f"regions {regions} must divide grid {grid} on every axis")
     n, num_regions = math.prod(grid), math.prod(regions)
@@ -183,20 +184,26 @@ CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {"manhattan": manhattan, "ras
 
 def build(name: str, grid: Sequence[int], regions: Sequence[int] = ()) -> Schedule:
     """The schedule that a config names: "manhattan", "raster", or "par" with its regions."""
-    if name not in CONSTRUCTORS:
+    if not isinstance(name, str) or name not in CONSTRUCTORS:
         raise ValueError(f"schedule must be one of {', '.join(CONSTRUCTORS)}, not {name!r}")
-    grid = tuple(grid)
     with torch.device("cpu"):  # whatever device a model is being built on
-        return par(grid, tuple(regions)) if name == "par" else CONSTRUCTORS[name](grid)
+        return par(grid, regions) if name == "par" else CONSTRUCTORS[name](grid)
 
 
 def _checked(grid: Sequence[int]) -> tuple[int, ...]:
-    checked = tuple(int(size) for size in grid)
+    checked = _whole(grid, "grid")
     if not checked or min(checked) < 1:
-        raise ValueError(f"grid must have at least one axis and positive sizes, such as (16, 16), not {tuple(grid)}")
+        raise ValueError(f"grid must have at least one axis and positive sizes, such as (16, 16), not {checked}")
     if (n := math.prod(checked)) > MOST_POSITIONS:
         raise ValueError(f"grid {checked} has {n:,} positions; at most {MOST_POSITIONS:,}, that of 256x256, are taken")
     return checked
+
+
+def _whole(sizes: Sequence[int], name: str) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, such as (16, 16), not {str(sizes)[:80]}") from None
 
 
 def _coordinates(grid: Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ from nar.condition import AnyCondition, Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
-from nar.storage.fields import NotNegative, OneOf, Range, check
+from nar.storage.fields import NotNegative, OneOf, Range, check, checked
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
@@ -88,6 +88,7 @@ class Front(NamedTuple):
     codes: Tensor
 
 
+@checked
 def generate(
     model: Transformer,
     condition: AnyCondition,
@@ -106,6 +107,7 @@ def generate(
     return model.in_raster(tokens)
 
 
+@checked
 def generate_fronts(
     model: Transformer,
     condition: AnyCondition,

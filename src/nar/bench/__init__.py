@@ -28,7 +28,7 @@ from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
 from nar.precision import PackedLinear, convert, fill
 from nar.sampling import Sampling, Session, generate, last_guided
-from nar.storage.fields import Range, check, from_dict
+from nar.storage.fields import Range, check, checked, from_dict
 from nar.storage.folder import find_model, read_config, without_weights
 from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
@@ -65,6 +65,7 @@ class Setup:
         return Row(name, operation, batch_size, seconds, batch_size / seconds, *setup, **facts)
 
 
+@checked
 def preset_model(
     name: str,
     schedule: str | None = None,

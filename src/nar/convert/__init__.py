@@ -20,6 +20,7 @@ from nar.convert.models import model_state
 from nar.convert.renaming import KINDS, Parts, recognise
 from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
 from nar.model import ModelConfig
+from nar.storage.fields import Size, checked
 from nar.storage.folder import check_replaceable, read_config, write_folder
 from nar.storage.presets import find
 from nar.tokenizer.image import ImageTokenizerConfig
@@ -31,6 +32,7 @@ MAPPED_BYTES = 128 * 2**20
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
+@checked
 def convert(
     kind: str,
     source: str | Path,
@@ -38,8 +40,8 @@ def convert(
     *,
     preset: str | None = None,
     weights: str = "model",
-    num_heads: int | None = None,
-    grid: Sequence[int] | None = None,
+    num_heads: Size | None = None,
+    grid: Sequence[Size] | None = None,
     class_names: Sequence[str] = (),
     tokenizer: str | Path | None = None,
     prefix_attention: str = "causal",

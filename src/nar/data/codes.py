@@ -18,6 +18,7 @@ import numpy as np
 
 from nar.data.source import WORDS
 from nar.data.wording import WORDINGS, wordings
+from nar.storage.fields import checked
 
 MANIFEST = "manifest.json"
 
@@ -42,6 +43,7 @@ class Codes:
     rewordings: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
+    @checked
     def open(cls, folder: str | Path) -> Codes:
         """Map a folder that `nar extract` has completed.
 

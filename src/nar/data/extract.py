@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from nar.media.crops import VIEWS
 from nar.media.pixels import as_pixels, pad_to_multiple
 from nar.media.video import Windows
 from nar.progress import Progress
+from nar.storage.fields import OneOf, Range, Size, checked
 from nar.storage.files import atomically, claim, read_json, write_json, write_text
 from nar.storage.folder import model_digest
 from nar.tokenizer import load_tokenizer
@@ -36,16 +37,17 @@ _SETTINGS = "extraction.json"
 _LOOKED_AT = 16  # pictures whose contents are part of what names a source
 
 
+@checked
 def extract(
     tokenizer_folder: str | Path,
     source: Source,
     folder: str | Path,
     *,
-    size: int,
-    kind: str = "centre",
-    batch_size: int = 64,
+    size: Size,
+    kind: Annotated[str, OneOf(*VIEWS)] = "centre",
+    batch_size: Size = 64,
     device: torch.device | str = "cpu",
-    threads: int = 4,
+    threads: Annotated[int, Range(1, 2**10)] = 4,
     rank: int = 0,
     count: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -63,8 +65,6 @@ def extract(
         ValueError: the folder holds codes of another tokenizer, source or setting, the pictures do not fit the
             tokenizer, or more than 1 % of them are broken. Nothing is left in a folder that held nothing.
     """
-    if kind not in VIEWS:
-        raise ValueError(f"views must be one of {', '.join(VIEWS)}, not {kind!r}")
     if not len(source):
         raise ValueError("there are no pictures to extract codes from")
     folder = Path(folder)
@@ -251,7 +251,7 @@ def _finish(
             kept.append(name)
     source.check_broken(broken)
     if isinstance(source, ClipSource) and source.short_clips():
-        warnings.warn(source.short_clips(), stacklevel=3)
+        warnings.warn(source.short_clips(), stacklevel=4)
     if broken:
         write_text(folder / "broken.txt", "".join(f"{line}\n" for line in broken))
     if not (folder / "tokenizer").is_dir():

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -19,24 +20,27 @@ from nar.data.folders import allowed_files, open_files, splits_of
 from nar.data.source import BROKEN_POLICIES, Pictures, Source, Wanted
 from nar.data.tables import as_clips, open_hub
 from nar.media.video import Windows
+from nar.storage.fields import OneOf, Range, checked
 
 MOST_PIXELS = 2**14  # a side
+PictureSize = Annotated[int, Range(1, MOST_PIXELS)]
 NAMED_SIZE = 32  # of what has no files, where none is asked for
 # What is taken for a split, the first of these that is there.
 _WANTED = {"train": ("train",), "test": ("test", "val"), "t10k": ("test", "val"), "val": ("val", "test")}
 _HUB = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}  # what data sets there call them
 
 
+@checked
 def open_source(
     source: str | Path,
     *,
-    size: int | None = None,
-    split: str = "train",
+    size: PictureSize | None = None,
+    split: Annotated[str, OneOf(*_WANTED)] = "train",
     whole: bool = False,
     label: str = "label",
     group: str = "",
     windows: Windows | None = None,
-    broken: str = "skip",
+    broken: Annotated[str, OneOf(*BROKEN_POLICIES)] = "skip",
 ) -> Source:
     """Find the pictures of one split, without decoding them; with `windows`, which say what is taken of each, clips.
 
@@ -72,12 +76,6 @@ def open_source(
         ValueError: the source holds no pictures or damaged files, or lacks the column that `label` or `group` names.
         ModuleNotFoundError: parquet without pyarrow, or the hub without datasets.
     """
-    if size is not None and not 1 <= size <= MOST_PIXELS:
-        raise ValueError(f"size {size} must be 1 to {MOST_PIXELS:,} pixels")
-    if split not in _WANTED:
-        raise ValueError(f"split {split!r} is not one of {', '.join(_WANTED)}")
-    if broken not in BROKEN_POLICIES:
-        raise ValueError(f"broken must be {' or '.join(BROKEN_POLICIES)}, not {broken!r}")
     found = _open(source, size or NAMED_SIZE, split, Wanted(label, group, windows is not None), whole=whole)
     found = dataclasses.replace(found, broken=broken, origin=str(source))
     if windows is not None:
@@ -89,7 +87,10 @@ def open_source(
     return found
 
 
-def load_pictures(source: str | Path | Source, *, size: int, split: str = "train", whole: bool = False) -> Pictures:
+@checked
+def load_pictures(
+    source: str | Path | Source, *, size: PictureSize, split: str = "train", whole: bool = False
+) -> Pictures:
     """Decode all pictures of a source into memory, as `size` x `size` RGB; see `open_source` for what it may be.
 
     Pictures are centre-cropped and resized as in ADM, transparency becomes white. A few broken pictures are skipped
@@ -104,7 +105,7 @@ def load_pictures(source: str | Path | Source, *, size: int, split: str = "train
         images[len(good)] = made
         good.append(row)
     if isinstance(source, ClipSource) and source.short_clips():
-        warnings.warn(source.short_clips(), stacklevel=2)
+        warnings.warn(source.short_clips(), stacklevel=3)
     return Pictures(images[: len(good)], source.labels[good], source.class_names)
 
 

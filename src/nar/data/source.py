@@ -224,7 +224,7 @@ class Source:
     def warn_left_out(self) -> None:
         """Warn of what was left out, if anything was."""
         if text := self.left_out_text():
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=4)
 
     def too_many(self, broken: int) -> bool:
         """Whether so many broken samples end the work at once."""
@@ -243,7 +243,7 @@ class Source:
             raise ValueError(f"{message}; remove or repair them, or allow a few (broken: skip)")
         if self.too_many(len(broken)):
             raise ValueError(f"{message}; at most {BROKEN_SHARE:.0%} may be broken, remove or repair them")
-        warnings.warn(f"{message}; they are skipped", stacklevel=3)
+        warnings.warn(f"{message}; they are skipped", stacklevel=4)
 
 
 def listed(left_out: Mapping[str, Sequence[str]]) -> str:

@@ -49,7 +49,9 @@ def check_values(pixels: Tensor, what: str) -> None:
 
 
 def check_codes(codes: Tensor, vocab_size: int) -> None:
-    """Raise ValueError where there are codes outside 0..vocab_size - 1."""
+    """Raise ValueError for what are no whole numbers, and for codes outside 0..vocab_size - 1."""
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes must be whole numbers, not {codes.dtype}")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab_size:
         raise ValueError(
             f"codes run from {int(codes.min())} to {int(codes.max())}, this tokenizer has 0..{vocab_size - 1}; "

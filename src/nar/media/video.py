@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,19 @@ class Windows:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.num_frames <= MOST_FRAMES and 0 <= self.frame_rate <= MOST_RATE and self.stride >= 1):
+        whole = isinstance(self.num_frames, Integral) and isinstance(self.stride, Integral)
+        if not (
+            whole
+            and isinstance(self.frame_rate, Real)
+            and 0 <= self.num_frames <= MOST_FRAMES
+            and 0 <= self.frame_rate <= MOST_RATE
+            and self.stride >= 1
+        ):
             raise ValueError(
                 f"num_frames {self.num_frames} must be in 0..{MOST_FRAMES:,}, frame_rate {self.frame_rate} in "
                 f"0..{MOST_RATE:,.0f}, and stride {self.stride} at least 1"
             )
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"windows must be one of {', '.join(KINDS)}, not {self.kind!r}")
 
     def starts(self, count: int) -> list[int]:

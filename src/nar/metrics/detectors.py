@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class Detected:
     probabilities: Tensor | None = None
 
 
+@runtime_checkable
 class Detector(Protocol):
     """A network that judges. `label` says which, `name` how its metrics are called: FD-X for the Frechet distance.
 

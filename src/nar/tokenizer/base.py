@@ -105,6 +105,8 @@ class Tokenizer(nn.Module):
 
     def check_codes(self, codes: Tensor) -> None:
         """Raise ValueError for codes of other axes, or that this tokenizer does not have."""
+        if not isinstance(codes, Tensor):
+            raise ValueError(f"codes must be a tensor (batch, {', '.join(self.code_axes)}), not {type(codes).__name__}")
         sizes = zip(self.code_axes, map(str, codes.shape[1:]), strict=False)
         if codes.ndim != 1 + len(self.code_axes) or any(axis.isdecimal() and axis != size for axis, size in sizes):
             raise ValueError(f"codes must be (batch, {', '.join(self.code_axes)}), not {tuple(codes.shape)}")

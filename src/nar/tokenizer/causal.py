@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar.attention import Block, RMSNorm, rotations
-from nar.storage.fields import Length, Range, Size, check
+from nar.storage.fields import Length, Range, Size, check, checked
 from nar.tokenizer.base import Reconstruction, Tokenizer, check_patches
 from nar.tokenizer.quantize import Quantized, build_quantizer, check_quantizer
 
@@ -140,7 +140,10 @@ class CausalTokenizer(Tokenizer):
             memories.append(self._remember(memories[-1], grid))
         return self._decode(memories[1:])
 
-    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+    @checked
+    def pixel_shape(self, grid: tuple[Size, ...]) -> tuple[int, ...]:
+        if len(grid) != 3:
+            raise ValueError(f"the grid of clips has three axes, such as (3, 8, 8), not {grid}")
         time, height, width = grid
         patch = self.config.patch_size
         return 1 + (time - 1) * self.config.frames_per_code, height * patch, width * patch

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar.storage.fields import Range, Size, check
+from nar.storage.fields import Range, Size, check, checked
 from nar.tokenizer.base import Tokenizer, check_patches
 from nar.tokenizer.quantize import build_quantizer, check_quantizer
 
@@ -117,7 +117,8 @@ class ImageTokenizer(Tokenizer):
     def decode_latents(self, latents: Tensor) -> Tensor:
         return cast(Tensor, self.decoder(self.from_code(latents.to(self.from_code.weight.dtype))))
 
-    def pixel_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+    @checked
+    def pixel_shape(self, grid: tuple[Size, ...]) -> tuple[int, ...]:
         return tuple(size * self.config.patch_size for size in grid)
 
     def _check_size(self, *size: int) -> None:
