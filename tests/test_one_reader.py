@@ -281,12 +281,47 @@ REFUSED = {
         "holds both pictures",
     ),
     "an array larger than its file": (lambda path: lying_array(path.with_suffix(".npz")), "would need"),
+    "a tar cut off between two pictures": (
+        lambda path: cut_off(make_tar(path / "a.tar", {f"{n}.png": encoded(n) for n in range(3)})),
+        "damaged or cut off",
+    ),
+    "two columns of one name": (
+        lambda path: two_columns(path.with_suffix(".parquet")),
+        "damaged or not a parquet file .*caption",
+    ),
+    "a class that is empty": (
+        lambda path: make_tar(path / "a.tar", {"0.png": encoded(0), "0.cls": b"1", "1.png": encoded(1), "1.cls": b" "}),
+        "row 1 has no label",
+    ),
+    "signed bytes": (
+        lambda path: [(path.mkdir(exist_ok=True), (path / f"{n}.tif").write_bytes(signed_tiff())) for n in range(3)],
+        "8-bit values .* whose scale",
+    ),
     "labels of other pictures": (
         lambda path: np.savez(path.with_suffix(".npz"), arr_0=np.zeros((3, 8, 8, 3), np.uint8), labels=[1, 2]),
         r"labels \(2,\) for 3 pictures",
     ),
     "no text": (lambda path: (plain(path, range(2)), (path / "000.txt").write_bytes(b"caf\xe9")), "no UTF-8 text"),
 }
+
+
+def cut_off(tar: Path) -> None:
+    """Leave the first two members, without the end that a tar has."""
+    with tarfile.open(tar) as archive:
+        end = archive.getmembers()[2].offset
+    tar.write_bytes(tar.read_bytes()[:end])
+
+
+def two_columns(path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [pa.array([encoded(0)] * 3), pa.array(["a"] * 3), pa.array(["b"] * 3)]
+    pq.write_table(pa.Table.from_arrays(cells, names=["image", "caption", "caption"]), path)
+
+
+def signed_tiff() -> bytes:
+    data = io.BytesIO()
+    Image.new("L", (8, 8), 200).save(data, "tiff", tiffinfo={339: 2})
+    return data.getvalue()
 
 
 def lying_array(path: Path) -> None:
@@ -784,6 +819,29 @@ def test_a_loop_of_links_is_walked_once(tmp_path: Path) -> None:
     plain(tmp_path / "a", range(2))
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
     assert len(judged_in(tmp_path)) == 2
+
+
+def test_names_that_are_no_text_are_read_and_shown(tmp_path: Path, tokenizer: Path) -> None:
+    try:
+        save(tmp_path / "set" / os.fsdecode(b"caf\xe9.png"), 0)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes no such names")
+    save(tmp_path / "set" / "b.png", 1)
+    found = open_source(tmp_path / "set")
+    assert sorted(found.names) == ["b.png", "caf?.png"]
+    assert (
+        len(extracted_from(tmp_path / "set", tokenizer, tmp_path / "codes")) == len(trained_on(tmp_path / "set")) == 2
+    )
+
+
+def test_a_turned_tiff_is_read_alike_from_its_path_and_its_bytes(tmp_path: Path) -> None:
+    """Pillow maps uncompressed files into memory, and lays the rows of a turned one out wrongly."""
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(picture(0)).convert("L").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.tif", exif=tags)
+    grey = np.asarray(Image.fromarray(picture(0)).convert("L").convert("RGB"))
+    for opened in (tmp_path / "a.tif", io.BytesIO((tmp_path / "a.tif").read_bytes())):
+        np.testing.assert_array_equal(np.asarray(read_picture(opened)), grey)
 
 
 def test_mirrored_twins_are_not_taken_for_upright_ones() -> None:

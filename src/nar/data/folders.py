@@ -22,7 +22,7 @@ from nar.data.source import Source, Wanted, listed
 from nar.data.tables import METADATA, as_clips, columns_of, open_array, open_listed, open_parquet, parse_json, table
 from nar.media import pictures, video
 from nar.storage.files import read_json
-from nar.storage.text import composed, decode_text
+from nar.storage.text import composed, decode_text, printable
 
 SAMPLES = "samples.json"  # of `nar sample`: which file shows what
 SPLITS = {
@@ -155,7 +155,8 @@ def _open_classes(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source
     if not any("caption" in record for record in records) and (prompts := _prompts(folder / SAMPLES)):
         for name, record in zip(names, records, strict=True):
             record["caption"] = prompts.get(name.rpartition("/")[2], "")
-    found = table(folder, names, columns_of(records), lambda index: samples[names[index]], wanted)
+    shown = [*map(printable, names)]
+    found = table(folder, shown, columns_of(records), lambda index: samples[names[index]], wanted)
     if not (flat and found.has_classes):
         class_names = sorted(set(classes.values()))
         labels = np.array([class_names.index(classes[name]) for name in names], np.int64)
@@ -265,7 +266,7 @@ def _record(beside: Mapping[str, Any], read: Callable[[Any], bytes], *, with_cla
                 raise ValueError(f"{beside[end]} must hold an object of JSON, not {type(found).__name__}")
             record |= found
         elif end == ".cls":
-            record["label"] = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+            record["label"] = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text or None
         else:
             record["caption"] = text
     return record if with_class else {key: value for key, value in record.items() if key != "label"}
@@ -319,6 +320,9 @@ def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], list[str]]:
                     found[member.name] = (path, member.offset_data, member.size)
                 elif not member.isdir():
                     links.append(member.name)
+            end = _part_of(path, tar.offset, tarfile.BLOCKSIZE).getvalue()
+            if len(end) < tarfile.BLOCKSIZE or any(end):
+                raise ValueError(f"it is damaged or cut off at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, ValueError) as error:
         head = path.read_bytes()[:6] if path.is_file() else b""
         if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):

@@ -249,7 +249,7 @@ class Source:
 def listed(left_out: Mapping[str, Sequence[str]]) -> str:
     """Name what was left out: "3 files are left out: 2 .heic (a.heic, b.heic), 1 .txt without a picture (c.txt)"."""
     number = sum(map(len, left_out.values()))
-    kinds = ", ".join(f"{len(names)} {what} ({some(names)})" for what, names in sorted(left_out.items()))
+    kinds = ", ".join(f"{len(names)} {what} ({some(names)})" for what, names in sorted(left_out.items()) if names)
     return f"{number} {'file is' if number == 1 else 'files are'} left out: {kinds}" if number else ""
 
 

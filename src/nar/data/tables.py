@@ -222,10 +222,11 @@ def open_parquet(paths: Sequence[Path], wanted: Wanted) -> Source:
             every |= known
             present = known & _read(wanted)
             rows = file.read(list(present))
-        except (pa.ArrowException, OSError) as error:
+            pieces = {key: rows.column(key).to_pylist() for key in present}
+        except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{path} is damaged or not a parquet file ({error}); copy it again") from error
-        for key in present:
-            columns.setdefault(key, [None] * len(places)).extend(rows.column(key).to_pylist())
+        for key, piece in pieces.items():
+            columns.setdefault(key, [None] * len(places)).extend(piece)
         for row_group in range(file.num_row_groups):
             places += [(number, row_group, row) for row in range(file.metadata.row_group(row_group).num_rows)]
         for column in columns.values():  # what this file lacks and an earlier one has
@@ -327,9 +328,9 @@ def _schema_names(metadata: Mapping[bytes, bytes], label: str) -> list[str]:
     """Names of classes in the Hugging Face schema of a parquet file."""
     try:
         names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+        return [str(name) for name in names or ()]
+    except (KeyError, TypeError, ValueError):
         return []
-    return [str(name) for name in names]
 
 
 def _classes(

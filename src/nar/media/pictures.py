@@ -74,6 +74,7 @@ def opened(file: str | Path | BytesIO, name: str = "") -> Iterator[Image.Image]:
         file.seek(0)
     try:
         with Image.open(file) as picture:
+            picture.filename = ""  # or Pillow maps a TIFF into memory, and mixes up the pixels of one that is turned
             if picture.width * picture.height > most:
                 raise ValueError(
                     f"{_called(file, name)} has {picture.width}x{picture.height} pixels, more than {most:,}; make it "
@@ -104,7 +105,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
         turned = ImageOps.exif_transpose(picture)
     except (SyntaxError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
         turned = picture  # the file states its orientation in a way that no viewer reads
-    if picture.mode == "F" or picture.mode.startswith("I"):
+    signed = 2 in getattr(picture, "tag_v2", {}).get(339, ())
+    if picture.mode == "F" or picture.mode.startswith("I") or signed:
         return to_rgb(_scaled(turned, picture))
     return to_rgb(turned)
 

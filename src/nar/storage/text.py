@@ -47,4 +47,9 @@ def read_lines(path: Path) -> list[str]:
 
 def composed(name: str) -> str:
     """A name as people compare it: accents composed (some systems store them apart), no space around."""
-    return unicodedata.normalize("NFC", name).strip()
+    return unicodedata.normalize("NFC", printable(name)).strip()
+
+
+def printable(name: str) -> str:
+    """A name that can be written: bytes of a file's name that are no text become "?"."""
+    return name.encode(errors="replace").decode()

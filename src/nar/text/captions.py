@@ -20,7 +20,8 @@ class Captions:
     """Prompts to features (B, length, dim) on a device.
 
     Attributes:
-        encoder: an open one, the config of one that is opened at the first prompt that says something, or None.
+        encoder: an open one (or anything with its `encode`, `blank` and `close`), the config of one that is opened at
+            the first prompt that says something, or None.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Captions:
             ValueError: the model names none and none was given, or it is another one than the model was trained with.
             ModuleNotFoundError: a package is missing.
         """
-        if isinstance(self.encoder, TextEncoder):
+        if self.encoder is not None and not isinstance(self.encoder, TextEncoderConfig):
             return self.encoder
         if self.encoder is None or not self.encoder.source:
             raise ValueError(
@@ -54,7 +55,7 @@ class Captions:
     def close(self) -> None:
         """Free the memory of the encoder and of kept features; the next prompt takes it again."""
         self._kept = {}
-        if isinstance(self.encoder, TextEncoder):
+        if self.encoder is not None and not isinstance(self.encoder, TextEncoderConfig):
             self.encoder.close()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
