@@ -31,7 +31,7 @@ def losses(model: Transformer, codes: Tensor, labels: Tensor) -> Tensor:
     cache, tokens, schedule = model.new_cache(len(codes)), model.in_order(codes), model.layout.schedule
     hidden = [model.prefill(embedded, key_mask, cache)]
     for front in range(schedule.num_steps - 1):
-        hidden.append(model.decode(tokens[:, schedule.front(front)], range(front, front + 1), cache))
+        hidden.append(model.decode(tokens[:, : schedule.front(front).stop], range(front, front + 1), cache))
     logits = torch.cat([model.logits(part) for part in hidden], 1)
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 

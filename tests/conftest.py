@@ -22,6 +22,9 @@ LAYOUTS = {
     "raster": {"grid": (3, 4), "num_classes": 10, "schedule": "raster"},
     "par": {"grid": (4, 4), "num_classes": 10, "schedule": "par", "regions": (2, 2)},
     "par-learned": {"grid": (4, 6), "num_classes": 10, "schedule": "par", "regions": (2, 3), "positions": "learned"},
+    "scales": {"grid": (14,), "num_classes": 10, "schedule": "scales", "scales": (1, 2, 3), "positions": "learned"},
+    "var": {"grid": (14,), "num_classes": 10, "schedule": "scales", "scales": (1, 2, 3), "positions": "levels"},
+    "var-shared": {"grid": (21,), "num_classes": 10, "schedule": "scales", "scales": (1, 2, 4), "positions": "levels"},
     "text": {"grid": (3, 3), "text_dim": 12, "text_length": 5},
     "text-published": {
         "grid": (3, 3),
@@ -33,8 +36,14 @@ LAYOUTS = {
     "video": {"grid": (2, 3, 4), "num_classes": 10, "positions": "sincos"},
     "frames": {"grid": (2, 2, 3), "num_classes": 10, "prefix_grid": (1, 2, 3), "positions": "learned"},
     "frames-full": {"grid": (2, 2, 3), "prefix_grid": (2, 2, 3), "prefix_attention": "full", "positions": "learned"},
+    "modulated": {"grid": (4, 3), "num_classes": 10, "modulation": "own", "unit_keys": True},
     "words-and-frames": {"grid": (2, 2, 2), "text_dim": 12, "text_length": 5, "prefix_grid": (1, 2, 2)},
 }
+
+for _name in ("scales", "var", "var-shared"):
+    LAYOUTS[_name] |= {"code_dim": 6}
+LAYOUTS["var"] |= {"modulation": "own", "unit_keys": True}
+LAYOUTS["var-shared"] |= {"modulation": "shared"}
 
 
 def load_script(name: str) -> ModuleType:
@@ -62,8 +71,11 @@ def make_model(layout: str, **changes: object) -> Transformer:
     }
     model = Transformer(ModelConfig(**config)).eval()
     with torch.no_grad():
+        norms = model.config.modulation == "none"  # else vectors are biases, beside which the rest would say little
         for parameter in model.parameters():
-            parameter.normal_(0.5 if parameter.ndim == 1 else 0.0, 0.2)
+            parameter.normal_(0.5 if parameter.ndim == 1 and norms else 0.0, 0.2)
+        if model.config.scales:
+            model.sums.codebook.normal_()
     return model
 
 

@@ -25,6 +25,7 @@ from nar.storage.folder import read_config, read_weights
 from nar.storage.presets import PRESETS, find
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.multiscale import MultiScaleTokenizer, MultiScaleTokenizerConfig
 
 DIM, HIDDEN, VOCAB, CLASSES = 16, 24, 12, 5
 SIZES = {"num_heads": 2, "grid": (3, 4)}
@@ -359,6 +360,8 @@ def test_parameter_counts_of_published_sizes(preset: Any) -> None:
             module = ImageTokenizer(ImageTokenizerConfig(**preset.config))
         elif preset.kind == "larp-tokenizer":
             module = VideoTokenizer(VideoTokenizerConfig(**preset.config))
+        elif preset.kind == "var-vae":
+            module = MultiScaleTokenizer(MultiScaleTokenizerConfig(**preset.config))
         else:
             module = Transformer(ModelConfig(**preset.config))
     assert sum(parameter.numel() for parameter in module.parameters()) == preset.num_parameters

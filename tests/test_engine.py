@@ -40,8 +40,7 @@ def cached_logits(model: Transformer, codes: Tensor, condition: Condition, toget
     hidden = [model.prefill(embedded, key_mask, cache)]
     for first in range(0, schedule.num_steps - 1, together):
         fronts = range(first, min(first + together, schedule.num_steps - 1))
-        fed = tokens[:, schedule.front(fronts[0]).start : schedule.front(fronts[-1]).stop]
-        hidden.append(model.decode(fed, fronts, cache))
+        hidden.append(model.decode(tokens[:, : schedule.front(fronts[-1]).stop], fronts, cache))
     return model.logits(torch.cat(hidden, 1))
 
 

@@ -111,7 +111,7 @@ def decoded_logits(model: Transformer, codes: Tensor, condition: Condition) -> T
     hidden = [model.prefill(embedded, key_mask, cache)]
     schedule = model.layout.schedule
     for front in range(schedule.num_steps - 1):
-        hidden.append(model.decode(tokens[:, schedule.front(front)], range(front, front + 1), cache))
+        hidden.append(model.decode(tokens[:, : schedule.front(front).stop], range(front, front + 1), cache))
     logits = model.logits(torch.cat(hidden, 1))
     raster = torch.empty_like(logits)
     raster[:, schedule.order] = logits

@@ -29,8 +29,7 @@ def decode_all(model: Transformer, codes: torch.Tensor, condition: object, step:
     hidden = [model.prefill(embedded, key_mask, cache)]
     for first in range(0, schedule.num_steps - 1, step):
         fronts = range(first, min(first + step, schedule.num_steps - 1))
-        fed = slice(schedule.front(fronts[0]).start, schedule.front(fronts[-1]).stop)
-        hidden.append(model.decode(tokens[:, fed], fronts, cache))
+        hidden.append(model.decode(tokens[:, : schedule.front(fronts[-1]).stop], fronts, cache))
     return model.logits(torch.cat(hidden, 1))
 
 
@@ -57,15 +56,21 @@ def test_causality_by_gradient(model: Transformer) -> None:
     schedule = model.layout.schedule
     codes = torch.randint(model.config.vocab_size, (1, *model.config.grid))
     condition = make_condition(model, 1)
-    fed: list[torch.Tensor] = []
-    hook = model.tokens.register_forward_hook(lambda *call: fed.append(call[2].requires_grad_()))
-    logits = model(codes, condition).flatten(1, -2)[0, schedule.order]
-    hook.remove()
-    tokens = fed[-1]  # (1, positions of all fronts but the last, d)
+    if model.config.scales:  # each position has a code of its own, so that the codebook's rows are the positions
+        codes, lookup = torch.arange(schedule.num_positions)[None], model.sums.codebook.requires_grad_()
+        logits = model(codes, condition)[0]
+    else:
+        fed: list[torch.Tensor] = []
+        hook = model.tokens.register_forward_hook(lambda *call: fed.append(call[2].requires_grad_()))
+        logits = model(codes, condition).flatten(1, -2)[0, schedule.order]
+        hook.remove()
+        lookup = fed[-1]  # (1, positions of all fronts but the last, d)
     for front in range(schedule.num_steps):
         positions = schedule.front(front)
-        (gradient,) = torch.autograd.grad(logits[positions].square().sum(), tokens, retain_graph=True)
-        seen = gradient[0].abs().amax(-1) > 0
+        (gradient,) = torch.autograd.grad(
+            logits[positions].square().sum(), lookup, retain_graph=True, allow_unused=True
+        )
+        seen = torch.zeros(1) > 0 if gradient is None else gradient.flatten(0, -2).abs().amax(-1) > 0
         assert not seen[positions.start :].any()
         if front:
             assert seen[schedule.front(front - 1)].all()
@@ -236,8 +241,13 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     [
         ({"dim": 30, "num_heads": 4}, "dim 30 must be num_heads 4 times"),
         ({"num_classes": 0}, "needs a condition"),
-        ({"positions": "alibi"}, "positions must be one of rope, learned, sincos, not 'alibi'"),
+        ({"positions": "alibi"}, "positions must be one of rope, learned, sincos, levels, not 'alibi'"),
         ({"axis_heads": (0, 2)}, "axis_heads"),
+        ({"scales": (1, 2)}, "schedule scales needs both, others neither"),
+        ({"schedule": "scales", "grid": (5,), "scales": (1, 2)}, "schedule scales needs both"),
+        ({"schedule": "scales", "grid": (5,), "scales": (1, 2), "code_dim": 4}, "needs positions learned"),
+        ({"unit_keys": True}, "unit_keys is of modulated blocks"),
+        ({"modulation": "own", "text_dim": 4}, "modulation is by the class"),
         ({"schedule": "spiral"}, "'spiral'"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"grid": (3, 1000000)}, r"grid \(3, 1000000\) has 3,000,000 positions; at most 65,536"),

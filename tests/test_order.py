@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from nar.order import Schedule, build, manhattan, par, raster
+from nar.order import Schedule, build, manhattan, par, raster, scales
 
 GRIDS = [
     *((n,) for n in range(1, 8)),
@@ -32,11 +32,16 @@ def check(schedule: Schedule) -> None:
     assert sum(schedule.fronts) == count
     assert schedule.num_steps == len(schedule.fronts) == len(schedule.slot_fronts)
     torch.testing.assert_close(schedule.weight.sum(0), torch.ones(count))
-    assert sorted(slot for slot in schedule.slots.tolist() if slot >= 0) == list(range(count))
+    if schedule.sides:  # slots hold sums, for the places that read them
+        assert schedule.slots.tolist() == schedule.places.tolist() == list(range(1, count))
+    else:
+        assert sorted(slot for slot in schedule.slots.tolist() if slot >= 0) == list(range(count))
     for front in range(schedule.num_steps):
         positions = schedule.front(front)
         used = schedule.source[:, positions][schedule.weight[:, positions] != 0]
         assert set(used.tolist()) <= fed_before(schedule, front)
+        if schedule.sides:
+            continue
         held = [slot for slot in schedule.slots[schedule.fed(front)].tolist() if slot >= 0]
         assert sorted(held) == list(range(positions.start, positions.stop))
     real = schedule.slots >= 0
@@ -106,6 +111,19 @@ def test_par(grid: tuple[int, ...], regions: tuple[int, ...]) -> None:
         assert torch.equal(previous // cell, where[position] // cell)
 
 
+@pytest.mark.parametrize("sides", [(1,), (1, 2), (1, 2, 3, 4), (1, 3, 4), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)], ids=str)
+def test_scales(sides: tuple[int, ...]) -> None:
+    schedule = scales(sides)
+    check(schedule)
+    assert schedule.fronts == tuple(side * side for side in sides)
+    assert (schedule.num_steps, schedule.num_special) == (len(sides), 0)
+    assert build("scales", schedule.grid, sides=sides) == schedule
+    scale = torch.repeat_interleave(torch.arange(len(sides)), torch.tensor(schedule.fronts))
+    assert torch.equal(schedule.slot_levels() + 1, scale[1:]), "a slot sees those of its own scale and of coarser ones"
+    # The fronts read: all but the first at the slot of their own place.
+    assert schedule.source[0].tolist() == list(range(sum(schedule.fronts)))
+
+
 def test_published_step_counts() -> None:
     assert manhattan((16, 16)).num_steps == 31
     assert manhattan((24, 24)).num_steps == 47
@@ -116,6 +134,8 @@ def test_published_step_counts() -> None:
     four = par((16, 16), (2, 2))
     assert (four.num_steps, four.fronts[:6], four.num_special) == (67, (1, 1, 1, 1, 4, 4), 3)
     assert par((4, 16, 16), (1, 2, 2)).num_steps == 259
+    assert scales((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).num_positions == 680
+    assert scales((1, 2, 3, 4, 6, 9, 13, 18, 24, 32)).num_positions == 2240
 
 
 def test_bad_values_are_refused() -> None:
@@ -125,6 +145,11 @@ def test_bad_values_are_refused() -> None:
         par((4, 4), (3, 2))
     with pytest.raises(ValueError, match="'diagonal'"):
         build("diagonal", (4, 4))
+    for sides in ((), (2, 3), (1, 2, 2), (1, 0)):
+        with pytest.raises(ValueError, match="scales must begin with 1 and grow"):
+            scales(sides)
+    with pytest.raises(ValueError, match=r"scales \[1, 2\] have 5 positions, grid is \(4, 4\)"):
+        build("scales", (4, 4), sides=(1, 2))
     good = manhattan((2, 2))
     with pytest.raises(ValueError, match="once"):
         dataclasses.replace(good, order=torch.tensor([0, 1, 1, 3]))

@@ -1,5 +1,5 @@
-"""The pieces of a transformer block: RMSNorm, rotary positions over any number of axes, attention, SwiGLU, the KV
-cache.
+"""The pieces of a transformer block: norms, rotary positions over any number of axes, attention, feed-forward layers,
+the KV cache.
 
 Knows sequences in whatever order they come; does not know grids, fronts or conditions. Legend: `B` batch, `S` queries,
 `T` keys, `h` attention heads, `hd` head_dim, `d` dim, `P` rotation pairs = hd / 2.
@@ -7,6 +7,7 @@ Knows sequences in whatever order they come; does not know grids, fronts or cond
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -92,12 +93,13 @@ class Cache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.key_mask: Tensor | None = None  # (B, C) bool: which condition tokens are not padding
+        self.modulations: list[Tensor] = []  # of `Modulation`: they stay the same for a whole generation
         self.length = 0
         self.batch_size = batch_size
 
     def reset(self) -> None:
         """Forget everything, for another generation in the same memory."""
-        self.key_mask, self.length, self.batch_size = None, 0, self.keys.shape[1]
+        self.key_mask, self.modulations, self.length, self.batch_size = None, [], 0, self.keys.shape[1]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, h, S, hd) behind the prefix; returns prefix and new ones together."""
@@ -115,6 +117,7 @@ class Cache:
         """Forget all but the first `batch_size` rows (the unconditional half, once guidance ends)."""
         self.batch_size = batch_size
         self.key_mask = None if self.key_mask is None else self.key_mask[:batch_size]
+        self.modulations = [part[:batch_size] for part in self.modulations]
 
 
 @cache
@@ -184,10 +187,11 @@ class Attention(nn.Module):
         (B, h, S, T); or a FlexAttention block mask, whose empty blocks are skipped; None lets all see all.
         """
         batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)  # (B, S, 3, h, hd)
+        qkv = self.project(x).view(batch, length, 3, self.num_heads, -1)  # (B, S, 3, h, hd)
         q, k, v = qkv.unbind(2)
         if phases is not None:
             q, k = rotate(qkv[:, :, :2], phases).unbind(2)
+        q, k = self.scaled(q, k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -200,6 +204,14 @@ class Attention(nn.Module):
         else:
             y = _attend_smaller(q, k, v, mask)
         return cast(Tensor, self.proj(y.transpose(1, 2).reshape(batch, length, dim)))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (B, S, 3 * d), one after the other."""
+        return cast(Tensor, self.qkv(x))
+
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, S, h, hd) as they are multiplied, with a factor of hd ** -0.5."""
+        return q, k
 
     def average(self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         """`forward` with phases of zero: queries and keys vanish, and a position takes the mean of what it sees.
@@ -260,6 +272,112 @@ class Block(nn.Module):
         """`forward` with phases of zero, see `Attention.average`."""
         x = x + self.attention.average(self.attention_norm(x), mask, cache, layer)
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Biased(nn.Module):
+    """A linear layer whose bias is a parameter beside it: `nar.precision` packs layers that have none."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x) + self.bias)
+
+
+class BiasedAttention(Attention):
+    """Attention as VAR has it: biases of queries, values and the output, none of keys, and a scale of its own.
+
+    With `unit_keys` queries and keys have length 1 and each head a learned factor, at most 100; else the factor is a
+    quarter of the usual one.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, unit_keys: bool) -> None:
+        super().__init__(dim, num_heads)
+        self.proj = Biased(dim, dim)  # type: ignore[assignment]
+        self.query_bias, self.value_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        if unit_keys:
+            self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4)))
+        self.unit_keys = unit_keys
+
+    def project(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+        return cast(Tensor, self.qkv(x) + bias)
+
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.unit_keys:
+            return 0.25 * q, k
+        factor = self.log_scale.clamp_max(math.log(100)).exp() * q.shape[-1] ** 0.5
+        return F.normalize(q, dim=-1) * factor[:, None], F.normalize(k, dim=-1)
+
+
+class GeluLayers(nn.Module):
+    """down(gelu(up(x))) with biases, gelu by its tanh approximation."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = Biased(dim, hidden_dim)
+        self.down = Biased(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class Modulation(nn.Module):
+    """Gates, scales and shifts of every block, and scale and shift of the last norm, from the condition (adaptive
+    norms of DiT and VAR).
+
+    A linear layer for each block, or with `shared` one for all and learned constants for each.
+    """
+
+    def __init__(self, dim: int, num_blocks: int, *, shared: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(dim, 6 * dim) for _ in range(1 if shared else num_blocks))
+        if shared:
+            self.constants = nn.Parameter(torch.empty(num_blocks, 6, dim))
+        self.last = nn.Linear(dim, 2 * dim)
+        self.shared = shared
+
+    def forward(self, condition: Tensor) -> list[Tensor]:
+        """(B, d) to (B, 6, d) for each block, in order, then (B, 2, d)."""
+        condition = F.silu(condition)
+        parts = [layer(condition).unflatten(-1, (6, -1)) for layer in self.blocks]
+        if self.shared:
+            parts = [parts[0] + constants for constants in self.constants]
+        return [*parts, self.last(condition).unflatten(-1, (2, -1))]
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, then a scale around 1 and a shift, (B, 1, d)."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class ModulatedBlock(nn.Module):
+    """Transformer block whose norms are scaled and shifted, and whose branches are gated, by a `Modulation` (VAR)."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, *, unit_keys: bool) -> None:
+        super().__init__()
+        self.attention = BiasedAttention(dim, num_heads, unit_keys=unit_keys)
+        self.feed_forward = GeluLayers(dim, hidden_dim)
+        self.eps = norm_eps
+
+    def forward(
+        self,
+        x: Tensor,
+        phases: Tensor | None,
+        mask: Tensor | BlockMask | None,
+        cache: Cache | None,
+        layer: int,
+        dropout: tuple[float, float],
+        modulation: Tensor,
+    ) -> Tensor:
+        """As `Block`, with its `modulation` (B, 6, d): two gates, two scales, two shifts."""
+        gates, scales, shifts = modulation[:, None].unflatten(2, (3, 2)).unbind(2)  # (B, 1, 2, d) each
+        y = modulated(x, scales[:, :, 0], shifts[:, :, 0], self.eps)
+        x = x + _drop(self.attention(y, phases, mask, cache, layer) * gates[:, :, 0], *dropout)
+        y = modulated(x, scales[:, :, 1], shifts[:, :, 1], self.eps)
+        return x + _drop(self.feed_forward(y) * gates[:, :, 1], *dropout)
 
 
 def _drop(branch: Tensor, residual: float, path: float) -> Tensor:

@@ -23,10 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from nar.attention import Block, Cache, RMSNorm, flex_takes, rotations, sinusoids
+from nar.attention import (
+    Block,
+    Cache,
+    ModulatedBlock,
+    Modulation,
+    RMSNorm,
+    flex_takes,
+    modulated,
+    rotations,
+    sinusoids,
+)
 from nar.condition import AnyCondition, Condition, PrefixCodes, TextFeatures
 from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
+from nar.scales import ScaleSums
 from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check, checked, from_dict
 from nar.storage.folder import Weights, check_shapes, find_model, read_config, without_weights, write_folder
 
@@ -41,12 +52,18 @@ class ModelConfig:
 
     Attributes:
         grid: codes per axis, (height, width) or (frames, height, width).
-        schedule: "manhattan" (NAR), "raster", or "par" with its `regions`.
+        schedule: "manhattan" (NAR), "raster", "par" with its `regions`, or "scales" (VAR) of these sides: the grid is
+            the number of all their codes, which are fed as sums of their vectors of `code_dim`, the tokenizer's.
         hidden_dim: of the feed-forward layers; 0 takes 8/3 of `dim`, rounded up to a multiple of 256.
         head_depths: extra blocks in front of each prediction head, chained; default one for each head but the first.
         axis_heads: for each row of the schedule's predictions (width first), the head that serves it; several may share
             one.
-        positions: "rope", "learned" (one embedding a position), or "sincos" (the same, fixed).
+        positions: "rope", "learned" (one embedding a position), "sincos" (the same, fixed), or "levels" (learned, and
+            one more for each front).
+        modulation: the class scales, shifts and gates each block, by a layer of its "own" or a "shared" one, as in VAR
+            (biases, gelu, layer norms without weights); "none": a plain block.
+        unit_keys: queries and keys of modulated blocks have length 1, and each head a learned factor; else that is a
+            quarter of the usual one.
         null_class: whether there is a class embedding for "no class", which guidance needs.
         text_dim, text_length: width and number of text features.
         prefix_grid: grid of the codes that come before, those of context frames; a separator follows them.
@@ -64,9 +81,11 @@ class ModelConfig:
     hidden_dim: Length = 0
     schedule: str = "manhattan"
     regions: tuple[Size, ...] = ()
+    scales: tuple[Size, ...] = ()
+    code_dim: Length = 0
     head_depths: tuple[Length, ...] = ()
     axis_heads: tuple[Length, ...] = ()
-    positions: Annotated[str, OneOf("rope", "learned", "sincos")] = "rope"
+    positions: Annotated[str, OneOf("rope", "learned", "sincos", "levels")] = "rope"
     rope_base: Positive = 10000.0
     norm_eps: Positive = 1e-5
     num_classes: Length = 0
@@ -77,6 +96,8 @@ class ModelConfig:
     condition_rotation: Annotated[str, OneOf("zero", "identity")] = "identity"
     prefix_attention: Annotated[str, OneOf("causal", "full")] = "causal"
     null_mask: Annotated[str, OneOf("caption", "own")] = "own"
+    modulation: Annotated[str, OneOf("none", "own", "shared")] = "none"
+    unit_keys: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -86,7 +107,18 @@ class ModelConfig:
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
         if not (self.num_classes or self.text_dim or self.prefix_grid):
             raise ValueError("a model needs a condition: set num_classes, text_dim or prefix_grid")
-        rows, (heads, depths) = build(self.schedule, self.grid, self.regions).num_rows, self._heads
+        if bool(self.scales) != (self.schedule == "scales") or bool(self.scales) != bool(self.code_dim):
+            raise ValueError(
+                f"schedule {self.schedule} with scales {list(self.scales)} and code_dim {self.code_dim}: "
+                "schedule scales needs both, others neither"
+            )
+        if self.scales and (self.positions == "rope" or self.prefix_grid):
+            raise ValueError("schedule scales needs positions learned, sincos or levels, and has no prefix_grid")
+        if self.modulation != "none" and self.num_condition != 1:
+            raise ValueError("modulation is by the class: set num_classes, and neither text_dim nor prefix_grid")
+        if self.unit_keys and self.modulation == "none":
+            raise ValueError("unit_keys is of modulated blocks: set modulation to own or shared")
+        rows, (heads, depths) = self.order().num_rows, self._heads
         if len(heads) != rows or set(heads) != set(range(len(depths))):
             raise ValueError(
                 f"axis_heads {heads} must name one of the {len(depths)} heads of head_depths "
@@ -98,10 +130,14 @@ class ModelConfig:
         hidden_dim, (heads, depths) = self.hidden_dim or 256 * math.ceil(int(8 * self.dim / 3) / 256), self._heads
         return dataclasses.replace(self, hidden_dim=hidden_dim, head_depths=depths, axis_heads=heads)
 
+    def order(self) -> Schedule:
+        """The schedule that is named."""
+        return build(self.schedule, self.grid, self.regions, self.scales)
+
     @property
     def _heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`axis_heads` and `head_depths`: by default each row has a head, and each but the first a block."""
-        heads = self.axis_heads or tuple(range(build(self.schedule, self.grid, self.regions).num_rows))
+        heads = self.axis_heads or tuple(range(self.order().num_rows))
         return heads, self.head_depths or (0,) + (1,) * max(heads)
 
     @property
@@ -142,10 +178,11 @@ class Layout:
     rows: Tensor  # (C + S,) row of the position table that each sequence position takes
     phases: Tensor | None  # (C + S, P, 2)
     table: Tensor | None  # (C + N, d), for fixed position embeddings
+    front_rows: Tensor  # (C + S,) the front that each sequence position comes before, for embeddings of levels
 
     @classmethod
     def of(cls, config: ModelConfig) -> Layout:
-        schedule = build(config.schedule, config.grid, config.regions)
+        schedule = config.order()
         count = config.num_condition
         phases = table = None
         if config.positions == "rope":
@@ -162,7 +199,9 @@ class Layout:
             table = sinusoids(torch.arange(count + schedule.num_positions), config.dim).float()
         rows = torch.cat([torch.arange(count), count + schedule.places])
         names = {name: getattr(schedule, name) for name in ("order", "source", "weight", "slots")}
-        return cls(schedule, **names, levels=schedule.slot_levels(), rows=rows, phases=phases, table=table)
+        levels = schedule.slot_levels()
+        front_rows = F.pad((levels + 1).clamp_max(schedule.num_steps - 1), (count, 0))  # none follows the last one
+        return cls(schedule, **names, levels=levels, rows=rows, phases=phases, table=table, front_rows=front_rows)
 
     def to(self, device: torch.device) -> Layout:
         tensors: dict[str, Any] = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
@@ -178,7 +217,9 @@ class Transformer(nn.Module):
         with torch.device("cpu"):  # also when the parameters are made on the meta device
             self.layout = Layout.of(config)
         dim, num_heads = config.dim, len(config.head_depths)
-        self.tokens = nn.Embedding(config.vocab_size, dim)
+        self.tokens = nn.Linear(config.code_dim, dim) if config.scales else nn.Embedding(config.vocab_size, dim)
+        if config.scales:
+            self.sums = ScaleSums(config.scales, config.vocab_size, config.code_dim, learned=False)
         if config.num_classes:
             self.classes = nn.Embedding(config.num_classes + config.null_class, dim)
         if config.text_dim:
@@ -192,19 +233,28 @@ class Transformer(nn.Module):
             self.separator = nn.Parameter(torch.empty(dim))
         if self.layout.schedule.num_special:
             self.special = nn.Parameter(torch.empty(self.layout.schedule.num_special, dim))
-        if config.positions == "learned":
+        if config.positions == "levels":
+            self.levels = nn.Parameter(torch.empty(self.layout.schedule.num_steps, dim))
+        if config.positions in ("learned", "levels"):
             self.positions = nn.Parameter(torch.empty(config.num_condition + self.layout.schedule.num_positions, dim))
+        plain = config.modulation == "none"
+        if not plain:
+            self.modulation = Modulation(dim, config.num_blocks, shared=config.modulation == "shared")
+            self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        sizes = (dim, config.num_heads, config.hidden_dim, config.norm_eps)
         self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, config.hidden_dim, config.norm_eps) for _ in range(config.num_blocks)
+            Block(*sizes) if plain else ModulatedBlock(*sizes, unit_keys=config.unit_keys)
+            for _ in range(config.num_blocks)
         )
-        self.head_norms = nn.ModuleList(RMSNorm(dim, config.norm_eps) for _ in range(num_heads))
+        self.head_norms = nn.ModuleList(RMSNorm(dim, config.norm_eps) for _ in range(num_heads if plain else 0))
         self.output = nn.Linear(num_heads * dim, config.vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and embeddings N(0, 0.02), norms 1, the output 0: the first loss is ln V; null words of length 1."""
+        """Weights and embeddings N(0, 0.02), norms 1, the output and biases 0: the first loss is ln V; null words of
+        length 1, and gates of modulated blocks almost closed."""
         for name, parameter in self.named_parameters():
-            if not name.endswith("norm.weight") and not name.startswith("head_norms"):
+            if not name.endswith(("norm.weight", "bias", "log_scale")) and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
         if self.config.text_dim:
@@ -225,6 +275,11 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights, and of the computation."""
         return self.tokens.weight.dtype
+
+    @property
+    def token_vectors(self) -> Tensor:
+        """(V, width) what stands for each token in what the model is fed."""
+        return self.sums.codebook if self.config.scales else self.tokens.weight
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -261,13 +316,15 @@ class Transformer(nn.Module):
             wide = flex_takes(self.config.dim // self.config.num_heads)
             flex = x.device.type == "cuda" and x.shape[1] > SMALLEST_FLEX and wide
         mask = self._block_mask(x.shape[1], key_mask) if flex else self._mask(x.shape[1], key_mask)
-        states = self._chain(x, 0, mask, dropout=rates)
+        modulations = self._modulations(embedded)
+        states = self._chain(x, 0, mask, modulations, dropout=rates)
         first = self.config.num_condition - 1
-        return self._readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0)
+        return self._readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0, modulations)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., H * d), heads and guidance in them, to float32 logits (..., V): all is linear."""
-        return cast(Tensor, self.output(hidden)).float()
+        logits = cast(Tensor, self.output(hidden)).float()
+        return logits if self.config.modulation == "none" else logits + self.output_bias.float()
 
     def in_order(self, codes: Tensor) -> Tensor:
         """Codes (B, *grid) to tokens (B, N) in generation order; raises ValueError when the grid is another one."""
@@ -297,12 +354,13 @@ class Transformer(nn.Module):
         cache.key_mask = key_mask
         x = self._add_positions(embedded, 0)
         average = self.layout.phases is not None and self.config.condition_rotation == "zero"
-        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache, average=average)
+        cache.modulations = self._modulations(embedded)
+        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache.modulations, cache, average=average)
         cache.commit(x.shape[1])
-        return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0)
+        return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0, cache.modulations)
 
     def decode(self, tokens: Tensor, fronts: range, cache: Cache) -> Tensor:
-        """Feed consecutive `fronts`, whose tokens (B, n) in generation order are known.
+        """Feed consecutive `fronts`, given all tokens (B, n) in generation order up to their end.
 
         Returns the hidden states (B, m, H * d) of the positions that they predict: fronts first + 1 to last + 1.
         """
@@ -319,10 +377,10 @@ class Transformer(nn.Module):
         if cache.key_mask is not None:
             words = F.pad(cache.key_mask, (0, cache.length + x.shape[1] - count), value=True)[:, None, None]
             mask = words if mask is None else words & mask
-        states = self._chain(x, cache.length, mask, cache)
+        states = self._chain(x, cache.length, mask, cache.modulations, cache)
         cache.commit(x.shape[1])
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
-        return self._readout(states, positions, slots.start + 1)
+        return self._readout(states, positions, slots.start + 1, cache.modulations)
 
     def embed(self, condition: AnyCondition) -> tuple[Tensor, Tensor | None]:
         """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
@@ -385,13 +443,17 @@ class Transformer(nn.Module):
         return torch.cat([embedded, self.separator.expand(len(embedded), 1, -1)], 1), mask
 
     def _embed_slots(self, tokens: Tensor, fronts: range) -> Tensor:
-        """Embed the slots of consecutive fronts, given their tokens (B, n): (B, S, d)."""
+        """Embed the slots of consecutive fronts, given all tokens (B, n) up to their end: (B, S, d)."""
         schedule = self.layout.schedule
+        if schedule.sides:  # sums of all of them, in place of one each
+            return cast(Tensor, self.tokens(self.sums(tokens, fronts).to(self.dtype)))
         if not fronts:
             return cast(Tensor, self.tokens(tokens[:, :0]))
         start, stop = schedule.front(fronts[0]).start, schedule.front(fronts[-1]).stop
         slots = self.layout.slots[schedule.fed(fronts[0]).start : schedule.fed(fronts[-1]).stop]
-        embedded = cast(Tensor, self.tokens(tokens[:, : stop - start]))
+        if tokens.shape[1] < stop:
+            raise ValueError(f"front {fronts[-1]} ends at token {stop}, but {tokens.shape[1]} tokens were given")
+        embedded = cast(Tensor, self.tokens(tokens[:, start:stop]))
         if len(slots) == stop - start:
             return embedded
         special = self.special.expand(len(tokens), -1, -1)
@@ -399,16 +461,25 @@ class Transformer(nn.Module):
         return together[:, torch.where(slots >= 0, slots - start, stop - start - 1 - slots)]
 
     def _add_positions(self, x: Tensor, start: int) -> Tensor:
-        table = self.positions if self.config.positions == "learned" else self.layout.table
+        """Add embeddings of the places of `x` (B, S, d), whose first one is sequence position `start`."""
+        learned = self.config.positions in ("learned", "levels")
+        table, places = self.positions if learned else self.layout.table, slice(start, start + x.shape[1])
         if table is None:
             return x
-        return x + table[self.layout.rows[start : start + x.shape[1]]].to(x.dtype)
+        if self.config.positions == "levels":
+            x = x + self.levels[self.layout.front_rows[places]]
+        return x + table[self.layout.rows[places]].to(x.dtype)
+
+    def _modulations(self, embedded: Tensor) -> list[Tensor]:
+        """What the class, embedded (B, 1, d) without its place, makes of each block and of the last norm."""
+        return [] if self.config.modulation == "none" else cast("list[Tensor]", self.modulation(embedded[:, 0]))
 
     def _chain(
         self,
         x: Tensor,
         start: int,
         mask: Tensor | BlockMask | None,
+        modulations: list[Tensor],
         cache: Cache | None = None,
         dropout: Dropout | None = None,
         *,
@@ -427,17 +498,21 @@ class Transformer(nn.Module):
             if average and not isinstance(mask, BlockMask):
                 x = cast(Block, block).average(x, mask, cache, index)
             else:
-                x = block(x, phases, mask, cache, index, (rates.residual, path))
+                x = block(x, phases, mask, cache, index, (rates.residual, path), *modulations[index : index + 1])
             states += [x] * taps.count(index + 1 - self.config.num_layers)
         return states
 
-    def _readout(self, states: list[Tensor], positions: slice, first_slot: int) -> Tensor:
+    def _readout(self, states: list[Tensor], positions: slice, first_slot: int, modulations: list[Tensor]) -> Tensor:
         """Normalise, gather and average the heads' streams, whose first row is slot `first_slot`: (B, n, H * d)."""
         source = self.layout.source[:, positions] - first_slot
         weight = self.layout.weight[:, positions]
         columns = []
-        for head, (norm, state) in enumerate(zip(self.head_norms, states, strict=True)):
-            normed = norm(state)
+        for head, state in enumerate(states):
+            if modulations:
+                scale, shift = modulations[-1][:, None].unbind(2)
+                normed = modulated(state, scale, shift, self.config.norm_eps)
+            else:
+                normed = self.head_norms[head](state)
             column = torch.zeros((), dtype=normed.dtype, device=normed.device)
             for row, served_by in enumerate(self.config.axis_heads):
                 if served_by == head:

@@ -5,7 +5,7 @@ what a diagonal is. Legend: `N` positions of the grid, `A` rows of predictions (
 slots.
 
 A *slot* is what the model is fed: slot 0 is the last condition token, slots 1..S are the grid's tokens in generation
-order, and, where a method needs them, learned special slots among them.
+order, and, where a method needs them, learned special slots among them; or, with scales, sums of tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nar.scales import check_sides
 
 MOST_POSITIONS = 2**16  # every token attends to all before it: 2 billion pairs in each head of each block
 
@@ -38,11 +40,14 @@ class Schedule:
     weight: Tensor
     """(A, N) the share of that prediction; columns sum to 1."""
     slots: Tensor
-    """(S,) what each slot from 1 on holds: a position in generation order, or -1 - k for special slot k."""
+    """(S,) what each slot from 1 on holds: a position in generation order, or -1 - k for special slot k. With `sides`,
+    the sum of all tokens before, at that position's place."""
     slot_fronts: tuple[int, ...]
     """Number of slots fed after each front is known."""
     places: Tensor
     """(S,) raster index at which each slot stands, for its position embedding."""
+    sides: tuple[int, ...] = ()
+    """Sides of the square scales that follow each other on a grid of one axis; none where positions are of one size."""
 
     def __post_init__(self) -> None:
         n = math.prod(self.grid)
@@ -179,15 +184,42 @@ def par(grid: Sequence[int], regions: Sequence[int]) -> Schedule:
     return Schedule(grid, order, fronts, torch.arange(n)[None], torch.ones(1, n), slots, slot_fronts, places)
 
 
-CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {"manhattan": manhattan, "raster": raster, "par": par}
+def scales(sides: Sequence[int]) -> Schedule:
+    """Next-scale prediction (VAR, arXiv 2404.02905): a picture's codes at growing scales, each predicted whole.
+
+    The grid has one axis, all scales one after the other, row-major inside: 680 positions for sides 1, 2, 3, 4, 5, 6,
+    8, 10, 13 and 16. The first position reads the condition, every other one the slot at its own place.
+    """
+    sides = _whole(sides, "scales")
+    check_sides(sides)
+    fronts = tuple(side * side for side in sides)
+    (n,) = grid = _checked((sum(fronts),))
+    order = torch.arange(n)
+    return Schedule(
+        grid, order, fronts, order[None], torch.ones(1, n), order[1:], (*fronts[1:], 0), order[1:], sides=sides
+    )
 
 
-def build(name: str, grid: Sequence[int], regions: Sequence[int] = ()) -> Schedule:
-    """The schedule that a config names: "manhattan", "raster", or "par" with its regions."""
+CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
+    "manhattan": manhattan,
+    "raster": raster,
+    "par": par,
+    "scales": scales,
+}
+
+
+def build(name: str, grid: Sequence[int], regions: Sequence[int] = (), sides: Sequence[int] = ()) -> Schedule:
+    """The schedule that a config names: "manhattan", "raster", "par" with its regions, or "scales" with their sides."""
     if not isinstance(name, str) or name not in CONSTRUCTORS:
         raise ValueError(f"schedule must be one of {', '.join(CONSTRUCTORS)}, not {name!r}")
     with torch.device("cpu"):  # whatever device a model is being built on
-        return par(grid, regions) if name == "par" else CONSTRUCTORS[name](grid)
+        if name != "scales":
+            return par(grid, regions) if name == "par" else CONSTRUCTORS[name](grid)
+        if (found := scales(sides)).grid != tuple(grid):
+            raise ValueError(
+                f"scales {list(sides)} have {found.num_positions} positions, grid is {grid}; set it to that"
+            )
+        return found
 
 
 def _checked(grid: Sequence[int]) -> tuple[int, ...]:

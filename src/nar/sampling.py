@@ -213,9 +213,9 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
     else:
         if cache.batch_size > batch and front > last_guided(sampling, schedule):
             cache.keep(batch)
-        last = tokens[:, schedule.front(front - 1)].clamp_min(0)  # -1 stands for logits that are no numbers
-        fed = torch.cat([last, last]) if cache.batch_size > batch else last
-        hidden = model.decode(fed, range(front - 1, front), cache)
+        earlier = tokens[:, : positions.start].clamp_min(0)  # -1 stands for logits that are no numbers
+        earlier = torch.cat([earlier, earlier]) if cache.batch_size > batch else earlier
+        hidden = model.decode(earlier, range(front - 1, front), cache)
     if cache.batch_size > batch:
         scale = sampling.guidance_at(front, schedule.num_steps)
         hidden = hidden[:batch] if scale == 1.0 else hidden[batch:].lerp(hidden[:batch], scale)

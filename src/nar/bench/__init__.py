@@ -34,10 +34,11 @@ from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizerConfig
+from nar.tokenizer.multiscale import MultiScaleTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-TOKENIZERS = ("llamagen-vq", "larp-tokenizer")  # kinds of presets
+TOKENIZERS = ("llamagen-vq", "larp-tokenizer", "var-vae")  # kinds of presets
 IMAGE_GUIDANCE, VIDEO_GUIDANCE = 2.0, 1.25  # what the paper samples with
 
 
@@ -83,9 +84,11 @@ def preset_model(
 def preset_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a published size, or of the published kind for a model's, with random weights."""
     preset = find(name)
-    kind = VideoTokenizerConfig if len(preset.config.get("grid", ())) == 3 else ImageTokenizerConfig
-    is_tokenizer = preset.kind in TOKENIZERS
-    config = kind(**preset.config if is_tokenizer else {"vocab_size": preset.config["vocab_size"]})
+    clips = len(preset.config.get("grid", ())) == 3
+    kind: Any = VideoTokenizerConfig if clips else ImageTokenizerConfig
+    kind = MultiScaleTokenizerConfig if preset.kind.startswith("var") else kind
+    wanted = ("vocab_size", "scales")  # of a model's: the other sizes are those of the published kind
+    config = kind(**{key: value for key, value in preset.config.items() if preset.kind in TOKENIZERS or key in wanted})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return new_tokenizer(config).eval().requires_grad_(False)
@@ -93,10 +96,12 @@ def preset_tokenizer(name: str) -> Tokenizer:
 
 def with_schedule(config: ModelConfig, schedule: str) -> ModelConfig:
     """The same backbone under another schedule; "par" takes four regions, two along each of the last two axes."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
     if schedule == config.schedule:
         return config
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+    if config.scales:
+        raise ValueError(f"a model of scales has no grid for {schedule}; measure it under its own schedule")
     regions = (1,) * (len(config.grid) - 2) + (2, 2) if schedule == "par" else ()
     return dataclasses.replace(config, schedule=schedule, regions=regions, head_depths=(), axis_heads=())
 
@@ -105,7 +110,9 @@ def bench_preset(
     name: str, setup: Setup, schedules: Sequence[str] = SCHEDULES, *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
     """Measure the backbone of a published size, with random weights, under several schedules."""
-    default = IMAGE_GUIDANCE if len(_preset_config(name).grid) == 2 else VIDEO_GUIDANCE
+    config = _preset_config(name)
+    default = VIDEO_GUIDANCE if len(config.grid) == 3 else IMAGE_GUIDANCE
+    schedules = (config.schedule,) if config.scales else schedules
     tokenizer = preset_tokenizer(name) if setup.pixels else None
     load = partial(preset_model, name, precision=setup.dtype, device=setup.device)
     return _bench(name, load, schedules, tokenizer, setup, default, report)
@@ -234,7 +241,7 @@ def _bench(
 
 def _preset_config(name: str) -> ModelConfig:
     preset = find(name)
-    if not preset.kind.startswith(("nar-", "llamagen-gpt")):
+    if preset.kind in TOKENIZERS:
         raise ValueError(f"preset {name!r} is a tokenizer; give one of the models, such as NAR-B")
     return ModelConfig(**preset.config)
 

@@ -17,7 +17,9 @@ from nar.cli.app import app, sizes
 def convert(
     context: typer.Context,
     source: Annotated[Path, Argument(metavar="SRC", help="A published .pt, .pth or .safetensors file, or its folder.")],
-    kind: Annotated[str, Option(help="nar-c2i, nar-t2i, nar-c2v, nar-fp, llamagen-gpt; llamagen-vq, larp-tokenizer.")],
+    kind: Annotated[
+        str, Option(help="nar-c2i, nar-t2i, nar-c2v, nar-fp, llamagen-gpt, var; llamagen-vq, larp-tokenizer, var-vae.")
+    ],
     output: Annotated[Path, Option("--output", "-o", help="The model folder to write.")],
     preset: Annotated[str | None, Option(help="See nar info --presets. Default: recognised by its sizes.")] = None,
     weights: Annotated[str, Option(help="model, ema or ema:DECAY, of a file with several sets.")] = "model",
@@ -27,12 +29,13 @@ def convert(
     class_names: Annotated[Path | None, Option(help="A text file with one name a line, or a JSON list.")] = None,
     prefix_attention: Annotated[str, Option(help="Given codes see earlier ones (causal) or all (full).")] = "causal",
     l2_norm: Annotated[bool, Option(help="Image tokenizers: whether codes are compared by direction.")] = True,
+    scales: Annotated[str | None, Option(help="Of var-vae: 1x2x3x4x6x9x13x18x24x32 for 512 pixels.")] = None,
 ) -> None:
     """Turn a published checkpoint into a model folder. Nothing in the file is run; every tensor is accounted for."""
     from nar.convert import convert as convert_checkpoint
 
-    read = {"grid": sizes(grid) if grid else None, "class_names": _names(class_names) if class_names else ()}
-    convert_checkpoint(**context.params | read)
+    read = {"grid": sizes(grid) if grid else None, "scales": sizes(scales) if scales else ()}
+    convert_checkpoint(**context.params | read | {"class_names": _names(class_names) if class_names else ()})
     typer.echo(f"wrote {output}")
 
 

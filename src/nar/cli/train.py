@@ -70,7 +70,6 @@ def extract(
     from nar.storage.files import read_json
     from nar.storage.folder import find_model, read_config
     from nar.tokenizer import load_tokenizer
-    from nar.tokenizer.image import ImageTokenizerConfig
     from nar.training.distributed import joined
 
     folder = find_model(model)
@@ -81,7 +80,7 @@ def extract(
     own = tokenizer.pixel_shape(tuple(config["model"]["grid"])) if config.get("kind") == "transformer" else ()
     size = size or (own[-1] if own else 256)
     if frames is None:
-        frames = own[0] if len(own) == 3 else 0 if isinstance(tokenizer.config, ImageTokenizerConfig) else 16
+        frames = own[0] if len(own) == 3 else 0 if len(tokenizer.pixel_axes) == 2 else 16
     if windows == "random":
         raise ValueError("--windows random is for the training of tokenizers: codes are made once; take all, or centre")
     options: dict[str, Any] = {"label": label, "group": group, "group_without": group_without}

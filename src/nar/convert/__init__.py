@@ -17,14 +17,20 @@ import torch
 
 from nar.convert.checkpoint import Checkpoint, read_checkpoint
 from nar.convert.models import model_state
+from nar.convert.next_scale import (
+    PUBLISHED_SAMPLING,
+    multiscale_tokenizer_state,
+    next_scale_state,
+    tokenizer_sums,
+)
 from nar.convert.renaming import KINDS, Parts, recognise
 from nar.convert.tokenizers import image_tokenizer_state, video_tokenizer_state
 from nar.model import ModelConfig
 from nar.storage.fields import Size, checked
 from nar.storage.folder import check_replaceable, read_config, write_folder
 from nar.storage.presets import find
-from nar.tokenizer.image import ImageTokenizerConfig
-from nar.tokenizer.larp import VideoTokenizerConfig
+from nar.tokenizer import KINDS as TOKENIZERS
+from nar.tokenizer import TokenizerConfig
 
 __all__ = ["KINDS", "Checkpoint", "convert", "read_checkpoint", "recognise"]
 
@@ -46,12 +52,14 @@ def convert(
     tokenizer: str | Path | None = None,
     prefix_attention: str = "causal",
     l2_norm: bool = True,
+    scales: Sequence[int] = (),
 ) -> None:
     """Turn the published checkpoint `source`, a file or its folder, into the model folder `output`.
 
     What the tensors do not tell is taken from the settings stored beside them, from `preset` (a published name), or
-    from the arguments: `num_heads`, `grid`, and for image tokenizers `l2_norm`. `tokenizer` is a converted tokenizer's
-    folder, copied into the model's so that it makes pictures. Memory stays below the size of the file.
+    from the arguments: `num_heads`, `grid`, for image tokenizers `l2_norm` and for VAR's its `scales`. `tokenizer` is a
+    converted tokenizer's folder, copied into the model's so that it makes pictures; VAR's model needs it. Memory stays
+    below the size of the file.
 
     Raises:
         FileNotFoundError: `source` is not there.
@@ -59,10 +67,11 @@ def convert(
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    is_model = kind not in ("llamagen-vq", "larp-tokenizer")
+    is_model = kind not in ("llamagen-vq", "larp-tokenizer", "var-vae")
     for option, given, fits in (
         ("num_heads", num_heads, is_model),
-        ("grid", grid, kind != "llamagen-vq"),
+        ("grid", grid, kind not in ("llamagen-vq", "var", "var-vae")),
+        ("scales", scales, kind == "var-vae"),
         ("class_names", class_names, is_model),
         ("tokenizer", tokenizer, is_model),
         ("prefix_attention", prefix_attention != "causal", kind == "nar-fp"),
@@ -70,17 +79,25 @@ def convert(
     ):
         if given and not fits:
             raise ValueError(f"{option} does not apply to {kind}, {KINDS[kind]}; leave it out")
+    if kind == "var" and not tokenizer:
+        raise ValueError(
+            "kind var needs tokenizer, the folder of its converted tokenizer: its codebook is fed to the model"
+        )
     output, named = Path(output), find(preset) if preset else None
     if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):  # also of a link to itself
         raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
     check_replaceable(output)  # before the source is read
 
-    def load() -> tuple[ImageTokenizerConfig | VideoTokenizerConfig | ModelConfig, dict[str, Parts]]:
+    def load() -> tuple[TokenizerConfig | ModelConfig, dict[str, Parts]]:
         checkpoint = read_checkpoint(source, weights=weights)
         if kind == "llamagen-vq":
             return image_tokenizer_state(checkpoint, preset=named, l2_norm=l2_norm)
         if kind == "larp-tokenizer":
             return video_tokenizer_state(checkpoint, preset=named, grid=grid)
+        if kind == "var-vae":
+            return multiscale_tokenizer_state(checkpoint, preset=named, scales=scales)
+        if kind == "var":
+            return next_scale_state(checkpoint, tokenizer_sums(tokenizer or ""), preset=named, num_heads=num_heads)
         return model_state(
             checkpoint, kind, preset=named, num_heads=num_heads, grid=grid, prefix_attention=prefix_attention
         )
@@ -91,15 +108,20 @@ def convert(
         if class_names and len(class_names) != config.num_classes:
             raise ValueError(f"{len(class_names)} class names for a model of {config.num_classes} classes")
         description = {"kind": "transformer", "model": sizes, "class_names": list(class_names), **origin}
+        if kind == "var":
+            description["sampling"] = PUBLISHED_SAMPLING
     else:
-        written = "image-tokenizer" if kind == "llamagen-vq" else "video-tokenizer"
+        written = next(name for name, made in TOKENIZERS.items() if made.config_class is type(config))
         description = {"kind": written, "tokenizer": sizes, **origin}
     parts = {"tokenizer": Path(tokenizer)} if tokenizer else {}
     for folder in parts.values():
-        found = read_config(folder).get("tokenizer", {}).get("vocab_size")
-        if found != config.vocab_size:
-            fit = f"{found} codes, the model {config.vocab_size}"
+        found = read_config(folder).get("tokenizer", {})
+        if found.get("vocab_size") != config.vocab_size:
+            fit = f"{found.get('vocab_size')} codes, the model {config.vocab_size}"
             raise ValueError(f"the tokenizer in {folder} has {fit}; give its own")
+        if found.get("scales", []) != (wanted := list(sizes.get("scales", ()))):
+            fit = f"scales {found.get('scales', [])}, the model {wanted}"
+            raise ValueError(f"the tokenizer in {folder} has {fit}; convert it with --scales of the model")
     write_folder(output, description, lambda path: _stream_safetensors(path, lambda: load()[1]), parts=parts)
 
 

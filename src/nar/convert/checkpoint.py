@@ -54,7 +54,13 @@ def read_checkpoint(source: str | Path, *, weights: str = "model") -> Checkpoint
     """
     path, settings_path = _locate(Path(source))
     settings: dict[str, Any] = read_json(settings_path) if settings_path else {}
-    if settings.get("kind") in ("transformer", "image-tokenizer", "video-tokenizer", "causal-tokenizer"):
+    if settings.get("kind") in (
+        "transformer",
+        "image-tokenizer",
+        "video-tokenizer",
+        "causal-tokenizer",
+        "multiscale-tokenizer",
+    ):
         raise ValueError(f"{path.parent} is a model folder already: it needs no conversion")
     if path.suffix == ".safetensors":
         if weights != "model":

@@ -24,12 +24,18 @@ KINDS = {
     "llamagen-gpt": "LlamaGen, classes or text to pictures, token by token",
     "llamagen-vq": "the image tokenizer of LlamaGen and NAR",
     "larp-tokenizer": "the video tokenizer of LARP and NAR",
+    "var": "VAR, classes to pictures, scale by scale",
+    "var-vae": "the multi-scale image tokenizer of VAR",
 }
 
 
 def recognise(tensors: Iterable[str]) -> str | None:
     """The kind of checkpoint that has tensors of these names; None when it is none of `KINDS`."""
     names = set(tensors)
+    if any(name.startswith("quantize.quant_resi.") for name in names):
+        return "var-vae"
+    if {"pos_1LC", "word_embed.weight"} <= names:
+        return "var"
     if "quantize.embedding.weight" in names:
         return "llamagen-vq"
     if "bottleneck.regularizer.embedding.weight" in names:

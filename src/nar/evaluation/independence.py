@@ -51,7 +51,7 @@ def independence_cost(
     generator = torch.Generator().manual_seed(seed)
     # Factors are linear in the model's own token embeddings: a free row for each token would need far more pictures
     # (with 1,024 tokens and 1,600 pictures it found nothing that held on others).
-    embedding = model.tokens.weight.detach().float()
+    embedding = model.token_vectors.detach().float()
     embedding = (embedding - embedding.mean(0)) / (embedding.std(0) + 1e-6) / embedding.shape[1] ** 0.5
     # True and strange neighbours, left and right factors; the right ones start at 0: no coupling is the first to beat.
     start = torch.randn(2, 2, embedding.shape[1], RANK, generator=generator)

@@ -40,7 +40,6 @@ from nar.progress import steps
 from nar.storage.files import atomically
 from nar.storage.folder import find_model, model_digest
 from nar.tokenizer import load_tokenizer
-from nar.tokenizer.image import ImageTokenizer
 from nar.tokenizer.refine import refine_codes
 
 _KEPT = ("validation", "heldout_share", "num_frames", "stride", "frame_rate", "windows")  # of the training's data
@@ -82,7 +81,7 @@ def judge_tokenizer(
     if len(heldout) > number:
         heldout = heldout.take(np.sort(generator.permutation(len(heldout))[:number]))
     images = load_pictures(heldout, size=data.size).images
-    if images.ndim == 4 and not isinstance(tokenizer, ImageTokenizer):
+    if images.ndim == 4 and len(tokenizer.pixel_axes) != 2:
         raise ValueError(f"{folder} reads clips, but {real} holds pictures, or clips of which to give --num-frames")
     batch_size = batch_size or (CLIP_BATCH if images.ndim == 5 else BATCH)
     place = torch.device(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -382,8 +382,9 @@ class Pipeline:
         """Decode codes (B, *grid), with -1 (shown as mid-grey) where undecided, into one of the output types."""
         if output_type == "codes":
             return codes
-        pixels = self.decode(codes.clamp_min(0))
-        if (codes < 0).any():
+        partial = self.tokenizer is not None and self.tokenizer.shows_undecided
+        pixels = self.decode(codes if partial else codes.clamp_min(0))
+        if (codes < 0).any() and not partial:
             hidden = (codes < 0)[:, None].float().to(pixels.device)
             pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
         return _as_output(list(pixels), output_type)

@@ -1,7 +1,7 @@
 """Published models by name: their sizes as plain numbers, so that listing them needs no torch.
 
 Knows configurations; does not know how they are built or loaded. `config` has the fields of `ModelConfig`,
-`ImageTokenizerConfig` or `VideoTokenizerConfig`, by `kind` as in `nar convert`.
+`ImageTokenizerConfig`, `VideoTokenizerConfig` or `MultiScaleTokenizerConfig`, by `kind` as in `nar convert`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ def _sizes(dim: int, num_layers: int, num_heads: int) -> dict[str, int]:
     return {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
 
 
+_SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def _next_scale(depth: int, scales: tuple[int, ...] = _SCALES_256) -> dict[str, Any]:
+    grid = (sum(side * side for side in scales),)
+    order = {"grid": grid, "schedule": "scales", "scales": scales, "code_dim": 32, "positions": "levels"}
+    block = {"hidden_dim": 256 * depth, "modulation": "own", "unit_keys": True, "norm_eps": 1e-6}
+    return _sizes(64 * depth, depth, depth) | order | block | {"vocab_size": 4096, "num_classes": 1000}
+
+
 _B, _M, _L = _sizes(768, 12, 12), _sizes(1024, 18, 16), _sizes(1024, 24, 16)
 _XL, _XXL, _3B = _sizes(1280, 36, 20), _sizes(1536, 48, 24), _sizes(3200, 24, 32)
 
@@ -62,6 +73,12 @@ _ALL = (
     Preset("LlamaGen-XXL", "llamagen-gpt", "GPT-XXL", 1_410_972_672, _CLASSES | _XXL | {"schedule": "raster"}),
     Preset("LlamaGen-3B", "llamagen-gpt", "GPT-3B", 3_096_659_200, _CLASSES | _3B | {"schedule": "raster"}),
     Preset("LlamaGen-XL-t2i", "llamagen-gpt", "GPT-XL", 777_678_080, _TEXT | _XL | {"schedule": "raster"}),
+    Preset("VAR-d16", "var", "VAR-d16", 310_283_520, _next_scale(16)),
+    Preset("VAR-d20", "var", "VAR-d20", 600_917_136, _next_scale(20)),
+    Preset("VAR-d24", "var", "VAR-d24", 1_033_399_360, _next_scale(24)),
+    Preset("VAR-d30", "var", "VAR-d30", 2_010_020_356, _next_scale(30)),
+    Preset("VAR-d36", "var", "VAR-d36", 2_353_893_904, _next_scale(36, _SCALES_512) | {"modulation": "shared"}),
+    Preset("VAR-VAE", "var-vae", "vae_ch160v4096z32", 108_948_355, {}),
     Preset("VQ-16", "llamagen-vq", "VQ-16", 71_883_403, {"channel_multipliers": (1, 1, 2, 2, 4)}),
     Preset("VQ-8", "llamagen-vq", "VQ-8", 70_109_835, {"channel_multipliers": (1, 2, 2, 4)}),
     Preset("LARP-L-long", "larp-tokenizer", "larp_tokenizer", 172_179_984, {"grid": (4, 16, 16)}),

@@ -10,11 +10,14 @@ from nar.tokenizer.base import Reconstruction, Tokenizer
 from nar.tokenizer.causal import CausalTokenizer, CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
+from nar.tokenizer.multiscale import MultiScaleTokenizer, MultiScaleTokenizerConfig
 
 __all__ = ["KINDS", "Reconstruction", "Tokenizer", "TokenizerConfig", "load_tokenizer", "new_tokenizer"]
 
-TokenizerConfig = ImageTokenizerConfig | VideoTokenizerConfig | CausalTokenizerConfig
-KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (ImageTokenizer, VideoTokenizer, CausalTokenizer)}
+TokenizerConfig = ImageTokenizerConfig | VideoTokenizerConfig | CausalTokenizerConfig | MultiScaleTokenizerConfig
+KINDS: dict[str, type[Tokenizer]] = {
+    kind.kind: kind for kind in (ImageTokenizer, VideoTokenizer, CausalTokenizer, MultiScaleTokenizer)
+}
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer:

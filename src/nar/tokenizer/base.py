@@ -40,6 +40,7 @@ class Tokenizer(nn.Module):
     config_class: ClassVar[type]
     pixel_axes: ClassVar[tuple[str, ...]]
     code_axes: tuple[str, ...]  # names, or the sizes where there is one grid only
+    shows_undecided: ClassVar[bool] = False  # `decode` takes codes of -1, and leaves out what they would add
     config: Any
     quantizer: Quantizer
 

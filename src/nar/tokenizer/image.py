@@ -71,8 +71,8 @@ class ImageTokenizer(Tokenizer):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__(config)
-        self.encoder = _Encoder(config)
-        self.decoder = _Decoder(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.quantizer = build_quantizer(
             config.quantizer, config.vocab_size, config.code_dim, l2_norm=config.l2_norm, levels=config.levels
         )
@@ -136,7 +136,9 @@ def _ramp(size: int, overlap: int, patch: int, like: Tensor) -> Tensor:
     return (torch.minimum(places, size * patch - places) / max(overlap * patch, 1)).clamp(max=1.0)
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """Pixels to latents before the convolution that makes them code_dim wide."""
+
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.pixel_shuffle, groups = config.pixel_shuffle, config.norm_groups
@@ -158,7 +160,9 @@ class _Encoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(self.mid(x)))))
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
+    """Latents to pixels: the encoder's levels in reverse, with one more block each."""
+
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.pixel_shuffle, groups = config.pixel_shuffle, config.norm_groups

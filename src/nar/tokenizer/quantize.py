@@ -99,11 +99,7 @@ class VectorQuantizer(Quantizer):
         return F.normalize(points, dim=-1) if self.l2_norm else points
 
     def nearest(self, points: Tensor) -> Tensor:
-        rows, codebook = _whole(points.flatten(0, -2)), _whole(self.codebook().detach().float())
-        squares = codebook.square().sum(-1)  # |z|^2 is the same for every entry and left out
-        pieces = rows.split(max(1, _CHUNK_BYTES // (self.vocab_size * rows.element_size())))
-        codes = [torch.addmm(squares, piece, codebook.T, alpha=-2.0).argmin(-1) for piece in pieces]
-        return torch.cat(codes).reshape(points.shape[:-1])
+        return nearest_entries(points, self.codebook().detach().float())
 
     def entries(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook())
@@ -134,6 +130,15 @@ class VectorQuantizer(Quantizer):
         points = self.points(latents).flatten(0, -2)
         sums = points.new_zeros(self.vocab_size, points.shape[-1]).index_add_(0, codes.flatten(), points)
         return torch.bincount(codes.flatten(), minlength=self.vocab_size).float(), sums
+
+
+def nearest_entries(points: Tensor, codebook: Tensor) -> Tensor:
+    """The codes (...) of the entries of `codebook` (V, D) nearest to `points` (..., D); the lowest of those as near."""
+    rows, codebook = _whole(points.flatten(0, -2)), _whole(codebook)
+    squares = codebook.square().sum(-1)  # |z|^2 is the same for every entry and left out
+    pieces = rows.split(max(1, _CHUNK_BYTES // (len(codebook) * rows.element_size())))
+    codes = [torch.addmm(squares, piece, codebook.T, alpha=-2.0).argmin(-1) for piece in pieces]
+    return torch.cat(codes).reshape(points.shape[:-1])
 
 
 class ScalarQuantizer(Quantizer):

@@ -25,6 +25,7 @@ from nar.pipeline.continuation import Continuation, prefix_grid
 from nar.sampling import generate
 from nar.storage.folder import find_model
 from nar.tokenizer import load_tokenizer
+from nar.tokenizer.multiscale import MultiScaleTokenizer
 from nar.training.batches import Batch
 from nar.training.distributed import Workers
 from nar.training.loop import Task, share
@@ -89,6 +90,10 @@ class ModelTask(Task):
             extract_given(recipe, sources, recipe.given_frames, self.tokenizer_folder, workers)
         torch.manual_seed(recipe.seed)
         self.module = _initial(recipe, sizes, self.text).to(workers.device)
+        if self.module.config.scales:
+            if not isinstance(self.tokenizer, MultiScaleTokenizer):
+                raise ValueError("model.schedule=scales needs the tokenizer_path of a multi-scale tokenizer")
+            self.module.sums.load_state_dict(self.tokenizer.quantizer.sums.state_dict())
         self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
         kind = classes, self.text, recipe.data.wording, self.continuation
         self.train = Samples(train, *kind, composed=composed, composed_share=recipe.data.composed)
