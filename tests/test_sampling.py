@@ -36,7 +36,7 @@ def test_equals_the_reference_loop(model: Transformer, settings: str, batch: int
     condition = make_condition(model, batch)
     expected = reference_generate(model, condition, sampling, seed=11)
     assert torch.equal(generate(model, condition, sampling, seed=11), expected)
-    assert expected.unique().numel() > 1
+    assert expected.unique().numel() > 1 or "greedy" in settings
 
 
 def test_a_picture_depends_on_its_own_stream_only() -> None:
