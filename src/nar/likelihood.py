@@ -74,6 +74,7 @@ def bits_per_token(
 
     See `sample_losses`.
     """
+    model.check_codes(codes)
     parts = []
     for start in range(0, len(codes), batch_size):
         rows = slice(start, start + batch_size)

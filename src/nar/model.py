@@ -303,7 +303,9 @@ class Transformer(nn.Module):
         `flex` takes FlexAttention, which skips the blocks of keys that no query of a block sees; None takes it on CUDA
         where there are blocks to skip and its kernels take the size of the heads.
         """
-        rates = dropout or Dropout()
+        rates = Dropout() if dropout is None else dropout
+        if not isinstance(rates, Dropout):
+            raise ValueError(f"dropout must be a nar.model.Dropout, not {type(dropout).__name__}")
         tokens = self.in_order(codes)
         embedded, key_mask = self.embed(condition)
         if len(tokens) != len(embedded):
@@ -325,6 +327,15 @@ class Transformer(nn.Module):
         """Project hidden states (..., H * d), heads and guidance in them, to float32 logits (..., V): all is linear."""
         logits = cast(Tensor, self.output(hidden)).float()
         return logits if self.config.modulation == "none" else logits + self.output_bias.float()
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise ValueError for what are no codes of this model. It reads them: not for every step on a GPU."""
+        size = self.config.vocab_size
+        found = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+        if found not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise ValueError(f"codes must be a tensor of whole numbers (B, {str(self.config.grid)[1:-1]}), not {found}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(f"codes run from {int(codes.min())} to {int(codes.max())}, this model has 0..{size - 1}")
 
     def in_order(self, codes: Tensor) -> Tensor:
         """Codes (B, *grid) to tokens (B, N) in generation order; raises ValueError when the grid is another one."""

@@ -13,7 +13,7 @@ import typer
 from nar import __version__
 
 _INTERRUPTED = 130
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but tab and newline
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, but tab and newline
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # of torch, for CPU, Windows, GPUs
 app = typer.Typer(
     name="nar",
@@ -56,7 +56,7 @@ def main() -> None:
 
 def _say(text: str) -> None:
     """Print a warning or an error, in one line."""
-    typer.echo(shown(f"nar: {' '.join(text.split())}"), err=True)
+    echo(f"nar: {' '.join(text.split())}", err=True)
 
 
 def _described(error: Exception) -> str:
@@ -107,6 +107,24 @@ def sizes(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f"grid {text!r} must be whole numbers joined by x, such as 16x16 or 4x16x16")
     return tuple(map(int, sizes))
+
+
+def refuse_unused(context: typer.Context, what: str, *unused: str) -> None:
+    """Raise ValueError with those of some parameters that were given, where they would have no effect."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in unused
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        given = [name if name.startswith("-") else name.upper() for name in given]
+        raise ValueError(f"{what} does not use {', '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out")
+
+
+def echo(text: object, *, err: bool = False) -> None:
+    """Print a text, whatever characters the names in it have."""
+    typer.echo(shown(text), err=err)
 
 
 def shown(text: object) -> str:

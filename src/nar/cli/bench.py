@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from nar.cli.app import app
+from nar.cli.app import app, echo
 from nar.storage.files import atomically, check_output, write_json
 
 
@@ -68,7 +68,7 @@ def bench(
     setup = measure.Setup(**given | {"batch_sizes": sizes, "device": place})
 
     def report(row: reports.Row) -> None:
-        typer.echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
+        echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
 
     if tokenizer is not None:
         rows = measure.bench_tokenizer(tokenizer, setup)
@@ -79,11 +79,11 @@ def bench(
     first, what = rows[0], f"{dtype}, guidance {rows[0].guidance_scale}"
     if tokenizer is not None:
         what = f"{'x'.join(map(str, first.size or ()))} pixels"
-    typer.echo(
+    echo(
         f"{first.model}: {what} on {first.device}, {first.threads} threads, medians of {repetitions} after "
         f"{warmups + 1} warm-ups; seconds for a batch, and the least that reading and arithmetic take"
     )
-    typer.echo("\n".join([reports.table(rows), *(reports.compare(rows) if tokenizer is None else ())]))
+    echo("\n".join([reports.table(rows), *(reports.compare(rows) if tokenizer is None else ())]))
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(row) for row in rows])
     if plot_file is not None:

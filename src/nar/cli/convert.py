@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from nar.cli.app import app, sizes
+from nar.cli.app import app, echo, sizes
 
 
 @app.command(epilog="Example: nar convert --kind nar-c2i c2i_L_256.pt --tokenizer models/vq-16 -o models/nar-l")
@@ -36,7 +36,7 @@ def convert(
 
     read = {"grid": sizes(grid) if grid else None, "scales": sizes(scales) if scales else ()}
     convert_checkpoint(**context.params | read | {"class_names": _names(class_names) if class_names else ()})
-    typer.echo(f"wrote {output}")
+    echo(f"wrote {output}")
 
 
 def _names(path: Path) -> list[str]:

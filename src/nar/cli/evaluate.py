@@ -19,7 +19,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from nar.cli import options as shared
-from nar.cli.app import app
+from nar.cli.app import app, echo, refuse_unused
 
 # Options that moved into sub-verbs, those first that were given together with others of them.
 MOVED = {
@@ -134,15 +134,15 @@ def evaluate(
     source = str(model if fake is None else fake)
     samples = model is not None or is_model(source)
     if not samples:
-        _refuse(context, "--fake FOLDER", "labels", "dtype", *of_sampling, *([] if protocol else ["number"]))
+        refuse_unused(context, "--fake FOLDER", "labels", "dtype", *of_sampling, *([] if protocol else ["number"]))
     if i3d is None:
-        _refuse(context, "judging without --i3d", "i3d_variant")
+        refuse_unused(context, "judging without --i3d", "i3d_variant")
     if i3d is not None or video:
-        _refuse(context, "--i3d" if i3d else "--video", "inception", *(["video"] if i3d else []))
+        refuse_unused(context, "--i3d" if i3d else "--video", "inception", *(["video"] if i3d else []))
     if not calibration:
-        _refuse(context, "--calibration 0", "tokenizer")
+        refuse_unused(context, "--calibration 0", "tokenizer")
     elif samples or tokenizer is not None:
-        _refuse(context, "judging with a tokenizer", "calibration")
+        refuse_unused(context, "judging with a tokenizer", "calibration")
     how = Comparison(**_options(context, *of_sampling, "model", "fake", "labels", "dtype"), progress=True)
     settings = settings_among(context.params)
 
@@ -210,7 +210,7 @@ def captions(
     from nar.evaluation.words import judge_captions
 
     if clip is None:
-        _refuse(context, "judging without --clip", "clip_prefix", "size")
+        refuse_unused(context, "judging without --clip", "clip_prefix", "size")
     _report(lambda: judge_captions(**_options(context)), json_file)
 
 
@@ -230,7 +230,7 @@ def geneval(
     from nar.precision import usable_device
 
     if write_prompts is not None:
-        _refuse(context, "--write-prompts", "folder", "detector", "clip", "seed", "device", "json_file")
+        refuse_unused(context, "--write-prompts", "folder", "detector", "clip", "seed", "device", "json_file")
         wanted = prompts.composition_prompts(plural=prompts.add_s)
         _written(lambda path: prompts.write_prompts(path, wanted), write_prompts)
     elif folder is None or detector is None or clip is None:
@@ -253,7 +253,7 @@ def composed(
     from nar.metrics.geneval import composed, judge, prompts, scenes
 
     if write_prompts is not None:
-        _refuse(context, "--write-prompts", "folder", "seed", "json_file")
+        refuse_unused(context, "--write-prompts", "folder", "seed", "json_file")
         _written(lambda path: prompts.write_prompts(path, scenes.scene_prompts()), write_prompts)
     elif folder is None:
         raise ValueError("composed needs FOLDER, laid out as GenEval's: 00000/metadata.jsonl, 00000/samples/0000.png")
@@ -307,19 +307,6 @@ def _options(context: typer.Context, *without: str) -> dict[str, Any]:
     return {name: value for name, value in context.params.items() if name not in ("json_file", *without)}
 
 
-def _refuse(context: typer.Context, what: str, *unused: str) -> None:
-    """Raise ValueError with those of some parameters that were given, as this way of judging does not read them."""
-    given = [
-        max(parameter.opts, key=len)
-        for parameter in context.command.params
-        if parameter.name in unused
-        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        given = [name if name.startswith("-") else name.upper() for name in given]
-        raise ValueError(f"{what} does not use {', '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out")
-
-
 def _report(
     judge: Callable[[], Report], json_file: Path | None, value: str = "fake", names: dict[str, str] | None = None
 ) -> None:
@@ -335,11 +322,11 @@ def _report(
     texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     report["warnings"] = list(dict.fromkeys([*texts, *report.get("warnings", ())]))
     for text in report["warnings"]:
-        typer.echo(f"warning: {text}", err=True)
-    typer.echo(as_table(report, value, names))
+        echo(f"warning: {text}", err=True)
+    echo(as_table(report, value, names))
     if json_file is not None:
         write_json(json_file, report, indent=2)
-        typer.echo(f"wrote {json_file}")
+        echo(f"wrote {json_file}")
 
 
 def _written(write: Callable[[Path], None], path: Path) -> None:
@@ -347,4 +334,4 @@ def _written(write: Callable[[Path], None], path: Path) -> None:
 
     check_output(path)
     write(path)
-    typer.echo(f"wrote {path}")
+    echo(f"wrote {path}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nar import __version__
-from nar.cli.app import app, shown
+from nar.cli.app import app, echo
 
 
 @app.command(epilog="Example: nar info fashion")
@@ -24,20 +24,22 @@ def info(
     from nar.storage.folder import bundled_names
     from nar.storage.presets import PRESETS
 
+    if model is not None and presets:
+        raise ValueError("--presets lists the published sizes: leave MODEL out")
     if model is None and not presets:
         names = f"bundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
-        typer.echo(f"nar {__version__}\n{names}")
+        echo(f"nar {__version__}\n{names}")
         return
     facts = {name: vars(preset) for name, preset in PRESETS.items()} if presets else _facts(str(model))
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, default=list))
+        echo(json.dumps(facts, indent=2, default=list))
         return
     width = max(map(len, facts))
     for key, value in facts.items():
         if presets:
             grid = "x".join(map(str, value["config"].get("grid", ()))) or "any"
             value = f"{value['kind']:<15} {value['num_parameters']:>13,} parameters  grid {grid}"
-        typer.echo(f"{key:<{width}}  {shown(value)}")
+        echo(f"{key:<{width}}  {value}")
 
 
 def _made(shape: tuple[int, ...], frame_rate: float) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from nar import __version__
 from nar.cli import options as shared
-from nar.cli.app import app, sizes
+from nar.cli.app import app, echo, sizes
 from nar.progress import Progress
 from nar.storage.files import atomically, check_output
 from nar.storage.text import read_lines
@@ -203,9 +203,9 @@ def sample(
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
         _write_growth(written[-1], pipe, fronts, result)
     kind = "clips" if pipe.makes_clips else "pictures"
-    typer.echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {sum(counts) / len(result.names):.0f} steps each")
+    echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {sum(counts) / len(result.names):.0f} steps each")
     for path in written:
-        typer.echo(f"wrote {path}")
+        echo(f"wrote {path}")
 
 
 def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, grid: str | None) -> Pipeline:
@@ -269,7 +269,7 @@ def _sample_set(
         said = f"{number} pictures, {labels} labels"
         sample_set(pipe, output, number, names, **options)
     if workers.first:
-        typer.echo(f"{said}\nwrote {output}")
+        echo(f"{said}\nwrote {output}")
 
 
 def _check_output(output: Path) -> None:

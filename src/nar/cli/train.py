@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from nar.cli.app import app
+from nar.cli.app import app, echo, refuse_unused
 
 
 @app.command(epilog="Example: nar train fashion run=runs/mine batch_size=128")
@@ -29,11 +29,12 @@ def train(
     from nar.training.tasks import run_recipe
 
     folder = run_recipe(recipe, overrides or [], override=override, start=start)
-    typer.echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
+    echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
 
 
 @app.command(epilog="Example: nar extract runs/tokenizer/model --data pictures/ --size 256 --views flip -o codes/")
 def extract(
+    context: typer.Context,
     model: Annotated[
         str, Argument(metavar="MODEL_OR_TOKENIZER", help="A tokenizer folder, or a model with one inside.")
     ],
@@ -66,9 +67,13 @@ def extract(
     """Turn pictures or clips into codes of a tokenizer, for training. Under torchrun the processes share the work."""
     from nar.data import extract as extraction
     from nar.data.clips import ClipSource
+    from nar.data.codes import Codes
     from nar.data.config import DataConfig
+    from nar.model import ModelConfig
+    from nar.storage.fields import from_dict
     from nar.storage.files import read_json
-    from nar.storage.folder import find_model, read_config
+    from nar.storage.folder import CONFIG, find_model, read_config
+    from nar.text import TextEncoder, TextEncoderConfig, cached
     from nar.tokenizer import load_tokenizer
     from nar.training.distributed import joined
 
@@ -77,19 +82,31 @@ def extract(
     if config.get("kind") == "transformer":
         folder = folder / "tokenizer"
     tokenizer = load_tokenizer(folder)
-    own = tokenizer.pixel_shape(tuple(config["model"]["grid"])) if config.get("kind") == "transformer" else ()
+    own: tuple[int, ...] = ()
+    if config.get("kind") == "transformer":
+        own = tokenizer.pixel_shape(from_dict(ModelConfig, config.get("model"), find_model(model) / CONFIG).grid)
     size = size or (own[-1] if own else 256)
     if frames is None:
         frames = own[0] if len(own) == 3 else 0 if len(tokenizer.pixel_axes) == 2 else 16
+    if not frames:
+        refuse_unused(context, "extracting pictures", "stride", "frame_rate", "windows", "given_frames")
+    if not text_encoder:
+        refuse_unused(context, "extracting without --text-encoder", "max_length", "clean", "wording")
+    if not group:
+        refuse_unused(context, "extracting without --group", "group_without")
     if windows == "random":
         raise ValueError("--windows random is for the training of tokenizers: codes are made once; take all, or centre")
     options: dict[str, Any] = {"label": label, "group": group, "group_without": group_without}
     options |= {"num_frames": frames, "stride": stride, "frame_rate": frame_rate, "windows": windows}
-    pictures = DataConfig(data, size, **options)
+    pictures = DataConfig(data, size, wording=wording, **options)
     options = {"size": size, "kind": views, "batch_size": batch_size, "threads": threads, "pad": pad}
     with joined(device or "auto") as workers:
         options |= {"device": workers.device, "rank": workers.rank, "count": workers.count, "wait": workers.wait}
         source = pictures.part(split)
+        encoder = None
+        if workers.first and text_encoder:  # before the work
+            encoder = TextEncoder(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
+            encoder.encode([""])  # its weights too
         wanted = [(source, output)]
         for given in given_frames or ():
             if not isinstance(source, ClipSource):
@@ -97,14 +114,10 @@ def extract(
             wanted.append((dataclasses.replace(source, given=given), output / extraction.given_folder(given)))
         for part, place in wanted:
             extraction.extract(folder, part, place, **options)
-        if workers.first and text_encoder:
-            from nar.data.codes import Codes
-            from nar.text import TextEncoder, TextEncoderConfig, cached
-
+        if encoder is not None:
             forms = [form for forms in Codes.open(output).wordings(wording) for form in forms]
-            encoder = TextEncoder(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
-            typer.echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
+            echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
         if workers.first:
             made = read_json(output / "manifest.json")
             views_of = f"{made['num_views']} views of {'x'.join(map(str, made['grid']))} codes each"
-            typer.echo(f"{made['num_samples']} pictures, {views_of}, {made['num_broken']} broken\nwrote {output}")
+            echo(f"{made['num_samples']} pictures, {views_of}, {made['num_broken']} broken\nwrote {output}")

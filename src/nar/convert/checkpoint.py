@@ -134,8 +134,13 @@ def _unwrap(tree: Any, weights: str, path: Path) -> tuple[dict[str, Tensor], dic
         model = tree["model"]
         sets = {"model": model["sd"]}
         # Averages cover parameters; what is not averaged (fixed position tables) is the model's own.
-        sets |= {f"ema:{key}": {**model["sd"], **state} for key, state in (model.get("ema_sd") or {}).items()}
-        settings = {"name": model.get("name"), **(model.get("args") or {})}
+        averages, args = model.get("ema_sd") or {}, model.get("args") or {}
+        if not (isinstance(args, dict) and isinstance(averages, dict) and all(map(_is_state, averages.values()))):
+            raise ValueError(
+                f"{path} has args or ema_sd of another form than the trainers of video write; download it again"
+            )
+        sets |= {f"ema:{key}": {**model["sd"], **state} for key, state in averages.items()}
+        settings = {"name": model.get("name"), **args}
     else:
         sets = {key: tree[key] for key in ("model", "module", "state_dict", "ema") if _is_state(tree.get(key))}
         settings = tree["args"] if isinstance(tree.get("args"), dict) else {}

@@ -118,6 +118,8 @@ def rename(
         for source, tensor in sources.items():
             if [size for size in tensor.shape if size != 1] != [size for size in wanted if size != 1]:
                 problems.append(f"{source} is {tuple(tensors[source].shape)}, {tuple(wanted)} is expected")
+            elif tensor.is_floating_point() != ours.is_floating_point():
+                problems.append(f"{source} is of {tensor.dtype}, {ours.dtype} is expected")
         renamed[name] = Parts(tuple(sources.values()), origin.axis, ours.shape)
     if missing := sorted(used - tensors.keys()):
         problems.append(f"missing: {_listed(missing)}")

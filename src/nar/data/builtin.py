@@ -6,6 +6,7 @@ Knows where these come from; does not know other sources. Dimensions: N pictures
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
@@ -21,6 +22,7 @@ _NAMES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, 
 FASHION_MNIST_CLASSES = tuple(_NAMES.split(", "))
 TOY = "toy"
 TOY_CLASSES = ("circle", "square", "triangle", "cross")
+_MOST_PACKED = 1100  # times: no gzip file holds more
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
@@ -87,16 +89,18 @@ def _read_idx_array(folder: Path, name: str, axes: int) -> np.ndarray:
     if path is None:
         raise FileNotFoundError(f"{folder} lacks {name}.gz; Fashion-MNIST is four files, copy them all")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4 + 4 * axes)
+            if len(head) < 4 + 4 * axes or head[:4] != bytes([0, 0, 8, axes]):
+                raise ValueError(f"{path} is not an idx file of uint8 with {axes} axes; copy it again")
+            shape = tuple(np.frombuffer(head, ">u4", offset=4).tolist())
+            most = path.stat().st_size * _MOST_PACKED
+            data = file.read(min(math.prod(shape), most) + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from error
-    start = 4 + 4 * axes
-    if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):
-        raise ValueError(f"{path} is not an idx file of uint8 with {axes} axes; copy it again")
-    shape = tuple(int(length) for length in np.frombuffer(data, ">i4", count=axes, offset=4))
-    if len(data) - start != int(np.prod(shape)):
-        raise ValueError(f"{path} has {len(data) - start} bytes for shape {shape}; it is truncated, copy it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    if len(data) != math.prod(shape):
+        raise ValueError(f"{path} has {len(data)} bytes for shape {shape}; it is truncated, copy it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def of_arrays(pictures: Pictures) -> Source:

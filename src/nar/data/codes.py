@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,24 @@ import numpy as np
 
 from nar.data.source import WORDS
 from nar.data.wording import WORDINGS, wordings
-from nar.storage.fields import checked
+from nar.storage.fields import Size, checked, from_dict, kinds
+from nar.storage.files import read_json
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest must say for its codes to be read."""
+
+    tokenizer: str
+    views: str
+    num_views: Size
+    num_samples: int
+    grid: tuple[Size, ...]
+    shards: tuple[str, ...]
+    class_names: tuple[str, ...]
+    captions: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,8 @@ class Codes:
             raise FileNotFoundError(
                 f"{folder} holds no finished codes (no {MANIFEST}); run the same `nar extract` command to its end"
             )
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path)
+        from_dict(_Manifest, {key: manifest[key] for key in kinds(_Manifest) if key in manifest}, path)
         width = manifest["num_views"] * int(np.prod(manifest["grid"]))
         shards, columns = list[np.ndarray](), defaultdict[str, list[Any]](list)
         for name in manifest["shards"]:
@@ -70,9 +85,10 @@ class Codes:
                     table = pa.ipc.open_stream(source).read_all().combine_chunks()
                 flat = table.column("codes").combine_chunks().flatten().to_numpy()
                 shards.append(flat.reshape(len(table), width))
+                np.array(table.column("label").to_pylist(), np.int64)  # whole numbers
                 for column in {"label", "group", "caption", *table.column_names} - {"codes"}:
                     columns[column] += table.column(column).to_pylist()
-            except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+            except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
                     f"shard {folder / name} can't be read ({reason}); delete it and run the same `nar extract` again"

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -21,14 +20,13 @@ from PIL import Image
 
 from nar.data.clips import ClipSource
 from nar.data.source import Source, Wanted
+from nar.storage.arrays import array_names, read_arrays
 from nar.storage.text import composed, read_lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 _CAPTIONS = ("caption", "captions", "text", "prompt")
 _WORDS = (*_CAPTIONS, "tags", "style")
 _CELLS = ("image", "strip", "video")
-_MOST_UNPACKED = 2**31  # bytes of an npz array that is packed more than _MOST_PACKED times
-_MOST_PACKED = 200
 
 
 def open_listed(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source:
@@ -101,22 +99,14 @@ def open_array(path: Path, wanted: Wanted) -> Source:
     It holds `arr_0` uint8 (N, H, W, 3) or (N, 3, H, W), of clips (N, T, H, W, 3), and maybe `labels` or `arr_1` (N,),
     `class_names` that they index, and `names` (N,), which are captions.
     """
-    try:
-        with np.load(path) as file:
-            known = list(file.files)
-            shape, dtype = _stated(path, "arr_0") if "arr_0" in known else ((), None)
-            found = {name: file[name] for name in ("arr_0", "labels", "arr_1", "names", "class_names") if name in known}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, SyntaxError) as error:
-        if str(error).startswith("Object arrays"):
-            raise ValueError(f"{path} holds an array of objects; save one uint8 array (N, H, W, 3) as arr_0") from error
-        if path.name in str(error):
-            raise
-        raise ValueError(f"{path} is damaged or not an .npz file ({error}); copy it again") from error
+    known = array_names(path)
+    found = read_arrays(path, ("arr_0", "labels", "arr_1", "names", "class_names"))
     if "arr_0" not in found:
         if "mu" in known:
             raise ValueError(f"{path} holds statistics (mu, sigma) and no pictures; give it as --real of `nar eval`")
         raise ValueError(f"{path} holds {', '.join(known) or 'nothing'}; pictures are expected as arr_0 (N, H, W, 3)")
     images = found["arr_0"]
+    shape, dtype = images.shape, images.dtype
     if images.ndim in (4, 5) and images.shape[-1] != 3 and images.shape[1] == 3:
         images = np.moveaxis(images, 1, -1)
     axes = 5 if wanted.clips or images.ndim == 5 else 4
@@ -138,28 +128,6 @@ def open_array(path: Path, wanted: Wanted) -> Source:
     source = table(path, names, columns, read, wanted, schema_names=class_names)
     source = dataclasses.replace(source, numbered=bool(source.class_numbers) and not class_names)
     return as_clips(source) if axes == 5 else source
-
-
-def _stated(path: Path, name: str) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of an array of an npz file, checked against its size before anything is allocated."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        entry = archive.getinfo(f"{name}.npy")
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    if dtype.hasobject:
-        raise ValueError(f"{path} holds an array of objects; save one uint8 array (N, H, W, 3) as arr_0")
-    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if needed > entry.file_size:
-        raise ValueError(
-            f"{path}: arr_0 {shape} would need {needed:,} bytes and has {entry.file_size:,}; copy it again"
-        )
-    if needed > _MOST_UNPACKED and needed > _MOST_PACKED * max(1, entry.compress_size):
-        raise ValueError(
-            f"{path}: arr_0 unpacks from {entry.compress_size:,} to {needed:,} bytes; at most {_MOST_UNPACKED:,} are "
-            f"unpacked where they are packed more than {_MOST_PACKED} times: save it with np.savez"
-        )
-    return shape, dtype
 
 
 def open_hub(name: str, splits: Sequence[str], wanted: Wanted) -> Source:

@@ -30,6 +30,7 @@ from nar.media.pixels import as_images
 from nar.pipeline import Pipeline, Request
 from nar.progress import steps
 from nar.sampling import Sampling
+from nar.storage.arrays import read_arrays
 from nar.storage.files import atomically, claim
 from nar.storage.folder import model_digest, read_config
 from nar.storage.text import read_lines
@@ -199,8 +200,8 @@ def _join(parts: Sequence[Path], count: int, arrays: dict[str, np.ndarray], outp
 
 
 def _settings(path: Path) -> Any:
-    with np.load(path) as file:
-        return json.loads(str(file["settings"])) if "settings" in file.files else None
+    found = read_arrays(path, ["settings"])
+    return json.loads(str(found["settings"])) if found else None
 
 
 def _remove(folder: Path) -> None:
@@ -242,7 +243,9 @@ def geneval_set(
     prompts = []
     for number, line in enumerate(lines, 1):
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompts.append(json.loads(line)["prompt"])
+            if not isinstance(prompts[-1], str):
+                raise TypeError("the prompt is no text")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
     requests = [request for request in pipe.requests(prompt=prompts) for _ in range(count)]

@@ -6,7 +6,7 @@ frames and pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ def several(frames: Frames) -> list[Frames]:
         return [frames]
     if isinstance(frames, np.ndarray):
         return list(frames) if frames.ndim == 5 else [frames]
+    if not isinstance(frames, Sequence):
+        raise ValueError(f"frames must be a path, Pillow pictures or uint8 (T, H, W, 3), not {type(frames).__name__}")
     first = frames[0] if len(frames) else None
     single = isinstance(first, Image.Image) or (isinstance(first, np.ndarray) and first.ndim == 3)
     return [frames] if single or first is None else list(frames)
@@ -62,6 +64,8 @@ def as_array(frames: Frames, size: tuple[int, int] | None = None, *, frame_rate:
 def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) one by one, so that no long clip is held at its full size."""
     if not isinstance(frames, str | Path):
+        if not isinstance(frames, Iterable):
+            raise ValueError(f"a clip is a path, Pillow pictures or uint8 (T, H, W, 3), not {type(frames).__name__}")
         for frame in frames:
             yield np.asarray(upright_rgb(frame)) if isinstance(frame, Image.Image) else np.asarray(frame)
         return

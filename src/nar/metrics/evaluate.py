@@ -10,7 +10,6 @@ import contextlib
 import json
 import platform
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from nar.metrics.features import SPLIT, FeatureSet, Reading, gather
 from nar.metrics.pictures import Opened, Source, extent, opened
 from nar.metrics.reference import ENOUGH, is_reference, read_reference, reference_pictures
 from nar.metrics.scores import scores, some_places
+from nar.storage.arrays import read_arrays
 from nar.storage.fields import Length, Range, Size, checked
 from nar.storage.files import digest, read_json
 
@@ -277,7 +277,7 @@ def _made_with(source: Source) -> dict[str, Any] | None:
     if path.suffix != ".npz" or not path.is_file():
         return None
     try:
-        with np.load(path) as file:
-            return dict(json.loads(str(file["settings"]))) if "settings" in file.files else None
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        found = read_arrays(path, ["settings"])
+        return dict(json.loads(str(found["settings"]))) if found else None
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or its `settings` are no JSON object ({error}); make it again") from error

@@ -22,6 +22,7 @@ from nar.metrics.detectors import Detector
 from nar.metrics.frechet import RunningStatistics, Statistics, feature_statistics, score_of_splits, split_score
 from nar.metrics.pictures import Opened, batches, count, fingerprint
 from nar.progress import Progress
+from nar.storage.arrays import read_arrays
 from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
@@ -247,8 +248,7 @@ def _write_features(path: Path, found: FeatureSet) -> None:
 
 
 def _read_features(path: Path) -> FeatureSet:
-    with np.load(path) as file:
-        values: dict[str, Any] = {name: array if array.ndim else array.item() for name, array in file.items()}
+    values: dict[str, Any] = {name: array if array.ndim else array.item() for name, array in read_arrays(path).items()}
     for name in ("size", "broken"):
         values[name] = tuple(values[name].tolist())
     for name in {"rows", "spatial_rows"} & values.keys():

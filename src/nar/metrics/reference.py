@@ -18,6 +18,7 @@ from nar.metrics.detectors import Detector, default_detector
 from nar.metrics.features import FeatureSet, Reading, Reservoir, gather, gaussians, save
 from nar.metrics.frechet import Statistics
 from nar.metrics.pictures import Opened, Source, opened
+from nar.storage.arrays import array_names, read_arrays
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 
@@ -68,23 +69,27 @@ def is_reference(source: Source) -> bool:
 
 def reference_pictures(path: str | Path) -> Opened:
     """The pictures that came with statistics as `arr_0`, maybe none."""
-    with np.load(Path(path).expanduser()) as file:
-        return opened(path) if "arr_0" in file.files else []
+    return opened(path) if "arr_0" in array_names(Path(path).expanduser()) else []
 
 
 def read_reference(path: str | Path, detector: Detector, gather: Callable[[Opened, str], FeatureSet]) -> FeatureSet:
     """Statistics as ADM stores them; the rest is what `gather` makes of `arr_0`, where that is in the file."""
     path = Path(path).expanduser()
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "arr_0"}
+    arrays = read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s", "network", "num_images"))
+    for name in {"mu", "sigma", "mu_s", "sigma_s"} & arrays.keys():
+        if arrays[name].dtype.kind not in "fiu" or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{path}: {name} must be finite numbers; copy it again")
+    if (counted := arrays.get("num_images", np.array(0))).dtype.kind not in "iu" or counted.ndim:
+        raise ValueError(f"{path}: num_images must be a whole number, not {str(counted)[:80]}")
     made_by = str(arrays.get("network", ""))
     if made_by and made_by != detector.digest:
         raise ValueError(
             f"{path} was made with another network (weights {made_by[:12]}..., here {detector.digest[:12]}...); "
             "give the same weights, or the reference's pictures in place of its statistics"
         )
-    num_features = len(arrays["mu"])
-    if num_features != detector.num_features or arrays.get("sigma", np.zeros(0)).shape != (num_features,) * 2:
+    num_features = arrays["mu"].size
+    shapes = arrays["mu"].shape, arrays.get("sigma", np.zeros(0)).shape
+    if num_features != detector.num_features or shapes != ((num_features,), (num_features,) * 2):
         hint = "; give --inception FILE" if num_features == 2048 else ""
         makes = f"but {detector.label} makes {detector.num_features}: another network made it"
         raise ValueError(f"{path} has statistics of {num_features} features, {makes}{hint}")

@@ -229,6 +229,8 @@ class Pipeline:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        if callback_on_front_end is not None and not callable(callback_on_front_end):
+            raise ValueError(f"callback_on_front_end must be a function, not {type(callback_on_front_end).__name__}")
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )

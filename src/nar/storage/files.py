@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nar.storage.text import read_text
+
 _REPLACED = "replaced"
 _SYSTEM = (("/", "dev"), ("/", "proc"))
 _FULL = 2**20  # bytes free, below which a failed write is the disk's fault
@@ -68,7 +70,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         ValueError: names the file, when it is no JSON, nested too deeply, or of another kind.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is not valid JSON ({reason}); the file is damaged, copy it again") from None

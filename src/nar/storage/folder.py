@@ -153,7 +153,15 @@ class Weights:
         """Copy one tensor into another. The file is opened for it alone: pages that were read through a file count as
         this process's memory for as long as it is open."""
         with self.opened() as file:
-            into.copy_(file.get_tensor(name))
+            into.copy_(self.checked(name, file.get_tensor(name)))
+
+    def checked(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor as it is; raises ValueError where numbers in it are none."""
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = tensor.aminmax()  # NaN where one is
+            if not torch.isfinite(high - low):
+                raise ValueError(f"{self._path} holds NaN or infinity in {name}; the file is damaged, copy it again")
+        return tensor
 
     def opened(self) -> Any:
         """The open file, a context."""
@@ -186,7 +194,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Read `model.safetensors` of a model folder; raises ValueError if it is truncated or of another format."""
     weights = Weights(folder)
     with weights.opened() as file:
-        return {name: file.get_tensor(name) for name in weights.shapes}
+        return {name: weights.checked(name, file.get_tensor(name)) for name in weights.shapes}
 
 
 def model_digest(folder: str | Path) -> str:

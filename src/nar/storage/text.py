@@ -17,6 +17,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+_MOST_PIPED = 2**26  # bytes
+
 
 def decode_text(data: bytes, name: str) -> str:
     """Decode a text file's bytes: UTF-8, or what its first bytes say; its lines then end at "\\n" alone.
@@ -35,8 +37,12 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file, see `decode_text`."""
-    return decode_text(path.read_bytes(), str(path))
+    """Read a text file, see `decode_text`; raises ValueError also for a device or pipe that goes on for long."""
+    with path.open("rb") as file:
+        data = file.read(None if path.is_file() else _MOST_PIPED)
+    if len(data) == _MOST_PIPED and not path.is_file():
+        raise ValueError(f"{path} is no file, and goes on after {_MOST_PIPED >> 20} MB; give a file")
+    return decode_text(data, str(path))
 
 
 def read_lines(path: Path) -> list[str]:

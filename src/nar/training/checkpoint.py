@@ -75,10 +75,7 @@ class Checkpoints:
         ValueError when there is no such checkpoint, or none that can be read.
         """
         found = self.all()
-        candidates = [path for path in found if _number(path.name) == _number(start)] if start else found[::-1]
-        if start and not candidates:
-            there = ", ".join(f"{_PREFIX}{_number(path.name)}" for path in found) or "none"
-            raise ValueError(f"{self.folder} has no checkpoint {start!r}; there are: {there}")
+        candidates = [named(self.folder.parent, start)] if start else found[::-1]
         reasons: list[str] = []
         for path in candidates:
             try:
@@ -177,6 +174,15 @@ def read_record(path: Path) -> dict[str, Any]:
     if own is not None and own != _digest_of(record):
         raise ValueError(f"{path / RECORD} is damaged: it is not what was written")
     return record
+
+
+def named(run: Path, start: str) -> Path:
+    """The checkpoint of a run that is called `start`, such as "step-200"; raises ValueError when there is none."""
+    found = {_number(path.name): path for path in sorted((run / "checkpoints").glob(f"{_PREFIX}*"))}
+    if _number(start) not in found:
+        there = ", ".join(f"{_PREFIX}{number}" for number in found) or "none"
+        raise ValueError(f"{run / 'checkpoints'} has no checkpoint {start!r}; there are: {there}")
+    return found[_number(start)]
 
 
 def last_record(run: Path) -> dict[str, Any] | None:

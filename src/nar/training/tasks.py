@@ -15,7 +15,7 @@ import torch
 from nar.data.config import recorded
 from nar.storage.config import difference, load
 from nar.storage.folder import CONFIG, find_model, read_config
-from nar.training.checkpoint import last_record
+from nar.training.checkpoint import last_record, named
 from nar.training.distributed import Workers, joined
 from nar.training.lock import locked
 from nar.training.loop import Metrics, train
@@ -48,7 +48,9 @@ def _run(
 ) -> Path | None:
     recipe, run = _as_begun(recipe), Path(recipe.run)
     config = recipe.record()
-    if not start and _finished(run, config):
+    if start:
+        named(run, start)  # before anything is written
+    elif _finished(run, config):
         return run / "model"
     with ExitStack() as stack:
         refused = ""

@@ -58,6 +58,7 @@ class TokenizerTask(Task):
         train, heldout = sources or recipe.data.open()
         self.heldout = load_pictures(heldout.take(_spread(len(heldout), _HELDOUT)), size=recipe.data.size)
         sample = self.heldout.images[:1]
+        self.module.check_pixels(as_pixels(sample))
         if recipe.data.augment == "loop" and sample.ndim != 5:
             raise ValueError("data.augment loop is for clips, these are pictures; set data.augment=flip")
         if self.adversary is not None:  # it may begin to learn hours later

@@ -273,7 +273,7 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _prompt_folders(folder: str | Path) -> list[Path]:
-    places = sorted(file.parent for file in Path(folder).glob("*/metadata.jsonl") if file.parent.name.isdigit())
+    places = sorted(place for place in Path(folder).glob("*/") if place.name.isdigit())
     if not places:
         fault = "has no prompts" if Path(folder).is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {fault}; it must hold 00000/metadata.jsonl, 00000/samples/0000.png and on")
