@@ -1,8 +1,10 @@
 # Two commands: `make demo` draws pictures with the bundled model, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
+SEED ?= 0
+COUNT ?= 3000
 
-.PHONY: demo test slow check
+.PHONY: demo test slow check fuzz
 
 demo: .venv/.runtime
 	$(BIN)/nar sample fashion -o out/fashion.png --gif
@@ -18,6 +20,10 @@ check: .venv/.dev
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Bad inputs to every verb and to the Python API, each in a process of its own: 25 min on one core.
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(COUNT)
 
 # torch first and alone, so that no other package's range can bring a build with CUDA.
 .venv/.torch: constraints.txt

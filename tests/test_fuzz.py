@@ -1,0 +1,85 @@
+"""A fixed sample of what `make fuzz` tries, and what it has found: damaged files, options, outputs and arguments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nar import cli
+
+COUNT = 200
+# The line, and what it must answer.
+FOUND = [
+    ("info {model} --presets", "leave MODEL out"),
+    ("extract {model} --data toy --wording x -o {out}", "without --text-encoder does not use --wording"),
+    ("extract {model} --data toy --frame-rate 3 -o {out}", "extracting pictures does not use --frame-rate"),
+    ("extract {model} --data toy --group-without x -o {out}", "without --group does not use --group-without"),
+    ("extract {model} --data toy --text-encoder nowhere -o {out}", "nowhere"),
+    ("train toy-tokenizer --from step-3 run={out} data.size=8", "has no checkpoint 'step-3'; there are: none"),
+    ("train toy-tokenizer run={out} data.size=6", "not a multiple of the patch size 4"),
+    ("train toy-tokenizer run={out} optim.warmup_images=" + "9" * 400, "warmup_images must be a whole number"),
+    ("convert --kind nar-c2i {model} --class-names /dev/zero -o {out}", "is no file, and goes on after 64 MB"),
+    ("sample {nan} -n 1 -o {out}.png", "holds NaN or infinity in tokens"),
+    ("extract {nan}/tokenizer --data toy -o {out}", "holds NaN or infinity in decoder"),
+    ("train toy run={out} tokenizer_path={model}/tokenizer data.codes={codes}", "manifest.json: num_views must be"),
+    ("eval --real {reference} --fake toy", "mu must be finite numbers"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, limits and devices of Linux")
+def test_bad_inputs_are_answered_in_one_line_and_leave_nothing(tmp_path: Path) -> None:
+    # From a process that has no threads, and forks one for each input.
+    command = [sys.executable, str(Path(__file__).parent / "fuzz.py"), "--seed", "1", "--count", str(COUNT), "--cheap"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "a.json")], capture_output=True, text=True, check=False)
+    assert (tmp_path / "a.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
+    findings: dict[str, str] = json.loads((tmp_path / "a.json").read_text())
+    assert len(findings) == COUNT
+    assert {title: wrong for title, wrong in findings.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(("line", "answer"), FOUND)
+def test_what_was_found_is_answered(
+    line: str,
+    answer: str,
+    toy_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(toy_folder, tmp_path / "nan")
+    for path in (tmp_path / "nan").rglob("model.safetensors"):
+        tensors = load_file(path)
+        save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}, path)
+    (tmp_path / "codes").mkdir()
+    manifest = {"tokenizer": "", "views": "centre", "num_views": "1", "num_samples": 1, "grid": [4, 4], "shards": []}
+    (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest | {"class_names": [], "captions": False}))
+    np.savez(tmp_path / "reference.npz", mu=np.full(1280, np.nan), sigma=np.eye(1280))
+    places = {name: tmp_path / name for name in ("out", "nan", "codes")}
+    words = line.format(model=toy_folder, reference=tmp_path / "reference.npz", **places).split()
+    monkeypatch.setattr(sys, "argv", ["nar", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = [text for text in capsys.readouterr().err.splitlines() if "learning rate" not in text]
+    assert stopped.value.code == 2
+    assert len(said) == 1, said
+    assert answer in said[0]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_names_cannot_command_the_terminal(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a\x1b]0;x\x07.png"
+    monkeypatch.setattr(sys, "argv", ["nar", "sample", str(toy_folder), "-n", "1", "-o", str(output)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert output.is_file()
+    assert "\x1b" not in capsys.readouterr().out
