@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 COUNT ?= 3000
 
-.PHONY: demo test slow check fuzz
+.PHONY: demo test slow check fuzz test-lowest
 
 demo: .venv/.runtime
 	$(BIN)/nar sample fashion -o out/fashion.png --gif
@@ -24,6 +24,17 @@ slow: .venv/.dev
 # Bad inputs to every verb and to the Python API, each in a process of its own: 25 min on one core.
 fuzz: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(COUNT)
+
+# The lowest versions of all that the core needs, in an environment that is thrown away (7 GB: torch comes with CUDA).
+# Muon needs torch 2.9, and older ones import more for a model without weights.
+LOWEST := torch==2.7.0 numpy==1.26.0 pillow==11.3.0 safetensors==0.4.5 huggingface_hub==0.26.0 typer==0.15.0 \
+	tqdm==4.66.0 pyyaml==6.0.1 pyarrow==17.0.0 tensorboard==2.17.0 setuptools==75.0.0 pytest==8.3.0 pytest-timeout==2.3.1
+CORE := order attention model sampling fields likelihood engine one_reader training checkpoints
+test-lowest:
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv $$folder && \
+	$$folder/bin/python -m pip install --quiet --no-cache-dir $(LOWEST) && \
+	PYTHONPATH=src OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -p no:cacheprovider \
+		-k "not muon and not changed_rates and not without_drawing" $(CORE:%=tests/test_%.py)
 
 # torch first and alone, so that no other package's range can bring a build with CUDA.
 .venv/.torch: constraints.txt

@@ -290,6 +290,7 @@ class Transformer(nn.Module):
 
     def forward(self, codes: Tensor, condition: AnyCondition, *, dropout: Dropout | None = None) -> Tensor:
         """Logits (B, *grid, V) in float32 for every position of `codes` (B, *grid), each seeing only earlier fronts."""
+        self.check_codes(codes)
         logits = self.logits(self.hidden(codes, condition, dropout=dropout))
         raster = torch.empty_like(logits)
         raster[:, self.layout.order] = logits

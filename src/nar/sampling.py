@@ -372,6 +372,8 @@ def uniforms(seed: int | Sequence[int], indices: Sequence[int], count: int) -> T
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(indices)
     if wrong := [value for value in seeds if not isinstance(value, Integral) or not 0 <= value < NUM_SEEDS]:
         raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {wrong[0]!r}")
+    if wrong := [index for index in indices if not isinstance(index, Integral) or index < 0]:
+        raise ValueError(f"an index must be a whole number of at least 0, not {str(wrong[0])[:80]}")
     if len(seeds) != len(indices):
         raise ValueError(f"{len(seeds)} seeds for {len(indices)} samples: give one number, or one for each")
     streams = [_stream(value, index) for value, index in zip(seeds, indices, strict=True)]

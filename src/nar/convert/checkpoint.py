@@ -163,6 +163,8 @@ def _is_state(value: Any) -> bool:
 def _without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Names without what DDP, FSDP and torch.compile put before them; caches that leaked into the state are dropped."""
     cleaned: dict[str, Tensor] = {}
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided]:
+        raise ValueError(f"{path} holds {empty[0]} without its numbers, or as a sparse tensor; download it again")
     for name, tensor in tensors.items():
         if re.search(r"(^|\.)(kv_cache\.|freqs_cis$|causal_mask$)", name):
             continue

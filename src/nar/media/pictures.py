@@ -73,6 +73,8 @@ def opened(file: str | Path | BytesIO, name: str = "") -> Iterator[Image.Image]:
     if isinstance(file, BytesIO):
         file.seek(0)
     try:
+        if not isinstance(file, BytesIO) and Path(file).exists() and not Path(file).is_file():
+            raise ValueError(f"{_called(file, name)} is no file")  # a pipe would be waited for
         with Image.open(file) as picture:
             picture.filename = ""  # or Pillow maps a TIFF into memory, and mixes up the pixels of one that is turned
             if picture.width * picture.height > most:

@@ -279,8 +279,9 @@ def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
     is_model = name.startswith("AutoModel") or issubclass(loader, transformers.PreTrainedModel)
     options = {"local_files_only": True, "trust_remote_code": False}
     logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is an error here, in one line
     try:
         if not is_model:
             return loader.from_pretrained(folder, **options)
@@ -292,6 +293,7 @@ def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"transformers can't read {folder}: {reason}") from error
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
     wrong = [key for key in report["missing_keys"] if not key.startswith(spare)]

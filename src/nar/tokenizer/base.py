@@ -98,6 +98,8 @@ class Tokenizer(nn.Module):
         if pixels.ndim != 2 + len(self.pixel_axes) or pixels.shape[1] != 3:
             raise ValueError(f"{noun} must be {wanted}, not {tuple(pixels.shape)}; convert to RGB first")
         self._check_size(*pixels.shape[2:])
+        if pixels.dtype != (own := next(self.parameters()).dtype) and pixels.is_floating_point():
+            raise ValueError(f"{noun} are {pixels.dtype}, this tokenizer computes in {own}; convert one of them")
         check_values(pixels, noun)
 
     def _check_size(self, *size: int) -> None:

@@ -286,4 +286,4 @@ def _prompt_folders(folder: str | Path) -> list[Path]:
 
 
 def _samples(place: Path) -> list[Path]:
-    return sorted(file for file in (place / "samples").glob("*.png") if file.stem.isdigit())
+    return sorted(file for file in (place / "samples").glob("*.png") if file.stem.isdigit() and file.is_file())

@@ -121,7 +121,25 @@ def checked(text: str, name: str) -> dict[str, Any]:
     lacking = [key for key in ("tag", "include", "prompt") if not isinstance(wanted, dict) or key not in wanted]
     if lacking:
         raise ValueError(f"{name} lacks {', '.join(lacking)}; needed is GenEval's form: tag, include, exclude, prompt")
+    included, excluded = wanted["include"], wanted.get("exclude", [])
+    parts = [included, excluded] if isinstance(included, list) and isinstance(excluded, list) else [[None]]
+    if not all(_is_need(need, len(parts[0])) for part in parts for need in part):
+        form = "a class, a count from 1, and maybe a color and a position (relation and number of another object)"
+        raise ValueError(f"{name}: include and exclude must be lists of objects with {form}")
+    if not (isinstance(wanted["tag"], str) and isinstance(wanted["prompt"], str)):
+        raise ValueError(f"{name}: tag and prompt must be texts")
     return dict(wanted)
+
+
+def _is_need(need: Any, num_included: int) -> bool:
+    """Whether this is an object of GenEval's metadata; `num_included` may be named by a position."""
+    if not isinstance(need, dict) or type(need.get("count")) is not int or need["count"] < 1:
+        return False
+    words = isinstance(need.get("class"), str) and isinstance(need.get("color", ""), str)
+    match need.get("position", [RELATIONS[0], 0]):
+        case [str() as relation, int() as other]:
+            return words and relation in RELATIONS and 0 <= other < num_included
+    return False
 
 
 def with_article(words: str) -> str:
