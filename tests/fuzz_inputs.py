@@ -331,6 +331,8 @@ def _output(draw: random.Random, world: Path, names: list[str]) -> Input:
         words[at] = f"{option}={odd.get(what, target)}" if option else str(odd.get(what, target))
         if what == "empty":
             words[at] = f"{option}=" if option else ""
+        if what == "stdout" and ending not in (".json", ""):
+            words[at] = words[at].replace("/dev/stdout", os.devnull)  # pictures are no text
         _run(words, outputs=False)
         if what == "device" and not stat.S_ISCHR(target.stat().st_mode):
             print("WRONG: the device was replaced", file=sys.stderr)

@@ -75,6 +75,8 @@ def bits_per_token(
     See `sample_losses`.
     """
     model.check_codes(codes)
+    if known is not None and (known.shape != codes.shape or known.is_floating_point() or known.is_complex()):
+        raise ValueError(f"known must be whole numbers {tuple(codes.shape)}, not {known.dtype} {tuple(known.shape)}")
     parts = []
     for start in range(0, len(codes), batch_size):
         rows = slice(start, start + batch_size)

@@ -81,7 +81,9 @@ def _locate(source: Path) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{source} does not exist; give a .pt, .pth or .safetensors file, or its folder")
     if (source / "consolidated.pth").is_file():  # a sharded trainer's folder; optimizer files stand beside it
         return source / "consolidated.pth", None
-    found = [path for suffix in ("safetensors", "pth", "pt") for path in sorted(source.glob(f"*.{suffix}"))]
+    found = [
+        path for suffix in ("safetensors", "pth", "pt") for path in sorted(source.glob(f"*.{suffix}")) if path.is_file()
+    ]
     if not found:
         raise FileNotFoundError(f"{source} holds no .safetensors, .pth or .pt file; point at the downloaded weights")
     if len(found) > 1:

@@ -209,7 +209,9 @@ def open_parquet(paths: Sequence[Path], wanted: Wanted) -> Source:
 
     def read(index: int) -> Any:
         number, row_group, row = places[index]
-        return _opened(cells(number, row_group)[row].as_py(), paths[number].parent, paths[number])
+        if row >= len(column := cells(number, row_group)):
+            raise ValueError(f"{paths[number]} has fewer rows than it says; copy it again")
+        return _opened(column[row].as_py(), paths[number].parent, paths[number])
 
     names = [f"row {index}" for index in range(len(places))]
     found = table(paths[0], names, columns, read, wanted, known=every, schema_names=schema_names)

@@ -146,9 +146,9 @@ class Pipeline:
         )
 
     @checked
-    def at_grid(self, grid: Sequence[int]) -> Pipeline:
+    def at_grid(self, grid: tuple[int, ...]) -> Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
-        parts = self.model.at_grid(tuple(grid)), self.tokenizer, self.class_names, self.sampling
+        parts = self.model.at_grid(grid), self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
         other.captions = self.captions
         return other
@@ -236,6 +236,8 @@ class Pipeline:
         )
         if sampling.guidance_scale == 1.0 and any(request.has_negative for request in requests):
             raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
+        if num_frames is not None and not isinstance(num_frames, Integral):
+            raise ValueError(f"num_frames must be a whole number, not {num_frames!r}")
         self._check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
         kept = None if known is None else known_codes(known, len(requests), self.model.config.grid)

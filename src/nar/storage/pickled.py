@@ -18,6 +18,8 @@ def load_pickle(path: Path, *, allowed: Sequence[Any] = ()) -> Any:
     Raises:
         ValueError: damaged, of another format, or it asks for other types; in one line, without what is in the file.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file")  # a pipe would be waited for
     with torch.serialization.safe_globals([*allowed]):
         try:
             # Mapped, not read: only the tensors that are used come into memory. Old files cannot be mapped.

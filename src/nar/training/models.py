@@ -80,9 +80,9 @@ class ModelTask(Task):
             if not sources or not recipe.text_encoder.source or len(train.grid) != 2:
                 raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
             composed = composed_codes(recipe, sources[0], train, self.tokenizer_folder, workers)
+        self.text = _text(recipe, train, heldout, pairs, composed, workers)
         if workers.first and recipe.text_encoder.source:
             record_held_out(recipe, heldout, pairs)
-        self.text = _text(recipe, train, heldout, pairs, composed, workers)
         classes = recipe.learns_classes
         self.class_names = train.class_names if classes else ()
         sizes = self._sizes(train)

@@ -131,8 +131,8 @@ def load_inception(path: str | Path) -> Inception:
     state = load_pickle(path)
     with torch.device("meta"):
         network = Inception()
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, and not tensors by name")
     counters = {name: torch.zeros((), dtype=torch.long) for name in network.state_dict() if name.endswith(_COUNTER)}
     given = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
     own, found = ({name: x.shape for name, x in part.items()} for part in (network.state_dict(), given | counters))
