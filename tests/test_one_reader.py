@@ -198,7 +198,31 @@ def windows_metadata(folder: Path) -> int:
     return 3
 
 
-READ_AS_PLAIN = [exif, hidden, mpo, endings, links, tar_dots, tar_hidden, tar_two, cells, windows_metadata]
+def tar_from_above(folder: Path) -> int:
+    make_tar(folder / "a.tar", {f"../x/{seed}.png": encoded(seed) for seed in range(3)})
+    return 3
+
+
+def paths_in_cells(folder: Path) -> int:
+    plain(folder / "pics", range(3))
+    make_parquet(folder / "a.parquet", image=[f"pics/{seed:03d}.png" for seed in range(3)])
+    return 3
+
+
+READ_AS_PLAIN = [
+    exif,
+    hidden,
+    mpo,
+    endings,
+    links,
+    tar_dots,
+    tar_from_above,
+    tar_hidden,
+    tar_two,
+    cells,
+    paths_in_cells,
+    windows_metadata,
+]
 
 
 @pytest.mark.parametrize("make", READ_AS_PLAIN, ids=lambda make: make.__name__)
@@ -285,6 +309,40 @@ REFUSED = {
         lambda path: cut_off(make_tar(path / "a.tar", {f"{n}.png": encoded(n) for n in range(3)})),
         "damaged or cut off",
     ),
+    "two tars one after another": (
+        lambda path: (
+            path.mkdir(),
+            (path / "a.tar").write_bytes(2 * make_tar(path / "b", {"0.png": encoded(0)}).read_bytes()),
+        ),
+        "another tar follows",
+    ),
+    "text with a comma and no quotes": (
+        lambda path: (
+            plain(path, range(3)),
+            (path / "metadata.csv").write_text("file_name,text\n000.png,a cat, grey\n"),
+        ),
+        "row 1 has more cells than the header",
+    ),
+    "labels below 0 in a csv": (
+        lambda path: (plain(path, range(3)), (path / "metadata.csv").write_text("file_name,label\n000.png,-1\n")),
+        "integers from 0 or strings, not '-1'",
+    ),
+    "links to nothing": (
+        lambda path: (plain(path, range(3)), (path / "z.png").symlink_to(path / "nowhere.png")),
+        "pictures cannot be read: z.png",
+    ),
+    "pictures without pixels": (
+        lambda path: np.savez(path.with_suffix(".npz"), arr_0=np.zeros((3, 0, 8, 3), np.uint8)),
+        r"uint8 \(3, 0, 8, 3\)",
+    ),
+    "a single array that is called .npz": (
+        lambda path: path.with_suffix(".npz").write_bytes(single_array()),
+        "damaged or not an .npz file",
+    ),
+    "labels larger than their file": (
+        lambda path: lying_array(path.with_suffix(".npz"), "labels"),
+        "labels .* would need",
+    ),
     "two columns of one name": (
         lambda path: two_columns(path.with_suffix(".parquet")),
         "damaged or not a parquet file .*caption",
@@ -324,7 +382,13 @@ def signed_tiff() -> bytes:
     return data.getvalue()
 
 
-def lying_array(path: Path) -> None:
+def single_array() -> bytes:
+    data = io.BytesIO()
+    np.save(data, np.zeros((3, 8, 8, 3), np.uint8))
+    return data.getvalue()
+
+
+def lying_array(path: Path, name: str = "arr_0") -> None:
     """A file of some bytes whose array claims terabytes."""
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     import zipfile
@@ -332,7 +396,9 @@ def lying_array(path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**30, 32, 32, 3)})
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("arr_0.npy", header.getvalue())
+        if name != "arr_0":
+            archive.writestr("arr_0.npy", single_array())
+        archive.writestr(f"{name}.npy", header.getvalue())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -606,7 +672,8 @@ def test_a_clip_that_ends_early_is_broken(tmp_path: Path) -> None:
     for name in ("a.gif", "a.webp", "a.apng"):
         kind = {"format": "png"} if name == "a.apng" else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, **kind)
-    for name, codec in (("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx")):
+    containers = {".mkv": "libx264", ".avi": "mpeg4", ".webm": "libvpx", ".wmv": "wmv2", ".ogv": "libvpx"}
+    for name, codec in ((f"a{ending}", codec) for ending, codec in containers.items()):
         write(tmp_path / name, 40, codec, size=(64, 64), rate=10)
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "faststart"}) as container:
@@ -798,6 +865,48 @@ def test_labels_of_arrays_are_numbers_unless_they_have_names(tmp_path: Path) -> 
     assert open_source(tmp_path / "b.npz").classes() == ["10", "0", "10"]
     with pytest.raises(ValueError, match="names no classes"):
         open_source(plain(tmp_path / "flat", range(2))).classes()
+
+
+def test_cells_of_a_csv_are_text_or_classes(tmp_path: Path) -> None:
+    plain(tmp_path, range(3))
+    rows = f'000.png, 42, 10\n001.png, {"long " * 40_000}, 2\n002.png, "a, b", 10\n'
+    (tmp_path / "metadata.csv").write_text(f"file_name, text, label\n{rows}")
+    found = open_source(tmp_path)
+    assert found.captions is not None
+    assert (found.captions[0], len(found.captions[1]), found.captions[2]) == ("42", 199_999, "a, b")
+    assert (found.class_names, found.labels.tolist()) == (("2", "10"), [1, 0, 1])
+
+
+def test_prompts_of_drawn_pictures_may_be_lists_and_captions_half_a_character(tmp_path: Path) -> None:
+    plain(tmp_path / "a", range(2))
+    records = [{"file": "000.png", "prompt": ["a dog", "the dog"]}, {"file": "001.png", "prompt": "\ud83d cut"}]
+    (tmp_path / "a" / "samples.json").write_text(json.dumps(records))
+    found = open_source(tmp_path / "a")
+    assert (found.captions, found.rewordings) == (["a dog", "? cut"], [("the dog",), ()])
+
+
+def test_names_of_classes_need_no_numbers(tmp_path: Path) -> None:
+    found = open_source(make_parquet(tmp_path / "a.parquet", image=[encoded(0)] * 3, label_name=["b", "a", "b"]))
+    assert (found.class_names, found.labels.tolist()) == (("a", "b"), [1, 0, 1])
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("Train", "eval")])
+def test_usual_spellings_of_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, count in zip(names, (3, 2), strict=True):
+        plain(tmp_path / "folders" / name, range(count))
+        make_tar(tmp_path / "tars" / f"{name}_0000.tar", {f"{n}.png": encoded(n) for n in range(count)})
+    for kind in ("folders", "tars"):
+        parts = DataConfig(source=str(tmp_path / kind), size=SIZE).open()
+        assert [len(part) for part in parts] == [3, 2]
+        assert len(judged_in(tmp_path / kind)) == 2
+
+
+def test_what_lies_beside_splits_is_said(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        plain(tmp_path / name, range(2))
+    save(tmp_path / "lost.png", 3)
+    with pytest.warns(UserWarning, match=r"1 file is left out: 1 beside the splits \(lost\.png\)"):
+        assert len(open_source(tmp_path)) == 2
 
 
 def test_a_metadata_file_says_which_pictures_it_does_not_list(tmp_path: Path) -> None:

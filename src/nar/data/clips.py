@@ -5,9 +5,7 @@ Knows windows and lists; does not know how a file is decoded. Legend: `T` frames
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from PIL import Image
 from nar.data.source import BROKEN, Source, some
 from nar.media.crops import VIEWS, random_crop
 from nar.media.video import Windows, read_clip, squared, timeline
-from nar.storage.text import read_text
+from nar.storage.text import read_csv
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,11 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
     """
     files, actions, numbers, captions = list[Path](), list[str](), list[str](), list[str]()
     for path in paths:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        rows = read_csv(path)
         if not rows or "path" not in rows[0]:
             raise ValueError(f"{path} must be a csv file with a header that names `path`, and at least one row")
         for row in rows:
-            files.append(_found(path, row["path"]))
+            files.append(_found(path, row.get("path", "")))
             of_name = files[-1].stem.split("_")[1:2] if path.stem.lower().startswith("ucf") else []
             actions.append(of_name[0] if of_name else (row.get("action") or ""))
             numbers.append("" if of_name else (row.get("label") or ""))
@@ -177,7 +175,7 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
     keys = [number or action for number, action in zip(numbers, actions, strict=True)]
     if named and not all(keys):
         raise ValueError(f"{paths[0]}: row {keys.index('') + 1} has no class, but others have; every row needs one")
-    ordered = sorted(set(keys), key=lambda key: (0, int(key), "") if key.isdigit() else (1, 0, key))
+    ordered = sorted(set(keys), key=lambda key: (0, int(key), "") if key.isdecimal() else (1, 0, key))
     names = dict(zip(keys, actions, strict=True))
     return ClipSource(
         [str(file) for file in files],

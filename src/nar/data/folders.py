@@ -19,7 +19,17 @@ import numpy as np
 
 from nar.data.clips import open_list
 from nar.data.source import Source, Wanted, listed
-from nar.data.tables import METADATA, as_clips, columns_of, open_array, open_listed, open_parquet, parse_json, table
+from nar.data.tables import (
+    METADATA,
+    as_clips,
+    columns_of,
+    number_or_name,
+    open_array,
+    open_listed,
+    open_parquet,
+    parse_json,
+    table,
+)
 from nar.media import pictures, video
 from nar.storage.files import read_json
 from nar.storage.text import composed, decode_text, printable
@@ -27,7 +37,7 @@ from nar.storage.text import composed, decode_text, printable
 SAMPLES = "samples.json"  # of `nar sample`: which file shows what
 SPLITS = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing", "t10k"),
 }
 WORDS = (".json", ".caption", ".txt", ".cls")  # files beside a picture; of two that hold a caption the later counts
@@ -50,7 +60,7 @@ def walk(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
         files += [Path(parent, name) for name in names if not is_hidden(name)]
-    return sorted((file for file in files if file.is_file()), key=pictures.natural)
+    return sorted((file for file in files if file.is_file() or file.is_symlink()), key=pictures.natural)
 
 
 def is_hidden(name: str) -> bool:
@@ -60,13 +70,14 @@ def is_hidden(name: str) -> bool:
 
 def split_named(name: str) -> str:
     """The split that a file's or folder's name stands for: train, val or test; "" where it is none."""
-    return next((split for split, names in SPLITS.items() if name.lower() in names), "")
+    plain = re.sub(r"[-_. ]?(set|data|images|pictures|split|[0-9]{4})$", "", name.lower())  # train_set, val2017
+    return next((split for split, names in SPLITS.items() if plain in names), "")
 
 
 def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
     """The splits of a folder, each a folder or files of a table; none where it has other folders too.
 
-    Folders are splits where all are named as splits; tables where they are called as one, or begin with it and "-";
+    Folders are splits where all are named as splits; tables where they are called as one, or begin with it and a mark;
     lists of clips where they end so.
     """
     top = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
@@ -74,7 +85,7 @@ def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
     for ending in (".parquet", ".tar"):
         tables = [path for path in top if path.suffix.lower() == ending and path.is_file()]
         for path in tables:
-            if split := split_named(path.stem.partition("-")[0]):
+            if split := split_named(re.split("[-_.]", path.stem)[0]):
                 found[split].append(path)
         if found and (ending == ".parquet" or sum(map(len, found.values())) == len(tables)):
             return dict(found)
@@ -92,6 +103,15 @@ def splits_of(folder: Path, *, clips: bool = False) -> dict[str, list[Path]]:
                 f"{folder} has two folders of one split, {' and '.join(path.name for path in several[0])}; leave one"
             )
     return dict(found)
+
+
+def open_split(folder: Path, splits: Mapping[str, Sequence[Path]], name: str, wanted: Wanted) -> Source:
+    """Open one of a folder's splits; files beside them are left out, unless the splits are lists of such files."""
+    found = dataclasses.replace(open_files(splits[name], wanted), splits=tuple(splits))
+    used = {path for paths in splits.values() for path in paths}
+    files = [] if any(path.suffix.lower() == ".csv" for path in used) else sorted(folder.iterdir())
+    beside = [path.name for path in files if path.is_file() and path not in used and not is_hidden(path.name)]
+    return _with_left_out(found, {"beside the splits": beside} if beside else {})
 
 
 def open_files(paths: Sequence[Path], wanted: Wanted) -> Source:
@@ -266,20 +286,20 @@ def _record(beside: Mapping[str, Any], read: Callable[[Any], bytes], *, with_cla
                 raise ValueError(f"{beside[end]} must hold an object of JSON, not {type(found).__name__}")
             record |= found
         elif end == ".cls":
-            record["label"] = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text or None
+            record["label"] = number_or_name(text)
         else:
             record["caption"] = text
     return record if with_class else {key: value for key, value in record.items() if key != "label"}
 
 
-def _prompts(path: Path) -> dict[str, str]:
+def _prompts(path: Path) -> dict[str, Any]:
     """What `samples.json`, of `nar sample`, says that files show."""
     if not path.is_file():
         return {}
     records = read_json(path, list)
     if not all(isinstance(record, dict) and isinstance(record.get("file"), str) for record in records):
         raise ValueError(f"{path} must hold a list of objects with `file`, as `nar sample` writes it; delete it")
-    return {record["file"]: str(record.get("prompt", "")) for record in records if record.get("prompt")}
+    return {record["file"]: record["prompt"] for record in records if record.get("prompt")}
 
 
 def _open_tars(paths: Sequence[Path], wanted: Wanted) -> Source:
@@ -314,15 +334,15 @@ def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], list[str]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
                     continue
                 if member.isfile():
                     found[member.name] = (path, member.offset_data, member.size)
                 elif not member.isdir():
                     links.append(member.name)
-            end = _part_of(path, tar.offset, tarfile.BLOCKSIZE).getvalue()
+            end = _part_of(path, tar.offset, 4 * tarfile.RECORDSIZE).getvalue()
             if len(end) < tarfile.BLOCKSIZE or any(end):
-                raise ValueError(f"it is damaged or cut off at byte {tar.offset:,}")
+                raise ValueError(f"it is damaged or cut off, or another tar follows, at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, ValueError) as error:
         head = path.read_bytes()[:6] if path.is_file() else b""
         if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):

@@ -16,7 +16,7 @@ import numpy as np
 
 from nar.data.builtin import FASHION_MNIST, TOY, draw_toy, find_fashion_mnist, idx_file, of_arrays, read_idx
 from nar.data.clips import ClipSource
-from nar.data.folders import allowed_files, open_files, splits_of
+from nar.data.folders import allowed_files, open_files, open_split, splits_of
 from nar.data.source import BROKEN_POLICIES, Pictures, Source, Wanted
 from nar.data.tables import as_clips, open_hub
 from nar.media.video import Windows
@@ -136,7 +136,7 @@ def _open(source: str | Path, size: int, split: str, wanted: Wanted, *, whole: b
     if chosen is None:
         has = " and ".join(splits)
         raise FileNotFoundError(f"{path} has a {has} split but no {split!r}; add {path / split}, or ask for one it has")
-    return dataclasses.replace(open_files(splits[chosen], wanted), splits=tuple(splits))
+    return open_split(path, splits, chosen, wanted)
 
 
 def _lists(source: str | Path) -> list[Path]:

@@ -5,7 +5,6 @@ Knows columns and what they say of a picture; does not know which table is wante
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
@@ -21,7 +20,7 @@ from PIL import Image
 from nar.data.clips import ClipSource
 from nar.data.source import Source, Wanted
 from nar.storage.arrays import array_names, read_arrays
-from nar.storage.text import composed, read_lines, read_text
+from nar.storage.text import composed, printable, read_csv, read_lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 _CAPTIONS = ("caption", "captions", "text", "prompt")
@@ -51,8 +50,8 @@ def open_listed(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source:
 def read_records(path: Path) -> list[Any]:
     """The entries of a metadata file: objects by line, a list of them, an object of them by file, or rows of a csv."""
     if path.suffix == ".csv":
-        rows: list[Any] = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-        return [{str(key): _cell(value) for key, value in row.items() if value} for row in rows]
+        rows = read_csv(path)
+        return [{key: text if key in _WORDS else number_or_name(text) for key, text in row.items()} for row in rows]
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
         return [parse_json(line, f"{path}, line {number}") for number, line in lines]
@@ -67,9 +66,9 @@ def read_records(path: Path) -> list[Any]:
     return found
 
 
-def _cell(value: Any) -> Any:
-    """A csv has no types: digits are a number."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
+def number_or_name(text: str) -> int | str | None:
+    """What a class is called in a file without types: digits are a number, and no text is none."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text or None
 
 
 def parse_json(text: str, name: str) -> Any:
@@ -110,7 +109,7 @@ def open_array(path: Path, wanted: Wanted) -> Source:
     if images.ndim in (4, 5) and images.shape[-1] != 3 and images.shape[1] == 3:
         images = np.moveaxis(images, 1, -1)
     axes = 5 if wanted.clips or images.ndim == 5 else 4
-    if dtype != np.uint8 or images.ndim != axes or images.shape[-1] != 3 or not len(images):
+    if dtype != np.uint8 or images.ndim != axes or images.shape[-1] != 3 or not images.size:
         what = "clips" if axes == 5 else "pictures"
         expected = "(N, T, H, W, 3)" if axes == 5 else "(N, H, W, 3)"
         raise ValueError(
@@ -225,7 +224,7 @@ def as_clips(source: Source, *, strips: bool = False) -> ClipSource:
 
 
 def _opened(cell: Any, folder: Path | None, origin: Path | str) -> Any:
-    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if isinstance(name, str):
@@ -291,7 +290,7 @@ def _texts(value: Any, where: Path | str, column: str, row: int) -> tuple[str, .
             f"{where}: the column `{column}` holds {str(value)[:60]!r} ({type(value).__name__}) in row {row}; "
             "needed is text, or a list of texts"
         )
-    return tuple(text.strip() for text in texts if text.strip())
+    return tuple(printable(text.strip()) for text in texts if text.strip())
 
 
 def _schema_names(metadata: Mapping[bytes, bytes], label: str) -> list[str]:
@@ -310,7 +309,7 @@ def _classes(
 
     Numbers that do not occur make no class.
     """
-    values = columns.get(label)
+    values = columns.get(label, columns.get("label_name"))
     if values is None:
         return {"labels": np.zeros(count, np.int64), "class_names": (Source.noun,)}
     if None in values:
@@ -321,7 +320,7 @@ def _classes(
         return {"labels": np.array([order[text] for text in texts], np.int64), "class_names": tuple(order)}
     if not all(type(value) is int and value >= 0 for value in values):
         wrong = next(value for value in values if type(value) is not int or value < 0)
-        raise ValueError(f"{path}: labels must be integers from 0 or strings, not {wrong!r}")
+        raise ValueError(f"{path}: labels must be integers from 0 or strings, not {str(wrong)[:60]!r}")
     numbers = sorted(set(values))
     named = {number: str(number) for number in numbers} | dict(enumerate(schema_names))
     named |= {

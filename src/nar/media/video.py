@@ -232,6 +232,7 @@ def _read_index(file: str | Path | io.BytesIO) -> _Index:
         stated = stream.frames
         alone = len(container.streams) == 1 and not stream.duration
         seconds = (container.duration or 0) / 1_000_000 if alone else 0.0
+        corrupt = corrupt or _is_cut(container, file)
     if not packets:
         raise ValueError(f"{_name(file)} has no frames; is the file complete?")
     if corrupt or stated - found > max(1, stated // 50):
@@ -251,6 +252,18 @@ def _read_index(file: str | Path | io.BytesIO) -> _Index:
     keyed = [(pts, pts if dts is None else min(pts, dts)) for pts, dts, is_key, _ in packets if is_key]
     keys, places = [stamp for stamp, _ in keyed], [place for _, place in keyed]
     return _Index(Timeline(times, float(times[-1]) + last * unit), stamps, keys, places)
+
+
+def _is_cut(container: Any, file: str | Path | io.BytesIO) -> bool:
+    """Whether a file of a format that states its length elsewhere than in frames is not whole."""
+    if container.format.name == "asf":
+        return container.duration is None  # its size is not the one in its header
+    if container.format.name != "ogg":
+        return False
+    _, last = _ends(file, 2**16)
+    page = last[last.rfind(b"OggS") :]  # the last one has the flag 4, and as many bytes as its table of lengths says
+    lengths = page[27 : 27 + int.from_bytes(page[26:27])]
+    return page[5:6] <= b"\3" or len(page) < 27 + len(lengths) + sum(lengths)
 
 
 def _decoded(file: str | Path | io.BytesIO, rows: Sequence[int]) -> Iterator[np.ndarray]:
@@ -337,12 +350,12 @@ def _pillow_timeline(file: str | Path | io.BytesIO) -> Timeline:
     return Timeline(np.concatenate([[0.0], ends[:-1]]), float(ends[-1]))
 
 
-def _ends(file: str | Path | io.BytesIO) -> tuple[bytes, bytes]:
-    """The first and the last 64 bytes of a file, where formats say what they are, and a gif that it is whole."""
+def _ends(file: str | Path | io.BytesIO, most: int = 64) -> tuple[bytes, bytes]:
+    """The first and the last `most` bytes of a file, where formats say what they are, and a gif that it is whole."""
     with nullcontext(file) if isinstance(file, io.BytesIO) else Path(file).open("rb") as data:
         data.seek(0)
-        head = data.read(64)
-        data.seek(max(0, data.seek(0, io.SEEK_END) - 64))
+        head = data.read(most)
+        data.seek(max(0, data.seek(0, io.SEEK_END) - most))
         return head, data.read()
 
 

@@ -6,9 +6,12 @@ Knows bytes and characters; does not know what a text says.
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import unicodedata
 from pathlib import Path
 
+_LONGEST_CELL = 2**24  # characters of a csv file
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -49,6 +52,22 @@ def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file. They end at a newline and nowhere else: other separators belong to the text."""
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a csv file by the names in its header; cells that say nothing are left out.
+
+    Raises:
+        ValueError: it is no csv file, or a row has more cells than the header; named.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no csv file ({error})") from error
+    if wrong := next((number for number, row in enumerate(rows, 1) if None in row), 0):
+        raise ValueError(f"{path}: row {wrong} has more cells than the header; put quotes around text with commas")
+    return [{composed(key): value for key, value in row.items() if value} for row in rows]
 
 
 def composed(name: str) -> str:
