@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -271,3 +272,26 @@ def test_toy_trains_in_a_minute(tmp_path: Path) -> None:
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s")
     assert seconds < 60
+
+
+@pytest.mark.parametrize("group", ["", "data", "model", "optim", "engine", "sampling", "tokenizer_loss"])
+def test_settings_that_came_after_a_run_began_are_no_change(tmp_path: Path, group: str) -> None:
+    """A record without a key, of whichever group, is one of the key's default."""
+    path = recipe(tmp_path, num_images=64, checkpoint_every=1)
+    run = tmp_path / "run"
+    assert run_recipe(str(path), [f"run={run}"]) is not None
+    for record in [*run.rglob("run.json"), run / "model" / "config.json"]:
+        written = json.loads(record.read_text(encoding="utf-8"))
+        config = written["training"]["config"] if "training" in written else written["config"]
+        settings = config[group] if group else config
+        plain = Recipe(num_images=1)
+        defaults = dataclasses.asdict(getattr(plain, group) if group else plain)
+        written.pop("digest", None)  # checkpoints of then had none
+        dropped = [key for key, value in settings.items() if json.loads(json.dumps(defaults.get(key))) == value]
+        assert dropped
+        for key in dropped:
+            del settings[key]
+        record.write_text(json.dumps(written), encoding="utf-8")
+    assert run_recipe(str(path), [f"run={run}"]) == run / "model"  # finished
+    shutil.rmtree(run / "model")
+    assert run_recipe(str(path), [f"run={run}"]) == run / "model"  # goes on from the last checkpoint

@@ -137,5 +137,4 @@ def recorded(data: dict[str, Any]) -> dict[str, Any]:
 
     Before there was `group_without`, skin tones did not count in a column named `hexcode`.
     """
-    added: dict[str, Any] = {"broken": DataConfig.broken, "group_without": ""}
-    return added | ({"group_without": SKIN_TONES} if data.get("group") == "hexcode" else {}) | data
+    return {"group_without": SKIN_TONES if data.get("group") == "hexcode" else ""} | data

@@ -130,6 +130,12 @@ def kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded keys and values, with the defaults of those that came later; in groups too."""
+    groups = [k for k in values if isinstance(values[k], Mapping) and isinstance(defaults.get(k), Mapping)]
+    return {**defaults, **values, **{key: filled(values[key], defaults[key]) for key in groups}}
+
+
 def unwrap(kind: Any) -> tuple[Any, list[Any], bool]:
     """A type without what is wrapped around it, the limits of its values, and whether None is one."""
     limits: list[Any] = []

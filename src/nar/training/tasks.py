@@ -14,6 +14,7 @@ import torch
 
 from nar.data.config import recorded
 from nar.storage.config import difference, load
+from nar.storage.fields import filled
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.checkpoint import last_record, named
 from nar.training.distributed import Workers, joined
@@ -126,4 +127,5 @@ def _finished(run: Path, config: dict[str, Any]) -> bool:
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
     """A recorded config with the settings that came later."""
-    return {**config, "data": recorded(config["data"])} if "data" in config else config
+    config = {**config, "data": recorded(config["data"])} if "data" in config else config
+    return filled(config, json.loads(json.dumps(dataclasses.asdict(Recipe(num_images=1)))))
