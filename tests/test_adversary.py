@@ -82,7 +82,7 @@ def test_frames_seen_at_once_show_motion() -> None:
     for frames, blind in ((1, True), (2, False)):
         judge = adversary(frames=frames)
         judge.network.eval()
-        logits = [judge._judge(pixels).flatten(1) for pixels in (clip, swapped)]
+        logits = [judge.judge(pixels).flatten(1) for pixels in (clip, swapped)]
         assert len(logits[0]) == 4 // frames
         same = torch.allclose(*(found.sort(0).values for found in logits), atol=1e-6)
         assert same == blind

@@ -113,7 +113,7 @@ def test_flex_attention_skips_blocks() -> None:
     """As many as without a condition (field notes): 21 of 64 for 32x32 tokens and for 4x16x16."""
     for grid in ((32, 32), (4, 16, 16)):
         model = make_model("nar", grid=grid)
-        mask = model._block_mask(model.config.num_condition + len(model.layout.slots) - 1, None)
+        mask = model.block_mask(model.config.num_condition + len(model.layout.slots) - 1, None)
         assert mask.to_dense().eq(0).sum() == 21
 
 

@@ -223,7 +223,7 @@ def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Pat
     assert again is not None
     assert torch.equal(again.mask, prefix.mask)
     per_token = torch.rand(256, 12, generator=torch.Generator().manual_seed(0))
-    per_sample = made._of_samples(per_token, condition)
+    per_sample = made.of_samples(per_token, condition)
     in_raster = torch.empty_like(per_token)
     in_raster[:, made.module.layout.order] = per_token
     for row in (*range(20),):

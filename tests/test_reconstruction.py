@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from clip_files import write
 from nar.data.config import SKIN_TONES
 from nar.data.open import load_pictures, open_source
 from nar.data.split import families, held_out
-from nar.evaluation.tokenizers import _baselines, _reconstructed, judge_tokenizer
+from nar.evaluation.tokenizers import fit_baselines, judge_tokenizer, reconstruct
 from nar.metrics.reconstruction import (
     code_use,
     compare,
@@ -210,10 +211,12 @@ def test_k_means_is_fitted_to_a_number_of_patches_that_can_be_done() -> None:
 
 def test_baselines_of_clips_whose_codes_belong_to_no_place() -> None:
     clips = pictures(40, 4, 8, 8)
-    assert set(_baselines(clips, clips[:2], (6,), 4, 0, "cpu")) == {"no motion"}
-    assert set(_baselines(clips, clips[:2], (1, 2, 32), 4, 0, "cpu")) == {"no motion"}
-    assert set(_baselines(clips, clips[:2], (2, 2, 2), 4, 0, "cpu")) == {"no motion", "k-means of patches"}
-    assert set(_baselines(clips[:20], clips[:2], (1, 2, 2), 64, 0, "cpu")) == {"no motion"}  # 80 blocks of all frames
+    assert set(fit_baselines(clips, clips[:2], (6,), 4, 0, "cpu")) == {"no motion"}
+    assert set(fit_baselines(clips, clips[:2], (1, 2, 32), 4, 0, "cpu")) == {"no motion"}
+    assert set(fit_baselines(clips, clips[:2], (2, 2, 2), 4, 0, "cpu")) == {"no motion", "k-means of patches"}
+    assert set(fit_baselines(clips[:20], clips[:2], (1, 2, 2), 64, 0, "cpu")) == {
+        "no motion"
+    }  # 80 blocks of all frames
 
 
 def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +249,7 @@ def test_a_tokenizer_of_files_is_judged_on_its_own_windows(tmp_path: Path, monke
     assert settings["num_fitted"] + settings["num_real"] == 10
     assert settings["codes_per_sample"] == [8]
     assert settings["real"]["heldout"].items() >= (windows | {"num_frames": 8}).items()
-    monkeypatch.setattr("nar.evaluation.tokenizers._frechet", lambda *_, **__: {"warnings": []})
+    monkeypatch.setattr("nar.evaluation.tokenizers.frechet_distances", lambda *_, **__: {"all": (math.nan, 1, 1)})
 
     def taken(folder: str) -> dict[str, object]:
         report = judge_tokenizer(
@@ -288,11 +291,11 @@ def test_padding_makes_any_size_work() -> None:
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(ImageTokenizerConfig(vocab_size=64, code_dim=4, **BODY)).eval()
     images = pictures(2, 30, 29)
-    made, codes = _reconstructed(tokenizer, images, pad=True, batch_size=1)
+    made, codes = reconstruct(tokenizer, images, pad=True, batch_size=1)
     assert made.shape == images.shape
     assert codes.shape == (2, 8, 8)
     with pytest.raises(ValueError, match="30x29 pixels are not a multiple of the patch size 4"):
-        _reconstructed(tokenizer, images, pad=False, batch_size=1)
+        reconstruct(tokenizer, images, pad=False, batch_size=1)
 
 
 def test_halves_of_a_sorted_set_are_drawn_from_all_of_it() -> None:

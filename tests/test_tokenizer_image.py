@@ -20,7 +20,7 @@ from nar.tokenizer.quantize import VectorQuantizer
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
-from nar.training.tokenizers import TokenizerTask, _moved, _spread
+from nar.training.tokenizers import TokenizerTask, shifted, spread_rows
 from training_runs import tokenizer_recipe
 
 
@@ -148,9 +148,9 @@ def test_foreign_codes_are_refused() -> None:
 
 
 def test_measured_rows_are_spread_over_all() -> None:
-    assert _spread(5, 9).tolist() == [0, 1, 2, 3, 4]
-    assert (_spread(1999, 2000) == np.arange(1999)).all()
-    rows = _spread(10_000, 2000)
+    assert spread_rows(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert (spread_rows(1999, 2000) == np.arange(1999)).all()
+    rows = spread_rows(10_000, 2000)
     assert (len(set(rows.tolist())), rows[0], rows[-1]) == (2000, 0, 9999)
     assert set(np.diff(rows)) == {5, 6} or set(np.diff(rows)) == {5}
 
@@ -173,10 +173,10 @@ def test_pictures_have_no_frames_to_start_anywhere(tmp_path: Path) -> None:
 
 def test_moved_pictures_repeat_their_edges() -> None:
     picture = np.arange(2 * 4 * 5 * 3).reshape(2, 4, 5, 3)  # a clip of two frames
-    assert np.array_equal(_moved(picture, 1, 0.5, 0.5), picture)
-    down_right = _moved(picture, 1, 0.99, 0.99)
+    assert np.array_equal(shifted(picture, 1, 0.5, 0.5), picture)
+    down_right = shifted(picture, 1, 0.99, 0.99)
     assert np.array_equal(down_right[:, :3, :4], picture[:, 1:, 1:])
     assert np.array_equal(down_right[:, 3], down_right[:, 2])
     assert np.array_equal(down_right[:, :, 4], down_right[:, :, 3])
-    places = {_moved(picture, 1, u, 0.5)[0, 1, 0, 0] for u in np.linspace(0, 0.999, 30)}
+    places = {shifted(picture, 1, u, 0.5)[0, 1, 0, 0] for u in np.linspace(0, 0.999, 30)}
     assert len(places) == 3  # each of -1, 0, 1

@@ -117,14 +117,14 @@ def test_a_phone_clip_is_upright(tmp_path: Path) -> None:
 def test_of_a_long_file_only_the_window_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "long.mp4", 7200, rate=1, size=(16, 16), g=20, preset="ultrafast")  # two hours
     assert timeline(path).seconds == 7200
-    decoded, original = [0], video._pictures
+    decoded, original = [0], video.decoded_frames
 
     def counted(container: Any, stream: Any) -> Any:
         for frame in original(container, stream):
             decoded[0] += 1
             yield frame
 
-    monkeypatch.setattr(video, "_pictures", counted)
+    monkeypatch.setattr(video, "decoded_frames", counted)
     clip = read_clip(path, Windows(num_frames=16), start=7000, size=16)
     assert numbers(clip) == [number % 25 for number in range(7000, 7016)]
     assert decoded[0] <= 16 + 20

@@ -318,11 +318,11 @@ class Transformer(nn.Module):
         if flex is None:
             wide = flex_takes(self.config.dim // self.config.num_heads)
             flex = x.device.type == "cuda" and x.shape[1] > SMALLEST_FLEX and wide
-        mask = self._block_mask(x.shape[1], key_mask) if flex else self._mask(x.shape[1], key_mask)
+        mask = self.block_mask(x.shape[1], key_mask) if flex else self._mask(x.shape[1], key_mask)
         modulations = self._modulations(embedded)
         states = self._chain(x, 0, mask, modulations, dropout=rates)
         first = self.config.num_condition - 1
-        return self._readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0, modulations)
+        return self.readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0, modulations)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., H * d), heads and guidance in them, to float32 logits (..., V): all is linear."""
@@ -369,7 +369,7 @@ class Transformer(nn.Module):
         cache.modulations = self._modulations(embedded)
         states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache.modulations, cache, average=average)
         cache.commit(x.shape[1])
-        return self._readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0, cache.modulations)
+        return self.readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0, cache.modulations)
 
     def decode(self, tokens: Tensor, fronts: range, cache: Cache) -> Tensor:
         """Feed consecutive `fronts`, given all tokens (B, n) in generation order up to their end.
@@ -392,7 +392,7 @@ class Transformer(nn.Module):
         states = self._chain(x, cache.length, mask, cache.modulations, cache)
         cache.commit(x.shape[1])
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
-        return self._readout(states, positions, slots.start + 1, cache.modulations)
+        return self.readout(states, positions, slots.start + 1, cache.modulations)
 
     def embed(self, condition: AnyCondition) -> tuple[Tensor, Tensor | None]:
         """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
@@ -514,7 +514,7 @@ class Transformer(nn.Module):
             states += [x] * taps.count(index + 1 - self.config.num_layers)
         return states
 
-    def _readout(self, states: list[Tensor], positions: slice, first_slot: int, modulations: list[Tensor]) -> Tensor:
+    def readout(self, states: list[Tensor], positions: slice, first_slot: int, modulations: list[Tensor]) -> Tensor:
         """Normalise, gather and average the heads' streams, whose first row is slot `first_slot`: (B, n, H * d)."""
         source = self.layout.source[:, positions] - first_slot
         weight = self.layout.weight[:, positions]
@@ -546,7 +546,7 @@ class Transformer(nn.Module):
             mask |= torch.eye(length, dtype=torch.bool, device=self.device)  # padding sees itself: no row is empty
         return mask
 
-    def _block_mask(self, length: int, key_mask: Tensor | None) -> BlockMask:
+    def block_mask(self, length: int, key_mask: Tensor | None) -> BlockMask:
         """The same as a block mask. The condition comes first: with its keys last, the blocks at the end hold both
         words, which all see, and late tokens, and fewer are empty (32x32 tokens: 15 of 64 in place of 21)."""
         levels, rows = self._levels(length), None if key_mask is None else len(key_mask)

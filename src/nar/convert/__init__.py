@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,22 +68,16 @@ def convert(
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    is_model = kind not in ("llamagen-vq", "larp-tokenizer", "var-vae")
-    for option, given, fits in (
-        ("num_heads", num_heads, is_model),
-        ("grid", grid, kind not in ("llamagen-vq", "var", "var-vae")),
-        ("scales", scales, kind == "var-vae"),
-        ("class_names", class_names, is_model),
-        ("tokenizer", tokenizer, is_model),
-        ("prefix_attention", prefix_attention != "causal", kind == "nar-fp"),
-        ("l2_norm", not l2_norm, kind == "llamagen-vq"),
-    ):
-        if given and not fits:
-            raise ValueError(f"{option} does not apply to {kind}, {KINDS[kind]}; leave it out")
-    if kind == "var" and not tokenizer:
-        raise ValueError(
-            "kind var needs tokenizer, the folder of its converted tokenizer: its codebook is fed to the model"
-        )
+    _check_options(
+        kind,
+        num_heads=num_heads,
+        grid=grid,
+        scales=scales,
+        class_names=class_names,
+        tokenizer=tokenizer,
+        prefix_attention=prefix_attention != "causal",
+        l2_norm=not l2_norm,
+    )
     output, named = Path(output), find(preset) if preset else None
     if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):  # also of a link to itself
         raise ValueError(f"output {output} would overwrite the source {source}; choose another folder")
@@ -114,15 +109,40 @@ def convert(
         written = next(name for name, made in TOKENIZERS.items() if made.config_class is type(config))
         description = {"kind": written, "tokenizer": sizes, **origin}
     parts = {"tokenizer": Path(tokenizer)} if tokenizer else {}
-    for folder in parts.values():
-        found = read_config(folder).get("tokenizer", {})
-        if found.get("vocab_size") != config.vocab_size:
-            fit = f"{found.get('vocab_size')} codes, the model {config.vocab_size}"
-            raise ValueError(f"the tokenizer in {folder} has {fit}; give its own")
-        if found.get("scales", []) != (wanted := list(sizes.get("scales", ()))):
-            fit = f"scales {found.get('scales', [])}, the model {wanted}"
-            raise ValueError(f"the tokenizer in {folder} has {fit}; convert it with --scales of the model")
+    if tokenizer:
+        _check_tokenizer(Path(tokenizer), config)
     write_folder(output, description, lambda path: _stream_safetensors(path, lambda: load()[1]), parts=parts)
+
+
+def _check_options(kind: str, **given: Any) -> None:
+    """Raise ValueError for options that are given and say nothing of this kind, and for one that it lacks."""
+    models = {name for name in KINDS if name not in ("llamagen-vq", "larp-tokenizer", "var-vae")}
+    fits = {
+        "num_heads": models,
+        "grid": KINDS.keys() - {"llamagen-vq", "var", "var-vae"},
+        "scales": {"var-vae"},
+        "class_names": models,
+        "tokenizer": models,
+        "prefix_attention": {"nar-fp"},
+        "l2_norm": {"llamagen-vq"},
+    }
+    if strange := [name for name, value in given.items() if value and kind not in fits[name]]:
+        raise ValueError(f"{strange[0]} does not apply to {kind}, {KINDS[kind]}; leave it out")
+    if kind == "var" and not given["tokenizer"]:
+        raise ValueError(
+            "kind var needs tokenizer, the folder of its converted tokenizer: its codebook is fed to the model"
+        )
+
+
+def _check_tokenizer(folder: Path, config: TokenizerConfig | ModelConfig) -> None:
+    """Raise ValueError for a tokenizer of other codes or scales than the model's."""
+    found = read_config(folder).get("tokenizer", {})
+    if found.get("vocab_size") != config.vocab_size:
+        fit = f"{found.get('vocab_size')} codes, the model {config.vocab_size}"
+        raise ValueError(f"the tokenizer in {folder} has {fit}; give its own")
+    if found.get("scales", []) != (wanted := list(getattr(config, "scales", ()))):
+        fit = f"scales {found.get('scales', [])}, the model {wanted}"
+        raise ValueError(f"the tokenizer in {folder} has {fit}; convert it with --scales of the model")
 
 
 def _stream_safetensors(path: Path, load: Callable[[], dict[str, Parts]]) -> None:

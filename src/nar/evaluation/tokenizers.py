@@ -85,7 +85,7 @@ def judge_tokenizer(
         raise ValueError(f"{folder} reads clips, but {real} holds pictures, or clips of which to give --num-frames")
     batch_size = batch_size or (CLIP_BATCH if images.ndim == 5 else BATCH)
     place = torch.device(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    through = functools.partial(_reconstructed, tokenizer.to(place), images, pad=pad, batch_size=batch_size)
+    through = functools.partial(reconstruct, tokenizer.to(place), images, pad=pad, batch_size=batch_size)
     distance, detector = EfficientNetDistance().to(place), default_detector(inception, place)
 
     def measured(reconstructed: np.ndarray, codes: np.ndarray | None = None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def judge_tokenizer(
         report["refined"] = measured(reconstructed, codes)
     few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
     fitted = load_pictures(train.take(few), size=data.size).images
-    baselines = _baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
+    baselines = fit_baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
     report["baselines"] = {name: measured(cheap) for name, cheap in baselines.items()}
     if sheet is not None:
         _write_sheet(sheet, images, reconstructed, kind)
@@ -145,7 +145,7 @@ def _opened(
     return data, *data.open(), [text]
 
 
-def _reconstructed(
+def reconstruct(
     tokenizer: Any, images: np.ndarray, *, pad: bool, batch_size: int, refine: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures or clips uint8 (B, ..., 3) as the tokenizer gives them back, of the same shape, and their codes.
@@ -188,7 +188,7 @@ def _frechet(
     return part
 
 
-def _baselines(
+def fit_baselines(
     train: np.ndarray, images: np.ndarray, grid: tuple[int, ...], vocab_size: int, seed: int, device: Any
 ) -> dict[str, np.ndarray]:
     """Reconstructions without a tokenizer: patches by k-means, and one pixel a code or, of clips, no motion."""

@@ -298,11 +298,11 @@ def _from(container: Any, stream: Any, index: _Index, key: int) -> Iterator[tupl
     """Frames and their stamps from key frame number `key` on."""
     if index.places:
         container.seek(index.places[max(0, key)], stream=stream, backward=True)
-    for number, frame in enumerate(_pictures(container, stream)):
+    for number, frame in enumerate(decoded_frames(container, stream)):
         yield (frame.pts if index.places and frame.pts is not None else number), frame
 
 
-def _pictures(container: Any, stream: Any) -> Iterator[Any]:
+def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
     yield from container.decode(stream)
 
 

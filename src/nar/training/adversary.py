@@ -84,7 +84,7 @@ class Adversary(Side):
         """Judge a picture or clip (1, 3, ...) once, and change nothing; raises ValueError where it can't be judged."""
         self.network.eval()
         try:
-            self._judge(sample)
+            self.judge(sample)
         except (RuntimeError, ValueError) as error:
             size = "x".join(map(str, sample.shape[2:]))
             at_once = f" and frames {self.config.frames}" if self.config.frames > 1 else ""
@@ -105,7 +105,7 @@ class Adversary(Side):
         if step < self.config.start:
             return torch.zeros((), device=fake.device)
         self.network.requires_grad_(False)
-        judged = self._judge(fake)
+        judged = self.judge(fake)
         adversarial = generator_hinge_loss(judged) if self.config.network == "patch" else F.softplus(-judged).mean()
         self.losses["adversarial"] = adversarial.detach()
         if not self.config.adaptive:
@@ -146,14 +146,14 @@ class Adversary(Side):
         if self.config.lecam:
             self._means = state["adversary.mean_logits"].to(self._means.device)
 
-    def _judge(self, pixels: Tensor) -> Tensor:
+    def judge(self, pixels: Tensor) -> Tensor:
         """Logits of pictures (B, 3, H, W) or clips (B, 3, T, H, W), of which a patch network sees `frames` at once."""
         if self.config.network == "patch" and pixels.ndim == 5:
             pixels = pixels.unflatten(2, (-1, self.config.frames)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return cast(Tensor, self.network(pixels))
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
-        judged = self._judge(real).float(), self._judge(fake).float()
+        judged = self.judge(real).float(), self.judge(fake).float()
         if self.config.network == "patch":
             return discriminator_hinge_loss(*judged)
         # Drawn for all processes, so that any number of them draws the same.

@@ -138,10 +138,10 @@ class ModelTask(Task):
         codes = data[0].to(device)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
         losses = token_losses(self.module, codes, condition, seen=seen, dropout=self.recipe.dropout)
-        loss = self._of_samples(losses, condition).mean()
+        loss = self.of_samples(losses, condition).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
-    def _of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
+    def of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
         """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide."""
         return sample_losses(self.module, losses, self.continuation.known(condition))
 
@@ -172,7 +172,7 @@ class ModelTask(Task):
             condition = condition.to(device)
             if without_words:
                 condition = condition.drop(torch.ones(len(indices), dtype=torch.bool, device=device))
-            total += self._of_samples(token_losses(module, codes.to(device), condition), condition).sum()
+            total += self.of_samples(token_losses(module, codes.to(device), condition), condition).sum()
         return float(self.workers.sum(total)) / len(samples) / math.log(2)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class TokenizerTask(Task):
         half = recipe.engine.precision == "bfloat16"
         self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
         train, heldout = sources or recipe.data.open()
-        self.heldout = load_pictures(heldout.take(_spread(len(heldout), _HELDOUT)), size=recipe.data.size)
+        self.heldout = load_pictures(heldout.take(spread_rows(len(heldout), _HELDOUT)), size=recipe.data.size)
         sample = self.heldout.images[:1]
         self.module.check_pixels(as_pixels(sample))
         if recipe.data.augment == "loop" and sample.ndim != 5:
@@ -118,7 +118,7 @@ class TokenizerTask(Task):
             images = np.stack([*map(_restarted, images, draws["loop_start"], draws["loop_direction"])])
         if data.shift:
             moves = zip(images, draws["shift_down"], draws["shift_right"], strict=True)
-            images = np.stack([_moved(image, data.shift, down, right) for image, down, right in moves])
+            images = np.stack([shifted(image, data.shift, down, right) for image, down, right in moves])
         return as_pixels(images)
 
     def _decode(self, row: int, draws: Mapping[str, float]) -> np.ndarray:
@@ -206,7 +206,7 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def preview(self, module: nn.Module) -> Image.Image:
-        pixels = as_pixels(self.heldout.images[_spread(len(self.heldout), 16)]).to(self.workers.device)
+        pixels = as_pixels(self.heldout.images[spread_rows(len(self.heldout), 16)]).to(self.workers.device)
         pairs = as_pictures(torch.stack([pixels, module(pixels).pixels], 1).flatten(0, 1))
         columns = max(1, 8 * pairs[0].height // pairs[0].width)  # a clip's frames take a row
         return contact_sheet(pairs, ["real", "code"] * len(pixels), columns=columns)
@@ -227,7 +227,7 @@ def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
     return turned[::-1] if direction < 0.5 else turned
 
 
-def _moved(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarray:
+def shifted(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarray:
     """A picture or clip (..., H, W, 3), moved by up to `most` pixels either way; its edges are repeated."""
     height, width = pixels.shape[-3:-1]
     rows = np.arange(height) + int(down * (2 * most + 1)) - most
@@ -235,7 +235,7 @@ def _moved(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarr
     return pixels[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1), :]
 
 
-def _spread(count: int, most: int) -> np.ndarray:
+def spread_rows(count: int, most: int) -> np.ndarray:
     """Rows of `count`, at most `most` of them, as far apart as can be: sets are often sorted by class."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
