@@ -205,7 +205,7 @@ class _Buffers:
 
 
 def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) -> None:
-    """Draw one front into `buffers.tokens`. Reads nothing back to the host: a CUDA graph can hold it."""
+    """Sample one front into `buffers.tokens`. Reads nothing back to the host: a CUDA graph can hold it."""
     schedule, cache, tokens = model.layout.schedule, buffers.cache, buffers.tokens
     batch, positions = len(tokens), schedule.front(front)
     if front == 0:

@@ -193,7 +193,7 @@ class ModelTask(Task):
         return film_strips([[Image.fromarray(frame) for frame in clip] for clip in as_images(pixels)], names)
 
     def _asked(self, each: int) -> Iterator[tuple[list[str], Condition]]:
-        """What previews draw from words or classes: names of the pictures, and their condition."""
+        """Names of the pictures that previews show, and their condition."""
         if self.continuation.counts[0]:
             return
         if self.text is not None:

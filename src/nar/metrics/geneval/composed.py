@@ -1,7 +1,7 @@
 """Objects in composed drawings: a small detector, and GenEval's judgement of such pictures with it.
 
 A head of 136,000 weights on three stages of EfficientNet-Lite0 finds drawings on white at 64x64 pixels; their colour is
-that of most of their pixels. It does not know who drew the pictures, or which drawings it was trained with.
+that of most of their pixels. It does not know who made the pictures, or which drawings it was trained with.
 Dimensions: B pictures, S = 16 cells a side, D channels, K classes.
 """
 

@@ -1,7 +1,7 @@
 """GenEval (arXiv 2310.11513): are the objects there that a prompt asks for, as many, in their colours and places?
 
 The published rules on current libraries: judging is arithmetic on detections, whoever made them; `Mask2FormerJudge`
-makes them with local `transformers` folders of Mask2Former and CLIP. It does not know how pictures were drawn.
+makes them with local `transformers` folders of Mask2Former and CLIP. It does not know how pictures were made.
 Dimensions: Q queries, K classes, n pictures, h x w a mask at the network's size.
 """
 
