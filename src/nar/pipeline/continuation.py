@@ -68,8 +68,20 @@ class Continuation:
 
     def num_context(self, clip: Tensor | None) -> int:
         """How many of a clip's last frames the model is conditioned on."""
-        length = 0 if clip is None else clip.shape[1]
-        return max((count for count in self.counts if count <= length), default=0)
+        return self._count(0 if clip is None else clip.shape[1])
+
+    def extended(self, clip: Tensor | None, decoded: Tensor) -> Tensor:
+        """A clip with the frames that a pass, decoded (3, T, H, W), adds to it."""
+        added = decoded[:, self.num_context(clip) :]
+        return added if clip is None else torch.cat([clip, added], 1)
+
+    def num_passes(self, length: int, num_frames: int | None) -> int:
+        """How many passes make a clip of `num_frames` from one of `length`."""
+        passes = 0
+        while not passes or length < (num_frames or 0):
+            length += self.num_frames - self._count(length)
+            passes += 1
+        return passes
 
     def check(self, lengths: Collection[int], num_frames: int | None) -> None:
         """Raise ValueError when clips of these lengths can't be continued, or not to `num_frames`."""
@@ -122,6 +134,9 @@ class Continuation:
         known = torch.full((len(condition), *self.grid), -1, device=prefix.codes.device)
         known[:, : self.prefix[0]] = prefix.codes if prefix.mask is None else prefix.codes.masked_fill(~prefix.mask, -1)
         return known
+
+    def _count(self, length: int) -> int:
+        return max((count for count in self.counts if count <= length), default=0)
 
     def _num_steps(self, count: int) -> int:
         """How many steps in time the codes of `count` context frames fill."""

@@ -238,7 +238,7 @@ class Pipeline:
             raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
         if num_frames is not None and not isinstance(num_frames, Integral):
             raise ValueError(f"num_frames must be a whole number, not {num_frames!r}")
-        self._check_length(num_frames, requests, output_type)
+        self.check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
         kept = None if known is None else known_codes(known, len(requests), self.model.config.grid)
         count, results = len(requests), list[Tensor]()
@@ -293,10 +293,8 @@ class Pipeline:
             streams = [index + (number << 32) for index in indices]  # each pass has its own
             codes = self._codes(asked, streams, sampling, seed=seed, known=known, callback=callback)
             known = None
-            longer = []
-            for clip, decoded in zip(clips, self.decode(codes, exact=exact), strict=True):
-                added = decoded[:, self.continuation.num_context(clip) :]
-                longer.append(added if clip is None else torch.cat([clip, added], 1))
+            decoded = self.decode(codes, exact=exact)
+            longer = [self.continuation.extended(clip, own) for clip, own in zip(clips, decoded, strict=True)]
             if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
                 break
             clips = [*longer]
@@ -323,6 +321,19 @@ class Pipeline:
         words = [request.negative if request.has_negative else request.prompt for request in requests]
         return positive, together(torch.full_like(labels, NULL_CLASS), words, null)
 
+    def prepared(
+        self, batch: Sequence[Request], sampling: Sampling, known: Tensor | None
+    ) -> tuple[Condition, Condition | None, Sampling, Tensor | None]:
+        """What a pass of the model over requests takes: conditions as in `condition`, settings, and codes to keep."""
+        config = self.model.config
+        condition, negative = self.condition(batch)
+        if not any(request.is_guided for request in batch) and (config.num_classes or config.text_dim):
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # both sides would be the null condition
+        context = self.continuation.known(condition)
+        if context is not None:
+            known = context if known is None else torch.where(context >= 0, context, known.to(context.device))
+        return condition, negative, sampling, known
+
     def _codes(
         self,
         batch: Sequence[Request],
@@ -334,20 +345,14 @@ class Pipeline:
         callback: Callback | None,
     ) -> Tensor:
         """Sample one pass of the model: codes (B, *grid)."""
-        config = self.model.config
-        condition, negative = self.condition(batch)
-        if not any(request.is_guided for request in batch) and (config.num_classes or config.text_dim):
-            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # both sides would be the null condition
-        context = self.continuation.known(condition)
-        if context is not None:
-            known = context if known is None else torch.where(context >= 0, context, known.to(context.device))
+        condition, negative, sampling, known = self.prepared(batch, sampling, known)
         options: dict[str, Any] = {"negative": negative, "seed": seed, "indices": indices, "known": known}
         for front, codes in generate_fronts(self.model, condition, sampling, session=self.session, **options):
             if callback is not None:
                 callback(self, front, codes)
         return codes
 
-    def _check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
+    def check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
         """Refuse lengths that can't be, before anything is sampled."""
         if not self.makes_clips:
             if num_frames is not None:
