@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nar import Pipeline, Sampling
+from nar import Pipeline, Sampling, generate
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Ticket, Work
 
 WAIT = 60.0
@@ -45,8 +46,6 @@ def codes_alone(pipeline: Pipeline, work: Work) -> torch.Tensor:
     """What the pipeline samples for this work and nothing else."""
     rows = range(len(work.requests))
     condition, negative, sampling, known = pipeline.prepared(work.requests, work.sampling, work.known)
-    from nar import generate
-
     options = {"negative": negative, "known": known, "seed": work.seed, "indices": rows}
     return generate(pipeline.model, condition, sampling, **options)
 
@@ -126,16 +125,16 @@ def test_clips_of_several_passes(clips: Pipeline) -> None:
     given = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     requests = [*clips.requests(prompt="a red"), replace(clips.requests(prompt="a cat")[0], frames=given)]
     works = [Work(requests, Sampling(2.0), seed=5, num_frames=12), Work(requests, Sampling(), seed=6)]
-    batcher = Batcher(clips, slots=2)
-    calls = [Call(batcher, replace(work, partial_fronts=range(100))) for work in works]
-    for call, work in zip(calls, works, strict=True):
-        expected = clips.sample(
-            requests, range(2), work.sampling, seed=work.seed, num_frames=work.num_frames, exact=True
-        )
-        for done, clip in zip(call.results(), expected, strict=True):
-            assert torch.equal(done.pixels, clip)
-    assert batcher.running == 0
-    batcher.close()
+    expected = [
+        clips.sample(requests, range(2), work.sampling, seed=work.seed, num_frames=work.num_frames, exact=True)
+        for work in works
+    ]
+    with closing(Batcher(clips, slots=2)) as batcher:
+        calls = [Call(batcher, replace(work, partial_fronts=range(100))) for work in works]
+        for call, alone in zip(calls, expected, strict=True):
+            for done, clip in zip(call.results(), alone, strict=True):
+                assert torch.equal(done.pixels, clip)
+        assert batcher.running == 0
     fronts = [(event.front, event.num_fronts) for event in calls[0].of(Partial) if event.index == 0]
     steps = clips.model.layout.schedule.num_steps
     assert fronts == [(number, 5 * steps) for number in range(5 * steps)]
