@@ -1,0 +1,101 @@
+"""A picture and a mask as codes to keep and codes to sample, and the given pixels put back.
+
+Knows pixels and the tokenizer; does not know HTTP, nor how codes are sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
+
+from nar.media.pictures import num_frames, opened, to_rgb, upright_rgb
+from nar.media.pixels import as_pixels
+from nar.pipeline import Pipeline
+from nar.serving.protocol import Refusal
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 2**24  # of a picture that is sent: 4096 x 4096, decoded to 50 MB
+OPAQUE = 128  # alpha from which a pixel of a mask stays
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """`known` codes (*grid), -1 where they are sampled; `given` pixels at the model's size, and `mask`, an 8-bit
+    picture that is 255 where pixels are new."""
+
+    known: Tensor
+    given: Image.Image
+    mask: Image.Image
+
+    def paste(self, made: Image.Image) -> Image.Image:
+        """The new pixels inside of the mask, with a soft edge of a pixel, over the given ones, which stay as sent."""
+        soft = ImageChops.darker(self.mask, self.mask.filter(ImageFilter.BoxBlur(1)))
+        return Image.composite(made, self.given, soft)
+
+
+def prepare(pipeline: Pipeline, image: bytes, mask: bytes | None) -> Edit:
+    """Encode a picture whose masked pixels are blanked, for a model of any size: it is resized to the model's.
+
+    What a mask (a picture with alpha, of the size of `image`) has transparent is new. Without one it is the
+    transparency of `image`. A code is free where any pixel of its patch is.
+
+    Raises:
+        Refusal: no pictures that are taken, of two sizes, or a mask that frees nothing.
+    """
+    picture = read(image, "image")
+    drawn = picture if mask is None else read(mask, "mask")
+    if drawn.size != picture.size:
+        sizes = "x".join(map(str, drawn.size)), "x".join(map(str, picture.size))
+        raise Refusal(400, f"mask is {sizes[0]}, the image {sizes[1]}: they must have one size", param="mask")
+    if "A" not in drawn.getbands() and "transparency" not in drawn.info:
+        said = "what is to be redrawn is transparent in the mask (alpha 0), but there is no alpha"
+        raise Refusal(400, said if mask is not None else f"give a mask; {said}", param="mask")
+    height, width = pipeline.pixel_shape
+    rows, columns = pipeline.model.config.grid
+    alpha = drawn.convert("RGBA").getchannel("A")
+    # Every pixel that is touched counts: the least alpha under it, not the mean.
+    kept = np.asarray(
+        alpha.point(lambda value: 255 if value >= OPAQUE else 0).resize((width, height), Image.Resampling.BOX)
+    )
+    new = kept < 255
+    free = new.reshape(rows, height // rows, columns, width // columns).any((1, 3))
+    if not free.any():
+        raise Refusal(400, "the mask frees nothing: make transparent (alpha 0) what is to be redrawn", param="mask")
+    opaque = picture.convert("RGB") if mask is None else to_rgb(picture)
+    given = opaque.resize((width, height), Image.Resampling.LANCZOS) if opaque.size != (width, height) else opaque
+    pixels = as_pixels(np.array(given)[None])
+    pixels = pixels.masked_fill(torch.from_numpy(new), 0.0)
+    with torch.inference_mode():
+        codes = pipeline.tokenizer.encode(pixels.to(pipeline.model.device))[0].cpu()
+    known = codes.masked_fill(torch.from_numpy(free), -1)
+    return Edit(known, given, Image.fromarray(np.where(new, 255, 0).astype(np.uint8)))
+
+
+def read(file: bytes, name: str) -> Image.Image:
+    """Decode a PNG, JPEG or WebP file, whatever its name and type say, once its size is known to be taken.
+
+    Raises:
+        Refusal: another format, an animation, too many pixels, or a damaged file.
+    """
+    try:
+        with opened(BytesIO(file), name) as picture:
+            if picture.format not in FORMATS:
+                raise Refusal(400, f"{name} is {picture.format}: send PNG, JPEG or WebP", param=name)
+            if picture.width * picture.height > MOST_PIXELS:
+                size = f"{picture.width}x{picture.height}"
+                raise Refusal(400, f"{name} has {size} pixels: at most {MOST_PIXELS:,} in all", param=name)
+            if num_frames(picture) > 1:
+                raise Refusal(400, f"{name} is an animation: send a still", param=name)
+            has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+            return picture.convert("RGBA") if has_alpha else upright_rgb(picture)
+    except Refusal:
+        raise
+    except (ValueError, OSError) as error:
+        if isinstance(error.__cause__, Refusal):
+            raise error.__cause__ from None
+        raise Refusal(400, str(error), param=name) from error

@@ -1,0 +1,80 @@
+"""The process around the app: its socket, signals and connections.
+
+Knows uvicorn; does not know routes or models.
+"""
+
+from __future__ import annotations
+
+import socket
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from nar.serving.app import App
+
+HEADER_SECONDS = 30.0  # that a connection may take for the head of a request; uvicorn itself waits for ever
+_SWEEP_TICKS = 10  # of 0.1 s
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket on this address, which does not listen yet.
+
+    Raises:
+        OSError: the address is taken or not this machine's; it is named.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(f"can't listen on {host}:{port} ({error.strerror or error}); try another --port") from error
+    return made
+
+
+class Server(uvicorn.Server):
+    """Runs an app until a signal; then no new work is taken, and what runs has `drain_seconds` to end.
+
+    A second signal ends it at once.
+    """
+
+    def __init__(
+        self, app: App, *, drain_seconds: float = 30.0, header_seconds: float = HEADER_SECONDS, **options: Any
+    ) -> None:
+        config = uvicorn.Config(app.asgi, ws="none", timeout_graceful_shutdown=2, server_header=False, **options)
+        super().__init__(config)
+        self._app, self._drain_seconds, self._header_seconds = app, drain_seconds, header_seconds
+        self._ending = False
+        self._end = 0.0
+        self._idle_since: dict[Any, float] = {}
+
+    def run_on(self, bound_socket: socket.socket) -> None:
+        """Serve until a signal comes."""
+        self.run([bound_socket])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 uvicorn's signature
+        """Begin to end; a handler of signals."""
+        if self._ending:
+            self.should_exit = self.force_exit = True
+        self._ending, self._end = True, monotonic() + self._drain_seconds
+        self._app.is_draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether all that ran has ended, and which connections never say anything."""
+        if self._ending and (self._app.num_open == 0 or monotonic() > self._end):
+            self.should_exit = True
+        if counter % _SWEEP_TICKS == 0:
+            self._sweep()
+        return await super().on_tick(counter)
+
+    def _sweep(self) -> None:
+        """Close connections that have begun no request for too long."""
+        now, since = monotonic(), self._idle_since
+        idle = [one for one in self.server_state.connections if getattr(one, "cycle", None) is None]
+        self._idle_since = {one: since.get(one, now) for one in idle}
+        for one, start in self._idle_since.items():
+            if now - start > self._header_seconds and (transport := getattr(one, "transport", None)) is not None:
+                transport.abort()
