@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,6 +116,22 @@ def test_flex_attention_skips_blocks() -> None:
         model = make_model("nar", grid=grid)
         mask = model.block_mask(model.config.num_condition + len(model.layout.slots) - 1, None)
         assert mask.to_dense().eq(0).sum() == 21
+
+
+@pytest.mark.parametrize("layout", ["nar", "text-published"])
+@torch.inference_mode()
+def test_flex_attention_is_compiled_three_times_whatever_the_sizes_of_batches(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")  # what is compiled anew is decided alike on a GPU
+    monkeypatch.setattr("nar.attention.flex_attention", torch.compile(flex_attention, backend=counter))
+    model, counts = make_model(layout), []
+    for batch in (8, 8, 5, 3, 7, 2, 6, 1, 4, 1):
+        codes = torch.zeros(batch, *model.config.grid, dtype=torch.long)
+        model.hidden(codes, make_condition(model, batch), flex=True)
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, *[2] * 5, *[3] * 3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: FlexAttention has no gradients on a CPU")

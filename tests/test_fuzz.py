@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save_file
 
 from nar import cli
@@ -31,6 +32,9 @@ FOUND = [
     ("extract {nan}/tokenizer --data toy -o {out}", "holds NaN or infinity in decoder"),
     ("train toy run={out} tokenizer_path={model}/tokenizer data.codes={codes}", "manifest.json: num_views must be"),
     ("eval --real {reference} --fake toy", "mu must be finite numbers"),
+    ("eval --real {endless} --fake toy --cache {out}", "endless/1.png: is no file"),
+    ("train toy run={out} tokenizer_path={model}/tokenizer text_encoder.source=nowhere", "nowhere is no text encoder"),
+    ("eval composed {nested}", "metadata.jsonl is not valid JSON (nested too deeply)"),
 ]
 
 
@@ -61,8 +65,15 @@ def test_what_was_found_is_answered(
     (tmp_path / "codes").mkdir()
     manifest = {"tokenizer": "", "views": "centre", "num_views": "1", "num_samples": 1, "grid": [4, 4], "shards": []}
     (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest | {"class_names": [], "captions": False}))
+    for folder in ("endless", "nested/00000/samples"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
+    (tmp_path / "endless/1.png").unlink()
+    (tmp_path / "endless/1.png").symlink_to("/dev/zero")
+    (tmp_path / "nested/00000/metadata.jsonl").write_text("[" * 200_000)
     np.savez(tmp_path / "reference.npz", mu=np.full(1280, np.nan), sigma=np.eye(1280))
-    places = {name: tmp_path / name for name in ("out", "nan", "codes")}
+    places = {name: tmp_path / name for name in ("out", "nan", "codes", "endless", "nested")}
     words = line.format(model=toy_folder, reference=tmp_path / "reference.npz", **places).split()
     monkeypatch.setattr(sys, "argv", ["nar", *words])
     with pytest.raises(SystemExit) as stopped:

@@ -121,14 +121,13 @@ class Cache:
 
 
 @cache
-def _flex(device_type: str) -> Callable[..., Any]:
-    """FlexAttention; compiled on a GPU, where it skips blocks. On a CPU, as it is: slow, and for tests only.
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """FlexAttention for a GPU, where it skips blocks.
 
-    The second size of a batch, such as the smaller last one of an evaluation, compiles it once more, for every size.
+    It is compiled for the first size of a batch, once more for all others, such as the smaller last one of an
+    evaluation, and once for a batch of one.
     """
-    if device_type == "cpu":
-        return flex_attention
-    return torch.compile(flex_attention)
+    return torch.compile(function)
 
 
 def flex_takes(head_dim: int) -> bool:
@@ -196,7 +195,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if isinstance(mask, BlockMask):
-            y = cast(Tensor, _flex(x.device.type)(q, k, v, block_mask=mask))
+            # On a CPU as it is: slow, and for tests only.
+            attend = flex_attention if x.device.type == "cpu" else _compiled(flex_attention)
+            y = cast(Tensor, cast(Any, attend)(q, k, v, block_mask=mask))
         elif q.requires_grad and q.device.type == "cpu":
             y = _attend_learning(q, k, v, mask)
         elif k.dtype == q.dtype:

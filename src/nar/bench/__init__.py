@@ -136,7 +136,7 @@ def bench_folder(
     return _bench(str(source), load, schedules or (shape.schedule,), tokenizer, setup, default, report)
 
 
-def bench_tokenizer(source: str | Path, setup: Setup) -> list[Row]:
+def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row], None] | None = None) -> list[Row]:
     """Measure a tokenizer, a folder or a published size with random weights, in every dtype and memory layout.
 
     Pictures have 16x16 codes and random pixels. `setup.dtype` is not used.
@@ -167,6 +167,8 @@ def bench_tokenizer(source: str | Path, setup: Setup) -> list[Row]:
             facts = {"layout": layout, "change": float(change.mean()), "size": size}
             seconds = _median(run, setup, device)
             rows.append(setup.row(name, operation, batch, seconds, str(dtype).removeprefix("torch."), **facts))
+            if report is not None:
+                report(rows[-1])
     best = {kind: min(row.latency_seconds for row in rows if (row.operation, row.batch_size) == kind) for kind in exact}
     fastest = [row.latency_seconds == best[row.operation, row.batch_size] for row in rows]
     return [dataclasses.replace(row, fastest=is_best) for row, is_best in zip(rows, fastest, strict=True)]

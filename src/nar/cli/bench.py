@@ -12,6 +12,7 @@ import typer
 from typer import Argument, Option
 
 from nar.cli.app import app, echo
+from nar.progress import Progress
 from nar.storage.files import atomically, check_output, write_json
 
 
@@ -67,15 +68,19 @@ def bench(
     place = usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     setup = measure.Setup(**given | {"batch_sizes": sizes, "device": place})
 
-    def report(row: reports.Row) -> None:
-        echo(f"{row.schedule}, batch {row.batch_size}: {row.latency_seconds:.3f} s", err=True)
+    with Progress("measuring", None, "rows") as progress:
 
-    if tokenizer is not None:
-        rows = measure.bench_tokenizer(tokenizer, setup)
-    elif preset is not None:
-        rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
-    else:
-        rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
+        def report(row: reports.Row) -> None:
+            what = row.schedule or f"{row.operation} {row.layout} in {row.dtype}"
+            progress.say(f"{what}, batch {row.batch_size}: {row.latency_seconds:.3f} s")
+            progress.update()
+
+        if tokenizer is not None:
+            rows = measure.bench_tokenizer(tokenizer, setup, report=report)
+        elif preset is not None:
+            rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
+        else:
+            rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
     first, what = rows[0], f"{dtype}, guidance {rows[0].guidance_scale}"
     if tokenizer is not None:
         what = f"{'x'.join(map(str, first.size or ()))} pixels"

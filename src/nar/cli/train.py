@@ -104,7 +104,7 @@ def extract(
         options |= {"device": workers.device, "rank": workers.rank, "count": workers.count, "wait": workers.wait}
         source = pictures.part(split)
         encoder = None
-        if workers.first and text_encoder:  # before the work
+        if text_encoder:  # before the work
             encoder = TextEncoder(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
             encoder.encode([""])  # its weights too
         wanted = [(source, output)]
@@ -115,9 +115,12 @@ def extract(
         for part, place in wanted:
             extraction.extract(folder, part, place, **options)
         if encoder is not None:
-            forms = [form for forms in Codes.open(output).wordings(wording) for form in forms]
-            echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
+            forms = list(dict.fromkeys(form for forms in Codes.open(output).wordings(wording) for form in forms))
+            cached(encoder, workers.share_of(forms), output / "text", quiet=not workers.first)
+            workers.wait()
         if workers.first:
+            if encoder is not None:
+                echo(f"features of {len(cached(encoder, forms, output / 'text'))} captions")
             made = read_json(output / "manifest.json")
             views_of = f"{made['num_views']} views of {'x'.join(map(str, made['grid']))} codes each"
             echo(f"{made['num_samples']} pictures, {views_of}, {made['num_broken']} broken\nwrote {output}")

@@ -27,11 +27,10 @@ from nar.data.tables import (
     open_array,
     open_listed,
     open_parquet,
-    parse_json,
     table,
 )
 from nar.media import pictures, video
-from nar.storage.files import read_json
+from nar.storage.files import parse_json, read_bytes, read_json
 from nar.storage.text import composed, decode_text, printable
 
 SAMPLES = "samples.json"  # of `nar sample`: which file shows what
@@ -171,7 +170,7 @@ def _open_classes(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source
     if not wanted.clips:
         _refuse_animations([place for place in samples.values() if isinstance(place, Path)])
     names = sorted(samples, key=classes.__getitem__)  # stable: in a class, the order of the walk
-    records = [_record(beside.get(name, {}), Path.read_bytes, with_class=flat) for name in names]
+    records = [_record(beside.get(name, {}), read_bytes, with_class=flat) for name in names]
     if not any("caption" in record for record in records) and (prompts := _prompts(folder / SAMPLES)):
         for name, record in zip(names, records, strict=True):
             record["caption"] = prompts.get(name.rpartition("/")[2], "")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from nar.media import pictures, video
 from nar.media.crops import centre_crop, random_crop, views
+from nar.storage.files import read_bytes
 
 BROKEN_POLICIES = ("skip", "refuse")
 BROKEN_SHARE = 0.01  # more broken pictures than this share are an error, fewer a warning
@@ -269,5 +270,4 @@ def content_of(opened: Any, most: int = -1) -> bytes:
         return opened.getvalue()
     if isinstance(opened, Sequence) and not isinstance(opened, str):
         return b"".join(content_of(file, most) for file in opened)
-    with Path(opened).open("rb") as file:
-        return file.read(most)
+    return read_bytes(Path(opened), most)

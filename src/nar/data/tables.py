@@ -20,6 +20,7 @@ from PIL import Image
 from nar.data.clips import ClipSource
 from nar.data.source import Source, Wanted
 from nar.storage.arrays import array_names, read_arrays
+from nar.storage.files import parse_json
 from nar.storage.text import composed, printable, read_csv, read_lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -69,15 +70,6 @@ def read_records(path: Path) -> list[Any]:
 def number_or_name(text: str) -> int | str | None:
     """What a class is called in a file without types: digits are a number, and no text is none."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text or None
-
-
-def parse_json(text: str, name: str) -> Any:
-    """Parse JSON; raises ValueError that names where it stands."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{name} is no JSON ({reason})") from None
 
 
 def inside(folder: Path, name: str, origin: Path | str) -> Path:

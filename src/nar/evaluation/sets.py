@@ -31,7 +31,7 @@ from nar.pipeline import Pipeline, Request
 from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.arrays import read_arrays
-from nar.storage.files import atomically, claim
+from nar.storage.files import atomically, claim, parse_json
 from nar.storage.folder import model_digest, read_config
 from nar.storage.text import read_lines
 
@@ -201,7 +201,7 @@ def _join(parts: Sequence[Path], count: int, arrays: dict[str, np.ndarray], outp
 
 def _settings(path: Path) -> Any:
     found = read_arrays(path, ["settings"])
-    return json.loads(str(found["settings"])) if found else None
+    return parse_json(str(found["settings"]), f"settings of {path}") if found else None
 
 
 def _remove(folder: Path) -> None:
@@ -242,12 +242,10 @@ def geneval_set(
     lines = [line for line in read_lines(metadata) if line.strip()]
     prompts = []
     for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            if not isinstance(prompts[-1], str):
-                raise TypeError("the prompt is no text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt") from error
+        wanted = parse_json(line, f"line {number} of {metadata}")
+        if not isinstance(wanted, dict) or not isinstance(wanted.get("prompt"), str):
+            raise ValueError(f"line {number} of {metadata} is not a JSON object with a prompt")
+        prompts.append(wanted["prompt"])
     requests = [request for request in pipe.requests(prompt=prompts) for _ in range(count)]
     sampled = Sampled(pipe, requests, sampling or pipe.sampling, seed, batch_size)
     claim(output, _record(sampled, count, settings, lines))

@@ -27,6 +27,9 @@ _UNIONS, _LISTS = (Union, types.UnionType), (list, Sequence, Iterable)
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
+# How the names of dtypes begin, of arrays and tensors of such values.
+_DTYPES = {int: ("int", "uint"), float: ("int", "uint", "float", "bfloat"), bool: ("bool",), str: ("<U",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -242,11 +245,16 @@ def _one_of(value: Any, kinds: Sequence[Any], key: str, optional: bool) -> Any:
 
 
 def _listed(value: Any, kind: Any, key: str, optional: bool) -> Any:
-    """Values one after another: of a list each is checked; arrays, tensors and iterators are taken as they are."""
+    """Values one after another: of a list each is checked, of arrays and tensors their dtype, of iterators nothing."""
+    if str(getattr(value, "dtype", "")) == "object" and value.ndim:
+        value = list(value)
     if isinstance(value, list | tuple):
         return type(value)(_checked(item, kind, f"number {number} of {key}") for number, item in enumerate(value))
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
         raise _refusal(key, ["a list"], optional, value)
+    plain, dtype = unwrap(kind)[0], getattr(value, "dtype", None)
+    if dtype is not None and not str(dtype).removeprefix("torch.").startswith(_DTYPES.get(plain, "")):
+        raise _refusal(key, [f"a list, each {_WORDS[plain]}"], optional, value)
     return value
 
 

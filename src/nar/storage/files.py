@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,20 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         ValueError: names the file, when it is no JSON, nested too deeply, or of another kind.
     """
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} is not valid JSON ({reason}); the file is damaged, copy it again") from None
+    value = parse_json(read_text(path), str(path), "the file is damaged, copy it again")
     if not isinstance(value, kind):
         expected = "a list" if kind is list else "an object"
         raise ValueError(f"{path} must hold {expected} of JSON, not {type(value).__name__}")
     return value
+
+
+def parse_json(text: str, name: str, fix: str = "") -> Any:
+    """Parse JSON; raises ValueError that names where it stands, and the fix."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name} is not valid JSON ({reason})" + (f"; {fix}" if fix else "")) from None
 
 
 def check_output(path: Path) -> None:
@@ -104,10 +110,18 @@ def digest(path: str | Path, files: Iterable[Path] | None = None) -> str:
     if files is not None:
         listing = "".join(f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no file", str(path))
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Read a file, or its first `most` bytes.
+
+    Raises:
+        OSError: the file is missing, or is a device, which has no end, or a pipe, which would be waited for.
+    """
+    with _opened(path) as file:
+        return file.read(most)
 
 
 def claim(folder: Path, settings: Mapping[str, Any], *, record: str = "settings.json", empty: bool = False) -> None:
@@ -157,6 +171,12 @@ def _staged(path: Path) -> Iterator[Path]:
         if staging is not None:
             _restore(staging, path.parent)
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _opened(path: Path) -> BufferedReader:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return path.open("rb")
 
 
 def _refuse_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ Dimensions: B captions, T token positions, C feature channels.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,8 +66,8 @@ class Features:
         """Add the token states (tokens, C) of captions."""
         ends = torch.tensor([len(state) for state in states]).cumsum(0)
         text = json.dumps(list(captions)).encode()
-        last = max((int(part.stem[5:]) for part in self.folder.glob("part-*.safetensors")), default=-1)
-        path = self.folder / f"part-{last + 1:05d}.safetensors"
+        # Named by what is in it: processes that write at the same time need not agree on numbers.
+        path = self.folder / f"part-{hashlib.sha256(text).hexdigest()[:16]}.safetensors"
         tensors = {
             "states": torch.cat(list(states)).clamp(-_LARGEST, _LARGEST).half().cpu(),
             "ends": ends,
@@ -80,7 +81,7 @@ def cached(encoder: TextEncoder, captions: Iterable[str], folder: str | Path, *,
     """The features of captions, from the part of `folder` that is this encoder's; those not there are encoded first.
 
     The encoder is known by its digest, length and cleaning. Each caption is encoded once, in pieces that are kept when
-    the process ends early. One process writes at a time.
+    the process ends early. Several processes may write at the same time, each a share of the captions.
     """
     config = encoder.config
     kept = Path(folder) / f"{config.digest[:16]}-{config.max_length}{'-clean' if config.clean else ''}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, cast
+from typing import Annotated, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar.storage.fields import OneOf, Size, check
 
+Item = TypeVar("Item")
 PARALLEL = ("none", "ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -70,6 +71,10 @@ class Workers:
     def first(self) -> bool:
         """Whether this is the process that logs, samples previews and exports."""
         return self.rank == 0
+
+    def share_of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Those of `items`, the same on every process, that are this one's to do."""
+        return items[self.rank :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""
@@ -122,7 +127,7 @@ def joined(device: str = "auto") -> Iterator[Workers]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))  # the others wait while the first samples previews
-    # And while it encodes captions, or shares of pictures differ: torchrun ends them all when one fails.
+    # And where shares of pictures or captions take unlike times: torchrun ends them all when one fails.
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
         yield Workers(rank, count, place, waiting)

@@ -24,6 +24,7 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline.continuation import Continuation, prefix_grid
 from nar.sampling import generate
 from nar.storage.folder import find_model
+from nar.text import TextEncoder, found
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.multiscale import MultiScaleTokenizer
 from nar.training.batches import Batch
@@ -69,6 +70,9 @@ class ModelTask(Task):
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
         self.tokenizer_folder = find_model(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
         sources = () if recipe.data.codes else sources or recipe.data.open()
+        words = recipe.text_encoder
+        if words.source and not any(found(words, folder) for folder in _feature_folders(recipe)):
+            TextEncoder(words, device="cpu")  # says what is wrong with it before codes are made
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
@@ -299,8 +303,13 @@ def _text(
     said = [forms for codes in (train, heldout, pairs) if codes is not None for forms in codes.wordings(data.wording)]
     said += [tuple(_prompts(recipe, heldout)), *([] if composed is None else composed.wordings("plain"))]
     captions = [form for forms in said for form in forms]
-    folders = [Path(folder) / TEXT for folder in (data.codes, data.heldout_codes, recipe.run) if folder]
+    folders = _feature_folders(recipe)
     return Text(recipe.text_encoder, captions, kind=data.text_features, folders=folders, workers=workers)
+
+
+def _feature_folders(recipe: Recipe) -> list[Path]:
+    data = recipe.data
+    return [Path(folder) / TEXT for folder in (data.codes, data.heldout_codes, recipe.run) if folder]
 
 
 def _prompts(recipe: Recipe, heldout: Codes) -> list[str]:

@@ -74,9 +74,8 @@ class Text:
             if kind == "cached":
                 of_one = [features for features in there if features.config == encoder.config]
                 missing = self._missing(of_one)
-                if workers.first:
-                    cached(encoder, missing, folders[-1])
-                    encoder.close()
+                cached(encoder, workers.share_of(missing), folders[-1], quiet=not workers.first)
+                encoder.close()
                 workers.wait()
                 self._features, self._encoder = [*of_one, cached(encoder, missing, folders[-1])], None
         opened = self._features[0] if self._features else self._encoder

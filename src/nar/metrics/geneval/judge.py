@@ -17,14 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from nar import __version__
+from nar.media.pictures import read_picture
 from nar.metrics.geneval.prompts import GENEVAL_COLOURS, GENEVAL_OBJECTS, TASKS, checked
 from nar.metrics.scores import mean_interval
 from nar.metrics.text_image import IMAGENET_MEAN, IMAGENET_STD, ClipScorer, normalisation, weights_digest
 from nar.progress import steps
+from nar.storage.text import read_text
 from nar.text.encoder import load_pretrained
 
 GREY = (153, 153, 153)  # behind an object whose colour is asked for
@@ -166,14 +168,9 @@ def judge_folder(folder: str | Path, judge: Judge, *, seed: int = 0, progress: b
     """
     rows: list[dict[str, Any]] = []
     for place in steps(_prompt_folders(folder), "judging", "prompts", quiet=not progress):
-        wanted = checked((place / "metadata.jsonl").read_text(encoding="utf-8"), str(place / "metadata.jsonl"))
+        wanted = checked(read_text(place / "metadata.jsonl"), str(place / "metadata.jsonl"))
         for file in _samples(place):
-            try:
-                with Image.open(file) as opened:
-                    picture = ImageOps.exif_transpose(opened).convert("RGB")
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{file} can't be read as a picture ({error}); remove it or make it again") from error
-            right, fault = judge_picture(judge, picture, wanted)
+            right, fault = judge_picture(judge, read_picture(file), wanted)
             row = {"file": file.relative_to(folder).as_posix(), "tag": wanted["tag"], "prompt": wanted["prompt"]}
             rows.append(row | {"place": place.name, "right": right, "fault": fault})
     versions = {"nar": __version__, "torch": torch.__version__, "numpy": np.__version__}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nar.storage.files import write_text
+from nar.storage.files import parse_json, write_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -114,10 +114,7 @@ def write_prompts(path: str | Path, prompts: Sequence[dict[str, Any]]) -> None:
 
 def checked(text: str, name: str) -> dict[str, Any]:
     """One prompt's metadata from JSON; raises ValueError that says what `name` lacks."""
-    try:
-        wanted = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON ({error})") from error
+    wanted = parse_json(text, name)
     lacking = [key for key in ("tag", "include", "prompt") if not isinstance(wanted, dict) or key not in wanted]
     if lacking:
         raise ValueError(f"{name} lacks {', '.join(lacking)}; needed is GenEval's form: tag, include, exclude, prompt")
