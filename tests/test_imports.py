@@ -30,7 +30,7 @@ ALLOWED = {
     "convert": {"scales", "model", "tokenizer", "storage"},
     "data": {"progress", "tokenizer", "text", "media", "storage"},
     "metrics": {"progress", "data", "text", "media", "storage"},
-    "pipeline": {"sampling", "model", "condition", "precision", "tokenizer", "text", "media", "storage"},
+    "pipeline": {"progress", "sampling", "model", "condition", "precision", "tokenizer", "text", "media", "storage"},
     "training": {
         "progress",
         "pipeline.continuation",

@@ -27,7 +27,7 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(blocks("python")) >= 3
     exec(compile("\n".join(blocks("python")), str(README), "exec"), {})
-    assert (tmp_path / "sneaker.png").is_file()
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(compile("".join(blocks("python", SAMPLING)), str(SAMPLING), "exec"), names)
     assert (tmp_path / "apple.png").is_file()
-    assert names["longer"][: len(names["clip"])] == names["clip"]
+    assert names["longer"][0][: len(names["cat"][0])] == names["cat"][0]
 
 
 def test_links_lead_somewhere() -> None:

@@ -48,3 +48,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nar' has no attribute {name!r}")
     home = _HOMES[name]
     return getattr(import_module(f"nar.{home}"), name) if home else import_module(f"nar.{name}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion."""
+    return [*__all__, "__version__"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,6 @@ import typer
 from nar import __version__
 from nar.cli import options as shared
 from nar.cli.app import app, echo, sizes
-from nar.progress import Progress
 from nar.storage.files import atomically, check_output
 from nar.storage.text import read_lines
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from nar.pipeline import Output, Pipeline
     from nar.training.distributed import Workers
 
-PICTURES, CLIPS = (".png", ".gif", ".npz", ""), (".png", ".gif", ".mp4", ".webp", ".npz", "")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npz", "")
+CLIPS = (".gif", ".mp4", ".webp", ".png", ".jpg", ".jpeg", ".npz", "")
 EACH = 4  # pictures of everything that is asked for, where nothing says how many
 
 
@@ -34,14 +35,15 @@ EACH = 4  # pictures of everything that is asked for, where nothing says how man
 def sample(
     model: shared.Model,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Pictures: a contact sheet (.png), how they grow (.gif), an array (.npz), or a folder of PNGs. "
-            "Clips: .mp4, .gif or .webp, one row of frames a clip (.png), an array (.npz), or a folder of folders.",
+            help="Pictures: a contact sheet (.png, .jpg, .webp), how they grow (.gif), an array (.npz), or a folder of "
+            "PNGs. Clips: .gif, .mp4 or .webp, one row of frames a clip (.png, .jpg), an array (.npz), or a folder of "
+            "folders. Default: MODEL.png or MODEL.gif here, with a number where that is there.",
         ),
-    ],
+    ] = None,
     class_label: Annotated[
         list[str] | None,
         typer.Option("--class-label", help="Name or number of a class; may be repeated. Default: all, at most ten."),
@@ -138,6 +140,8 @@ def sample(
         if wrong := [name for name, value in unused.items() if value is not None]:
             chosen = "--geneval" if geneval else f"--labels {set_labels}"
             raise ValueError(f"{chosen} says what is sampled: leave out {', '.join(wrong)}")
+        if output is None:
+            raise ValueError("a set needs a place: give --output FILE.npz, or a folder")
         if of_prompts and prompts_file is None:
             raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
         from nar.sampling import settings_among
@@ -152,11 +156,13 @@ def sample(
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
     number = number or EACH
-    _check_output(output)
+    if output is not None:
+        _check_output(output)
     from nar.precision import usable_device
     from nar.sampling import settings_among
 
     pipe = _pipeline(model, usable_device(device), dtype, text_encoder, grid)
+    output = output or _free(model, ".gif" if pipe.makes_clips else ".png")
     _check_kind(pipe, output, fps, gif)
     prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
     if pipe.model.config.num_classes and not (class_label or prompts or frames):
@@ -165,28 +171,24 @@ def sample(
     settings = settings_among(locals())
     options: dict[str, Any] = {"negative_prompt": negative_prompt, "num_frames": num_frames, "seed": seed}
     growing = gif or (output.suffix == ".gif" and not pipe.makes_clips)
-    count = max(map(len, columns.values())) * number
-    counts, fronts, started = list[int](), dict[int, list[Any]](), perf_counter()
-    total = None if num_frames else count * pipe.model.layout.schedule.num_steps
-    with Progress("sampling", total, "steps") as progress:
+    steps, fronts, started = list[int](), dict[int, list[Any]](), perf_counter()
 
-        def after_front(_: Pipeline, front: int, codes: Any) -> None:
-            counts.append(len(codes))
-            progress.update(len(codes))
-            if growing:
-                fronts.setdefault(front, []).append(codes.cpu())
+    def after_front(_: Pipeline, front: int, codes: Any) -> None:
+        steps.append(len(codes))
+        if growing:
+            fronts.setdefault(front, []).append(codes.cpu())
 
-        result = pipe(
-            columns["class_label"] or None,
-            prompt=columns["prompt"] or None,
-            frames=columns["frames"] or None,
-            num_images_per_prompt=number,
-            batch_size=batch_size,
-            output_type="np" if output.suffix == ".npz" else "pil",
-            callback_on_front_end=after_front,
-            **options,
-            **settings,
-        )
+    result = pipe(
+        class_labels=columns["class_label"] or None,
+        prompt=columns["prompt"] or None,
+        frames=columns["frames"] or None,
+        num_images_per_prompt=number,
+        batch_size=batch_size,
+        callback_on_front_end=after_front,
+        progress=True,
+        **options,
+        **settings,
+    )
     seconds = perf_counter() - started
     how = {"model": model, **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)), **options}
     how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "dtype": dtype, "version": __version__}
@@ -197,13 +199,14 @@ def sample(
         | {kind: values[index // number % len(values)] for kind, values in columns.items() if values}
         for index, name in enumerate(result.names)
     ]
-    _write(output, result, records, rate)
+    if output.suffix != ".gif" or pipe.makes_clips:
+        _write(output, result, records, rate)
     written = [output]
     if growing:
         written = [output] if output.suffix == ".gif" else [output, output.with_suffix(".gif")]
         _write_growth(written[-1], pipe, fronts, result)
-    kind = "clips" if pipe.makes_clips else "pictures"
-    echo(f"{len(result.names)} {kind} in {seconds:.1f} s, {sum(counts) / len(result.names):.0f} steps each")
+    kind = ("clip" if pipe.makes_clips else "picture") + "s" * (len(result) != 1)
+    echo(f"{len(result)} {kind} in {seconds:.1f} s, {sum(steps) / len(result):.0f} steps each")
     for path in written:
         echo(f"wrote {path}")
 
@@ -218,7 +221,8 @@ def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, gri
 def _check_kind(pipe: Pipeline, output: Path, fps: float | None, gif: bool) -> None:
     """Refuse options for clips where the model makes pictures, and the other way round."""
     if output.suffix not in (CLIPS if pipe.makes_clips else PICTURES):
-        raise ValueError(f"this model makes pictures: output {output} must end in .png, .gif or .npz, or be a folder")
+        allowed = ".png, .jpg, .webp, .gif or .npz, or be a folder"
+        raise ValueError(f"this model makes pictures: output {output} must end in {allowed}")
     if fps is not None and not pipe.makes_clips:
         raise ValueError("--fps is for clips; this model makes pictures")
     if gif and pipe.makes_clips:
@@ -275,7 +279,7 @@ def _sample_set(
 def _check_output(output: Path) -> None:
     """Refuse a path that can't be written before any work is done."""
     if output.suffix not in CLIPS:
-        allowed = ".png, .gif or .npz (clips also .mp4, .webp), or be a folder without a dot in its name"
+        allowed = ".png, .jpg, .webp, .gif or .npz (clips also .mp4), or be a folder without a dot in its name"
         raise ValueError(f"output {output} must end in {allowed}, not {output.suffix!r}")
     if output.suffix == ".mp4" and find_spec("av") is None:
         raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
@@ -284,37 +288,24 @@ def _check_output(output: Path) -> None:
     check_output(output if output.suffix else output / "samples.json")
 
 
+def _free(model: str, ending: str) -> Path:
+    """The first of MODEL.png, MODEL-2.png, ... that is not there."""
+    stem = Path(model.rstrip("/")).name or "sample"
+    names = (f"{stem}{'' if number == 1 else f'-{number}'}{ending}" for number in itertools.count(1))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
 def _write(output: Path, result: Output, records: list[dict[str, Any]], frame_rate: float) -> None:
-    """Write pictures or clips in the form that the path names, in a folder with `samples.json`: how each was made."""
-    from nar.media.clips import save_clip
-    from nar.media.sheet import contact_sheet, film_strips, moving_sheet
+    """Write results as the path says; a folder also holds `samples.json`: how each was made."""
+    if output.suffix:
+        result.save(output, frame_rate=frame_rate)
+        return
 
-    clips, made = result.videos, result.images if result.videos is None else result.videos
-    if output.suffix == ".png":
-        atomically(output, (contact_sheet if clips is None else film_strips)(made, result.names).save)
-    elif output.suffix == ".npz":
-        _write_array(output, made, result)
-    elif output.suffix and clips is not None:  # one clip as it is, so that it can be continued; several side by side
-        moving = clips[0] if len(clips) == 1 else moving_sheet(clips, result.names)
-        atomically(output, lambda path: save_clip(moving, path, frame_rate=frame_rate))
-    elif not output.suffix:
+    def write(folder: Path) -> None:
+        result.save(folder, frame_rate=frame_rate)
+        (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
-        def write(folder: Path) -> None:
-            folder.mkdir()
-            for record, one in zip(records, made, strict=True):
-                path = folder / record["file"]
-                one.save(path) if clips is None else save_clip(one, path, frame_rate=frame_rate)
-            (folder / "samples.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-
-        atomically(output, write)
-
-
-def _write_array(output: Path, array: Any, result: Output) -> None:
-    import numpy as np
-
-    labels = np.array(result.class_labels)
-    arrays = {"arr_0": array, "names": np.array(result.names)} | ({"labels": labels} if labels.min() >= 0 else {})
-    atomically(output, lambda path: np.savez_compressed(path, **arrays))
+    atomically(output, write)
 
 
 def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], result: Output) -> None:
@@ -322,5 +313,6 @@ def _write_growth(path: Path, pipe: Pipeline, fronts: dict[int, list[Any]], resu
 
     from nar.media.sheet import contact_sheet, save_animation
 
-    frames = [contact_sheet(pipe.pictures(torch.cat(codes)), result.names) for _, codes in sorted(fronts.items())]
+    pictures = (pipe.pictures(torch.cat(codes)) for _, codes in sorted(fronts.items()))
+    frames = [contact_sheet(each, result.names, columns=result.columns) for each in pictures]
     atomically(path, lambda staged: save_animation(frames, staged))

@@ -57,10 +57,13 @@ def film_strips(clips: Sequence[Sequence[Image.Image]], labels: Sequence[str] = 
     return contact_sheet(strips, labels, columns=1, cell=factor * strips[0].width if strips else None)
 
 
-def moving_sheet(clips: Sequence[Sequence[Image.Image]], labels: Sequence[str] = ()) -> list[Image.Image]:
+def moving_sheet(
+    clips: Sequence[Sequence[Image.Image]], labels: Sequence[str] = (), *, columns: int | None = None
+) -> list[Image.Image]:
     """Clips playing side by side, frame by frame; shorter ones stay at their last frame."""
     length = max(map(len, clips), default=0)
-    return [contact_sheet([clip[min(index, len(clip) - 1)] for clip in clips], labels) for index in range(length)]
+    frames = [[clip[min(index, len(clip) - 1)] for clip in clips] for index in range(length)]
+    return [contact_sheet(frame, labels, columns=columns) for frame in frames]
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 160, hold: int = 8) -> None:

@@ -7,7 +7,9 @@ batch, `T H W` frames and pixels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +51,7 @@ class Continuation:
     frames whatever follows, and are kept in the result.
 
     Attributes:
+        makes_clips: whether results have frames.
         num_frames: those that one pass gives, the context included; 1 for models of pictures.
         causal: whether codes of the context are codes of the result.
     """
@@ -57,7 +60,8 @@ class Continuation:
         self.model, self.tokenizer = model, tokenizer
         self.grid, self.prefix = model.config.grid, model.config.prefix_grid
         shape = tokenizer.pixel_shape(self.grid)
-        self.num_frames = shape[0] if len(shape) == 3 else 1
+        self.makes_clips = len(shape) == 3
+        self.num_frames = shape[0] if self.makes_clips else 1
         self.causal = bool(self.prefix) and self.prefix[0] < self.grid[0]
         self.counts = tuple(sorted(counts)) or (self._default_count(),)
 
@@ -83,8 +87,18 @@ class Continuation:
             passes += 1
         return passes
 
-    def check(self, lengths: Collection[int], num_frames: int | None) -> None:
-        """Raise ValueError when clips of these lengths can't be continued, or not to `num_frames`."""
+    def check(self, lengths: Collection[int], num_frames: Any, output_type: str) -> None:
+        """Raise ValueError when clips of these lengths can't be continued, or not to `num_frames`, or not as asked."""
+        if num_frames is not None and not isinstance(num_frames, int | np.integer):
+            raise ValueError(f"num_frames must be a whole number, not {num_frames!r}")
+        if not self.makes_clips:
+            if num_frames is not None:
+                raise ValueError("this model makes pictures: num_frames is for models that make clips")
+            return
+        if output_type == "codes" and num_frames is not None:
+            raise ValueError("codes are those of one pass: leave num_frames out")
+        if num_frames is None and len(lengths) > 1 and output_type in ("np", "pt"):
+            raise ValueError(f"clips of {sorted(lengths)} context frames grow to several lengths: set num_frames")
         least = min((count for count in self.counts if count), default=0)
         if short := [length for length in lengths if 0 < length < least]:
             raise ValueError(f"the clip to continue has {min(short)} frames, this model needs at least {least}")

@@ -9,54 +9,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Never
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nar.condition import NULL_CLASS, Condition, TextFeatures
 from nar.media.clips import Frames, as_array
-from nar.media.pixels import as_images
-from nar.model import Transformer
+from nar.model import ModelConfig, Transformer
+from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
+from nar.pipeline.folder import moved, number_format, read, save, upload
+from nar.pipeline.output import OUTPUT_TYPES, Output, as_output
 from nar.pipeline.requests import Inputs, Request, known_codes, seeds_of
-from nar.precision import usable_device
+from nar.precision import PRECISIONS, usable_device
+from nar.progress import Progress
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
-from nar.storage.fields import OneOf, checked, from_dict
-from nar.storage.folder import CONFIG, find_model, read_config
+from nar.storage.fields import OneOf, checked
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.text.captions import Captions
-from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.tokenizer import Tokenizer
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+FAR = 2.0  # times a model's own guidance; `emoji`, of 1.5, is worse at 3 and confetti at 7.5
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
 Callback = Callable[["Pipeline", int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a call: `images` or, of a model that makes clips, `videos`; the other is None.
-
-    By output type they are Pillow pictures (a list of them a clip), uint8 (B, [T,] H, W, 3), float -1..1
-    (B, 3, [T,] H, W), or codes (B, *grid). `names` says what each is of: its prompt, or else the name of its class.
-    Number i can be sampled again with `seed` at its place in `indices` of `nar.generate`; where `seed` is a list, with
-    its own, at place 0.
-    """
-
-    images: Any
-    videos: Any
-    names: list[str]
-    class_labels: list[int]
-    seed: int | list[int]
 
 
 class Pipeline:
@@ -96,6 +82,8 @@ class Pipeline:
         self.continuation = Continuation(model, tokenizer, given_frames)
         self.inputs = Inputs(config, self.class_names, self.continuation.counts)
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
+        self._lock = threading.RLock()  # one generation at a time; re-entrant, for callbacks that raise a better error
+        self._folder: Path | None = None  # where it was read from
 
     @classmethod
     @checked
@@ -107,6 +95,7 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         text_encoder: str | Path | None = None,
         revision: str | None = None,
+        **others: Never,
     ) -> Pipeline:
         """Load a bundled name, a model folder or a hub id (`revision`: its branch, tag or commit).
 
@@ -119,30 +108,102 @@ class Pipeline:
         Raises:
             FileNotFoundError: no such model, or it comes without a tokenizer.
             ValueError: a damaged folder, a device that is not there, or a text encoder for a model that reads no words.
+            TypeError: an argument that there is none of; of those of other libraries it says what takes their place.
         """
-        folder = find_model(source, revision)
-        config = read_config(folder)
-        if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
-                "or convert the model again with --tokenizer FOLDER"
-            )
+        habits.refuse(others, habits.LOAD, signature(cls.from_pretrained).parameters)
+        folder, parts = read(source, device, str(dtype), text_encoder, revision)
+        pipe = cls(**parts)
+        pipe._folder = folder
+        return pipe
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the pipeline as a model folder, which `from_pretrained` and every verb of the command take.
+
+        Weights are written as they are, those of a model packed for a CPU as in the folder that it was read from;
+        `dtype` converts them. A model folder that is there is replaced whole. The text encoder is named and not copied.
+
+        Raises:
+            ValueError: the folder holds something else, or the model is packed and was not read from a folder.
+        """
+        text = self.text.config if isinstance(self.text, TextEncoder) else self.text
+        settings: dict[str, Any] = {
+            "class_names": list(self.class_names),
+            "sampling": dataclasses.asdict(self.sampling),
+            **({"text_encoder": dataclasses.asdict(text)} if text is not None else {}),
+            **({"given_frames": list(self.continuation.counts)} if self.config.prefix_grid else {}),
+            **({"frame_rate": self._trained_rate} if self._trained_rate else {}),
+        }
+        save(folder, self.model, self.tokenizer, settings, source=self._folder, dtype=dtype)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, dtype: torch.dtype | None = None
+    ) -> str:
+        """Save the pipeline to a repository of the Hugging Face hub, made if it is not there; returns its address."""
+        return upload(repo_id, partial(self.save_pretrained, dtype=dtype), private=private, token=token)
+
+    @checked
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> Pipeline:
+        """Move the pipeline to a device, or into a number format, in place; returns it.
+
+        A model packed for a CPU is read again from its folder, as its weights are no longer as they were.
+
+        Raises:
+            ValueError: a device that is not there, a format that it has no kernels for, or a packed model that was not
+                read from a folder.
+        """
+        if dtype is None and (isinstance(device, torch.dtype) or device in PRECISIONS):
+            device, dtype = None, device
         usable_device(None if device is None else str(device))
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = Transformer.from_pretrained(folder, dtype, place)
-        if text_encoder and not model.config.text_dim:
-            raise ValueError(f"{source} reads no words: leave the text encoder out")
-        # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
-        text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
-        text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
-        return cls(
-            model,
-            load_tokenizer(folder / "tokenizer").to(place),
-            config.get("class_names", ()),
-            from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
-            text=from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,
-            given_frames=config.get("given_frames", ()),
-            frame_rate=config.get("frame_rate"),
+        place = torch.device(device or self.device)  # type: ignore[arg-type]
+        name = number_format(self.model) if dtype is None else str(dtype).removeprefix("torch.")
+        with self._lock:
+            if (place, name) != (self.device, number_format(self.model)):
+                self.model = moved(self.model, place, name, self._folder)
+                self.continuation.model = self.model
+                self.session, self._half = Session(self.model), name == "bfloat16"
+                self.tokenizer.to(place)
+                self.captions.move(place)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; `to` moves it."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the transformer's weights."""
+        return getattr(torch, number_format(self.model))  # type: ignore[no-any-return]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The sizes of the model."""
+        return self.model.config
+
+    @property
+    def num_steps(self) -> int:
+        """Forward passes that a picture takes, or one pass over a clip: one a front."""
+        return self.model.layout.schedule.num_steps
+
+    def __repr__(self) -> str:
+        *frames, height, width = self.pixel_shape
+        made = f"clips of {frames[0]} frames of {height}x{width}" if frames else f"pictures of {height}x{width}"
+        grid, how = "x".join(map(str, self.config.grid)), f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        name = f" {self._folder.name}" if self._folder else ""
+        return f"<Pipeline{name}: {made} from {self.inputs}; grid {grid}, {self.num_steps} steps, {how}>"
+
+    if not TYPE_CHECKING:  # a checker of types goes on finding names that there are none of
+
+        def __getattr__(self, name: str) -> Any:
+            answer = habits.ATTRIBUTES.get(name)
+            raise AttributeError(f"a pipeline has no {name!r}" + (f": {answer}" if answer else ""), name=name, obj=self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a pipeline can't be pickled or copied: it holds packed weights and memory of a device; load it in each "
+            "process with Pipeline.from_pretrained, and between threads share one, which takes a call after the other"
         )
 
     @checked
@@ -150,13 +211,13 @@ class Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
         parts = self.model.at_grid(grid), self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
-        other.captions = self.captions
+        other.captions, other._folder, other._lock = self.captions, self._folder, self._lock
         return other
 
     @property
     def makes_clips(self) -> bool:
         """Whether results have frames."""
-        return len(self.pixel_shape) == 3
+        return self.continuation.makes_clips
 
     @property
     def text(self) -> TextEncoderConfig | TextEncoder | None:
@@ -181,8 +242,10 @@ class Pipeline:
 
     def __call__(
         self,
-        class_labels: Sequence[str | int] | str | int | None = None,
+        what: Sequence[str | int] | str | int | None = None,
+        /,
         *,
+        class_labels: Sequence[str | int] | str | int | None = None,
         prompt: Sequence[str] | str | None = None,
         negative_prompt: Sequence[str] | str | None = None,
         frames: Frames | None = None,
@@ -200,13 +263,18 @@ class Pipeline:
         batch_size: int = 32,
         output_type: str = "pil",
         callback_on_front_end: Callback | None = None,
+        progress: bool = False,
+        **others: Never,
     ) -> Output:
         """Sample `num_images_per_prompt` pictures, or clips, of each label, prompt or clip, in that order.
 
         Settings that are None take the model's own defaults; see `Sampling`. Number i depends on (seed, i) and on its
         condition, not on `batch_size` or its neighbours; without `seed` or `generator` the seed is new, and returned.
+        Threads may share a pipeline: their batches come one after another.
 
         Args:
+            what: prompts where the model reads words and all are text, else class labels.
+            class_labels: names or numbers of classes.
             prompt: words; an empty string is unconditional. Where several kinds are given, one value goes with all.
             negative_prompt: words that take the place of the model's null condition in guidance.
             frames: a clip to continue, or a list with one for each result: a file, Pillow pictures, or uint8
@@ -220,10 +288,14 @@ class Pipeline:
             output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where
                 undecided.
+            progress: show a bar on a terminal, and lines elsewhere.
 
         Raises:
             ValueError: an unknown class, something that the model does not take, or a setting that is out of range.
+            TypeError: an argument that there is none of.
         """
+        habits.refuse(others, habits.CALL, signature(Pipeline.__call__).parameters)
+        class_labels, prompt = self.inputs.meant(what, class_labels, prompt)
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
@@ -234,27 +306,39 @@ class Pipeline:
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )
-        if sampling.guidance_scale == 1.0 and any(request.has_negative for request in requests):
-            raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
-        if num_frames is not None and not isinstance(num_frames, Integral):
-            raise ValueError(f"num_frames must be a whole number, not {num_frames!r}")
+        self._check_guidance(sampling, requests)
         self.check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
-        kept = None if known is None else known_codes(known, len(requests), self.model.config.grid)
-        count, results = len(requests), list[Tensor]()
+        kept = None if known is None else known_codes(known, len(requests), self.config.grid)
+        pixels, codes, count = list[Tensor](), list[Tensor](), len(requests)
         seeds, indices = ([seed] * count, range(count)) if isinstance(seed, int) else (seed, [0] * count)
-        sampled = partial(self.sample, num_frames=num_frames, exact=True) if output_type != "codes" else self._codes
-        for start in range(0, count, batch_size):
-            rows = slice(start, start + batch_size)
-            known = None if kept is None else kept[rows]
-            options = {"seed": seeds[rows], "known": known, "callback": callback_on_front_end}
-            results.extend(sampled(requests[rows], indices[rows], sampling, **options))
-        output = torch.stack(results) if output_type == "codes" else _as_output(results, output_type)
+        with Progress("sampling", None if num_frames else count * self.num_steps, "steps", quiet=not progress) as shown:
+
+            def after_front(pipe: Pipeline, front: int, codes: Tensor) -> None:
+                shown.update(len(codes))
+                if callback_on_front_end is not None:
+                    callback_on_front_end(pipe, front, codes)
+
+            for start in range(0, count, batch_size):
+                rows = slice(start, start + batch_size)
+                some: dict[str, Any] = {
+                    "seed": seeds[rows],
+                    "known": None if kept is None else kept[rows],
+                    "callback": after_front,
+                }
+                if output_type == "codes":
+                    codes.append(self._codes(requests[rows], indices[rows], sampling, **some))
+                    continue
+                made, last = self._passes(requests[rows], indices[rows], sampling, num_frames, exact=True, **some)
+                pixels.extend(made)
+                codes.append(last)
+        whole = torch.cat(codes)
+        output = whole if output_type == "codes" else as_output(pixels, output_type)
         images, videos = (None, output) if self.makes_clips else (output, None)
         names = [
             request.prompt or (self.label_name(request.label) if request.label >= 0 else "") for request in requests
         ]
-        return Output(images, videos, names, [request.label for request in requests], seed)
+        return Output(images, videos, names, [request.label for request in requests], seed, whole, self.frame_rate)
 
     def requests(
         self,
@@ -283,22 +367,36 @@ class Pipeline:
 
         Clips are the context frames and passes of the model until there are `num_frames`. For `exact` see `decode`.
         """
-        sampling = sampling or self.sampling
+        options: dict[str, Any] = {"seed": seed, "known": known, "callback": callback}
+        return self._passes(batch, indices, sampling or self.sampling, num_frames, exact=exact, **options)[0]
+
+    def _passes(
+        self,
+        batch: Sequence[Request],
+        indices: Sequence[int],
+        sampling: Sampling,
+        num_frames: int | None,
+        *,
+        known: Tensor | None,
+        exact: bool,
+        **options: Any,
+    ) -> tuple[list[Tensor], Tensor]:
+        """What `sample` gives, and the codes (B, *grid) of the last pass."""
         if not self.makes_clips:
-            codes = self._codes(batch, indices, sampling, seed=seed, known=known, callback=callback)
-            return list(self.decode(codes, exact=exact))
+            codes = self._codes(batch, indices, sampling, known=known, **options)
+            return list(self.decode(codes, exact=exact)), codes
         clips = [request.frames for request in batch]
         for number in itertools.count():
             asked = [dataclasses.replace(request, frames=clip) for request, clip in zip(batch, clips, strict=True)]
             streams = [index + (number << 32) for index in indices]  # each pass has its own
-            codes = self._codes(asked, streams, sampling, seed=seed, known=known, callback=callback)
+            codes = self._codes(asked, streams, sampling, known=known, **options)
             known = None
             decoded = self.decode(codes, exact=exact)
             longer = [self.continuation.extended(clip, own) for clip, own in zip(clips, decoded, strict=True)]
             if all(clip.shape[1] >= (num_frames or 0) for clip in longer):
                 break
             clips = [*longer]
-        return [clip[:, :num_frames] for clip in longer]
+        return [clip[:, :num_frames] for clip in longer], codes
 
     def condition(self, requests: Sequence[Request]) -> tuple[Condition, Condition | None]:
         """The condition of requests, and the negative one where that is not simply the null condition."""
@@ -344,26 +442,28 @@ class Pipeline:
         known: Tensor | None,
         callback: Callback | None,
     ) -> Tensor:
-        """Sample one pass of the model: codes (B, *grid)."""
-        condition, negative, sampling, known = self.prepared(batch, sampling, known)
-        options: dict[str, Any] = {"negative": negative, "seed": seed, "indices": indices, "known": known}
-        for front, codes in generate_fronts(self.model, condition, sampling, session=self.session, **options):
-            if callback is not None:
-                callback(self, front, codes)
-        return codes
+        """Sample one pass of the model: codes (B, *grid). One thread at a time, as the session holds one generation."""
+        with self._lock:
+            condition, negative, sampling, known = self.prepared(batch, sampling, known)
+            options: dict[str, Any] = {"negative": negative, "seed": seed, "indices": indices, "known": known}
+            for front, codes in generate_fronts(self.model, condition, sampling, session=self.session, **options):
+                if callback is not None:
+                    callback(self, front, codes)
+            return codes
+
+    def _check_guidance(self, sampling: Sampling, requests: Sequence[Request]) -> None:
+        """Refuse a negative prompt without guidance, and warn of guidance that spoils."""
+        own, scale = self.sampling.guidance_scale, sampling.guidance_scale
+        if scale == 1.0 and any(request.has_negative for request in requests):
+            raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
+        if own > 1.0 and scale > FAR * own:
+            message = f"guidance_scale {scale:g} is far above this model's own, {own:g}: results fall apart"
+            warnings.warn(f"{message}; try 1 to {FAR * own:g}", stacklevel=3)
 
     def check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
         """Refuse lengths that can't be, before anything is sampled."""
-        if not self.makes_clips:
-            if num_frames is not None:
-                raise ValueError("this model makes pictures: num_frames is for models that make clips")
-            return
-        if output_type == "codes" and num_frames is not None:
-            raise ValueError("codes are those of one pass: leave num_frames out")
         lengths = {0 if request.frames is None else request.frames.shape[1] for request in requests}
-        self.continuation.check(lengths, num_frames)
-        if num_frames is None and len(lengths) > 1 and output_type in ("np", "pt"):
-            raise ValueError(f"clips of {sorted(lengths)} context frames grow to several lengths: set num_frames")
+        self.continuation.check(lengths, num_frames, output_type)
 
     def _read(self, frames: Frames) -> Tensor:
         """A clip as float -1..1 (3, T, H, W) of the model's size."""
@@ -396,14 +496,4 @@ class Pipeline:
         if (codes < 0).any() and not partial:
             hidden = (codes < 0)[:, None].float().to(pixels.device)
             pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
-        return _as_output(list(pixels), output_type)
-
-
-def _as_output(pixels: Sequence[Tensor], output_type: str) -> Any:
-    """Pictures (3, H, W) or clips (3, T, H, W) in -1..1 as one of the output types."""
-    if output_type == "pt":
-        return torch.stack(list(pixels))
-    arrays = [as_images(one[None])[0] for one in pixels]
-    if output_type == "np":
-        return np.stack(arrays)
-    return [list(map(Image.fromarray, array)) if array.ndim == 4 else Image.fromarray(array) for array in arrays]
+        return as_output(list(pixels), output_type)

@@ -75,6 +75,24 @@ class Inputs:
         listed = ", ".join(self.class_names) if 0 < len(names) <= 40 else f"numbers 0 to {count - 1}"
         raise ValueError(f"unknown class {text!r}{suggestion(text.lower(), names)}; classes: {listed}")
 
+    def meant(self, what: Any, class_labels: Any, prompt: Any) -> tuple[Any, Any]:
+        """The class labels and prompts of a call whose first argument is `what`: prompts where the model reads words
+        and all of it is text, else class labels.
+
+        Raises:
+            ValueError: the same is given twice.
+        """
+        if what is None:
+            return class_labels, prompt
+        listed = _listed(what)
+        if self.config.text_dim and all(isinstance(one, str) for one in listed):
+            if prompt is not None:
+                raise ValueError("the first argument is the prompt: leave prompt= out")
+            return class_labels, listed
+        if class_labels is not None:
+            raise ValueError("the first argument is the class labels: leave class_labels= out")
+        return listed, prompt
+
     def requests(
         self,
         class_labels: Sequence[str | int] | str | int | None,

@@ -58,6 +58,13 @@ class Captions:
         if self.encoder is not None and not isinstance(self.encoder, TextEncoderConfig):
             self.encoder.close()
 
+    def move(self, device: torch.device) -> None:
+        """Encode on another device from now on."""
+        self.close()
+        self.device = device
+        if isinstance(self.encoder, TextEncoder):
+            self.encoder.device = device
+
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, T, F), their mask (B, T), and which prompts (B,) say nothing.
 

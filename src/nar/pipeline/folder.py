@@ -1,0 +1,123 @@
+"""A pipeline's model on disk and on devices: read from a folder, moved, written with its tokenizer, uploaded.
+
+Knows model folders and packed weights; does not know conditions or sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nar.model import Transformer
+from nar.precision import PackedLinear, convert, usable_device
+from nar.sampling import Sampling
+from nar.storage.fields import from_dict
+from nar.storage.folder import CONFIG, find_model, read_config, read_weights, write_folder
+from nar.text import TextEncoderConfig
+from nar.tokenizer import Tokenizer, load_tokenizer
+
+
+def read(
+    source: str | Path,
+    device: torch.device | str | None,
+    dtype: str,
+    text_encoder: str | Path | None,
+    revision: str | None,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, and the arguments of the pipeline that it makes; see `Pipeline.from_pretrained`."""
+    folder = find_model(source, revision)
+    config = read_config(folder)
+    if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
+            "or convert the model again with --tokenizer FOLDER"
+        )
+    usable_device(None if device is None else str(device))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Transformer.from_pretrained(folder, dtype, place)
+    if text_encoder and not model.config.text_dim:
+        raise ValueError(f"{source} reads no words: leave the text encoder out")
+    # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
+    text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
+    text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
+    return folder, {
+        "model": model,
+        "tokenizer": load_tokenizer(folder / "tokenizer").to(place),
+        "class_names": config.get("class_names", ()),
+        "sampling": from_dict(Sampling, config.get("sampling", {}), folder / CONFIG),
+        "text": from_dict(TextEncoderConfig, text, folder / CONFIG) if model.config.text_dim else None,
+        "given_frames": config.get("given_frames", ()),
+        "frame_rate": config.get("frame_rate"),
+    }
+
+
+def number_format(model: Transformer) -> str:
+    """The name of the number format of a model's weights, packed ones too."""
+    packed = next((layer.precision for layer in model.modules() if isinstance(layer, PackedLinear)), None)
+    return packed or str(model.dtype).removeprefix("torch.")
+
+
+def moved(model: Transformer, device: torch.device, dtype: str, source: Path | None) -> Transformer:
+    """The model on a device in a number format; what is packed is read again from `source`, the folder it came from.
+
+    Raises:
+        ValueError: a format that the device has no kernels for, or a packed model that came from no folder.
+    """
+    if _is_packed(model):
+        return Transformer.from_pretrained(_needed(source), dtype, device).at_grid(model.config.grid)
+    if dtype in ("float32", "bfloat16"):
+        return model.to(device, getattr(torch, dtype))
+    return convert(model, dtype, device)
+
+
+def save(
+    folder: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    *,
+    source: Path | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a model folder: `settings` in its `config.json`, beside what `source`, where it came from, has there.
+
+    Raises:
+        ValueError: the folder holds something else than a model, or a packed model came from no folder.
+    """
+    state = read_weights(_needed(source)) if _is_packed(model) else model.state_dict()
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    config = (read_config(source) if source else {}) | {
+        "kind": "transformer",
+        "model": dataclasses.asdict(model.config),
+    }
+    with TemporaryDirectory() as work:
+        tokenizer.save_pretrained(Path(work) / "tokenizer")
+        write_folder(folder, config | settings, state, parts={"tokenizer": Path(work) / "tokenizer"})
+
+
+def upload(repo_id: str, write: Callable[[Path], None], *, private: bool | None, token: str | None) -> str:
+    """Put the folder that `write` writes into a repository of the hub, made if it is not there; returns its address."""
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as work:
+        write(Path(work) / "model")
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=Path(work) / "model", commit_message="Upload model")
+    return str(address)
+
+
+def _is_packed(model: Transformer) -> bool:
+    return any(isinstance(layer, PackedLinear) for layer in model.modules())
+
+
+def _needed(source: Path | None) -> Path:
+    if source is None:
+        advice = "load it again with Pipeline.from_pretrained(FOLDER, device=..., dtype=...)"
+        raise ValueError(f"this model is packed for a CPU, and was read from no folder: {advice}")
+    return source
