@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,10 @@ def serve(
     max_waiting_per_key: Annotated[
         int | None, typer.Option(min=1, help="Of one key, or address where there are no keys. Default: all.")
     ] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder of jobs for clips. Default: ~/.cache/nar/videos-PORT.")
+    ] = None,
+    keep_hours: Annotated[float, typer.Option(min=0, help="How long clips are kept after they are made.")] = 24.0,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="What runs has so long to end after SIGTERM or Ctrl-C.")
     ] = 30.0,
@@ -57,6 +62,7 @@ def serve(
     import logging
 
     from nar.serving.app import App
+    from nar.serving.jobs import Store
     from nar.serving.models import Served
     from nar.serving.server import Server, bound
 
@@ -67,9 +73,15 @@ def serve(
     for source in models:
         served.append(Served.load(source, device=device, dtype=dtype, text_encoder=text_encoder, **limits))
         echo(served[-1].described())
-    server = App(served, keys=api_key or ())
+    port = socket.getsockname()[1]
+    store = None
+    if any(one.makes_clips for one in served):
+        if find_spec("av") is None:
+            raise ModuleNotFoundError("clips are served as mp4, which needs PyAV: pip install nar-gen[video]")
+        store = Store(videos or Path(f"~/.cache/nar/videos-{port}").expanduser(), keep_seconds=3600 * keep_hours)
+    server = App(served, keys=api_key or (), store=store)
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    echo(f"http://{shown}:{socket.getsockname()[1]}")
+    echo(f"http://{shown}:{port}")
     Server(server, drain_seconds=drain_seconds).run_on(socket)
     for one in served:
         one.close()

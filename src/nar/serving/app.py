@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import hmac
 import logging
 import secrets
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,8 +24,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nar.serving import videos
+from nar.serving.jobs import Store
 from nar.serving.metrics import Metrics, Watch
 from nar.serving.protocol import Pictures, Refusal, event, now, read_fields, refusal_of, usage
+from nar.serving.videos import Videos
 
 if TYPE_CHECKING:
     from nar.serving.edits import Edit
@@ -44,7 +49,12 @@ class App:
     """The state of a server: its models, its keys, and whether it takes more work. `asgi` is what runs."""
 
     def __init__(
-        self, models: Sequence[Served], *, keys: Sequence[str] = (), keepalive_seconds: float = KEEPALIVE_SECONDS
+        self,
+        models: Sequence[Served],
+        *,
+        keys: Sequence[str] = (),
+        store: Store | None = None,
+        keepalive_seconds: float = KEEPALIVE_SECONDS,
     ) -> None:
         self.models = {served.name: served for served in models}
         if len(self.models) < len(models):
@@ -54,12 +64,29 @@ class App:
         self.metrics = Metrics({name: served.batcher for name, served in self.models.items()})
         self.is_draining = False
         self.num_open = 0  # requests for pictures that are not answered yet
-        self.asgi = app = FastAPI(title="nar", docs_url=None, redoc_url=None, redirect_slashes=False)
+        self.videos = None if store is None else Videos(self, store)
+        app = FastAPI(title="nar", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._life)
+        self.asgi = app
         for kind in (Refusal, RequestValidationError, HTTPException, Exception):
             app.add_exception_handler(kind, _answer_error)
         app.add_middleware(_Edge, self)
         _add_routes(app, self)
+        if self.videos is not None:
+            videos.add_routes(app, self, self.videos, read_form, MOST_BODY["form"])
         _add_page(app)
+
+    @asynccontextmanager
+    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
+        """Work through jobs as long as the server runs."""
+        clips = [served for served in self.models.values() if served.makes_clips]
+        made = self.videos
+        tasks = [asyncio.create_task(made.work(served)) for served in clips] if made is not None else []
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def model(self, name: str | None) -> Served:
         """A model by its name, by default the first.
@@ -77,6 +104,15 @@ class App:
     def key_of(self, request: Request) -> str:
         """Whose share of the queue a request counts in: its key's, or without keys its address'."""
         return str(request.scope.get("nar.key") or (request.client.host if request.client else ""))
+
+    def owner_of(self, request: Request) -> str:
+        """Whose jobs a request may see: its key's; without keys all jobs are everybody's."""
+        return str(request.scope.get("nar.key", ""))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is not answered yet, or a clip is being made."""
+        return self.num_open > 0 or (self.videos is not None and self.videos.num_working > 0)
 
     def check_open(self) -> None:
         """Refuse new work while the server ends."""
@@ -154,7 +190,7 @@ class _Answer:
     async def _results(self) -> list[Picture]:
         results: list[Picture] = []
         while self.running.left:
-            picture = await self.running.next()
+            picture = await self.running.picture()
             if picture is not None and picture.front is None:
                 results.append(picture)
         return results
@@ -165,7 +201,7 @@ class _Answer:
         try:
             yield ": accepted\n\n"
             while self.running.left:
-                picture = await self.running.next(self.app.keepalive_seconds)
+                picture = await self.running.picture(self.app.keepalive_seconds)
                 if picture is None:
                     yield ": keepalive\n\n"
                     continue
@@ -255,11 +291,12 @@ class _Edge:
             self._server.num_open -= 1
 
     def _key(self, scope: Scope) -> str:
-        """Which of the keys came, by its number; nothing where none did. All are compared, so time says nothing."""
+        """Which of the keys came, by its hash; nothing where none did. All are compared, so time says nothing."""
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, value = given.partition(b" ")
         found = [hmac.compare_digest(value.strip(), key) for key in self._keys]
-        return f"key {found.index(True)}" if kind.lower() == b"bearer" and any(found) else ""
+        name = hashlib.sha256(value.strip()).hexdigest()[:16]
+        return name if kind.lower() == b"bearer" and any(found) else ""
 
 
 def _in_time(receive: Receive) -> Receive:

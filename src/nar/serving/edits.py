@@ -1,12 +1,16 @@
-"""A picture and a mask as codes to keep and codes to sample, and the given pixels put back.
+"""Files that clients send: a picture and its mask as codes to keep and to sample, and the clip to continue.
 
 Knows pixels and the tokenizer; does not know HTTP, nor how codes are sampled.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -21,6 +25,17 @@ from nar.serving.protocol import Refusal
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 2**24  # of a picture that is sent: 4096 x 4096, decoded to 50 MB
 OPAQUE = 128  # alpha from which a pixel of a mask stays
+
+# Formats of clips by how their files begin. Others are not tried: some of FFmpeg's, of playlists say, read other files.
+CLIPS: dict[str, Callable[[bytes], bool]] = {
+    ".mp4": lambda file: file[4:8] == b"ftyp",
+    ".mkv": lambda file: file.startswith(b"\x1a\x45\xdf\xa3"),
+    ".avi": lambda file: file[:4] + file[8:12] == b"RIFFAVI ",
+    ".webp": lambda file: file[:4] + file[8:12] == b"RIFFWEBP",
+    ".gif": lambda file: file.startswith(b"GIF8"),
+    ".png": lambda file: file.startswith(b"\x89PNG"),
+    ".jpg": lambda file: file.startswith(b"\xff\xd8\xff"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +89,38 @@ def prepare(pipeline: Pipeline, image: bytes, mask: bytes | None) -> Edit:
         codes = pipeline.tokenizer.encode(pixels.to(pipeline.model.device))[0].cpu()
     known = codes.masked_fill(torch.from_numpy(free), -1)
     return Edit(known, given, Image.fromarray(np.where(new, 255, 0).astype(np.uint8)))
+
+
+def read_frames(pipeline: Pipeline, file: bytes) -> Tensor:
+    """A clip or a picture to continue, as float -1..1 (3, T, H, W) of the model's size.
+
+    Raises:
+        Refusal: nothing that can be read, or too short for the model.
+    """
+    name = "input_reference"
+    ending = next((ending for ending, is_one in CLIPS.items() if is_one(file)), None)
+    if ending is None:
+        raise Refusal(400, f"{name} must be mp4, webm, mkv, avi, gif, webp, png or jpeg", param=name)
+    try:
+        if ending in (".png", ".jpg", ".webp") and _is_still(file):
+            frames = pipeline.requests(frames=[read(file, name)])[0].frames
+        else:
+            with TemporaryDirectory(prefix="nar-") as folder:
+                path = Path(folder) / f"{name}{ending}"
+                path.write_bytes(file)
+                frames = pipeline.requests(frames=str(path))[0].frames
+    except Refusal:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        said = re.sub(rf"\S*{name}\S*", name, str(error))
+        raise Refusal(400, said, param=name) from error
+    assert frames is not None
+    return frames
+
+
+def _is_still(file: bytes) -> bool:
+    with opened(BytesIO(file), "input_reference") as picture:
+        return num_frames(picture) == 1
 
 
 def read(file: bytes, name: str) -> Image.Image:

@@ -10,25 +10,28 @@ import asyncio
 import dataclasses
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from nar.media.clips import save_clip
+from nar.media.pixels import as_images, as_pictures
 from nar.pipeline import Pipeline
 from nar.pipeline.requests import Request
 from nar.sampling import Sampling, settings_among
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Work
-from nar.serving.edits import Edit, prepare
-from nar.serving.protocol import Generation, Pictures, Refusal, partial_fronts
+from nar.serving.edits import Edit, prepare, read_frames
+from nar.serving.protocol import Clip, Generation, Pictures, Refusal, partial_fronts
 from nar.storage.folder import CONFIG, find_model
 
+MOST_WEBP = 16_383  # pixels of a side that the format holds
 _EXACT = ("float32", "float16")  # formats in which a picture's bits do not depend on its neighbours (on a CPU)
 
 
@@ -156,11 +159,16 @@ class Served:
             arguments["class_labels"] = [label]
         if asked.negative_prompt:
             arguments["negative_prompt"] = asked.negative_prompt
+        if self.makes_clips and not prompt.strip() and label is None:
+            return Request()  # the null condition, or whatever clip is continued
         if not config.text_dim and label is None:
             if config.num_classes and not config.null_class:
                 raise Refusal(400, "this model has no null class: give class_label", param="class_label")
             return Request()
-        return self.pipeline.requests(**arguments)[0]
+        try:
+            return self.pipeline.requests(**arguments)[0]
+        except ValueError as error:
+            raise Refusal(400, str(error)) from error
 
     def _label(self, label: str | int, param: str = "class_label") -> int:
         try:
@@ -172,7 +180,10 @@ class Served:
         """The model's own settings with those that are asked for."""
         names = {field.name for field in dataclasses.fields(Sampling)}
         given = settings_among({name: getattr(asked, name) for name in names})
-        sampling = dataclasses.replace(self.pipeline.sampling, **given)
+        try:
+            sampling = dataclasses.replace(self.pipeline.sampling, **given)
+        except ValueError as error:
+            raise Refusal(400, str(error)) from error
         if asked.negative_prompt and sampling.guidance_scale == 1.0:
             raise Refusal(400, "negative_prompt needs guidance: set guidance_scale above 1.0", param="negative_prompt")
         return sampling
@@ -200,20 +211,10 @@ class Served:
         if asked.partial_images > self.num_fronts:
             said = f"partial_images {asked.partial_images}: at most {self.num_fronts}, one a front"
             raise Refusal(400, said, param="partial_images")
-        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        known = None if edit is None else edit.known.expand(asked.n, *edit.known.shape)
         fronts = partial_fronts(self.front_ends(), asked.partial_images) if asked.partial_images else []
-        try:
-            work = Work(
-                requests=[self.request(asked)] * asked.n,
-                sampling=self.sampling(asked),
-                seed=seed,
-                known=None if edit is None else edit.known.expand(asked.n, *edit.known.shape),
-                key=key,
-                deadline_seconds=None if asked.deadline_ms is None else asked.deadline_ms / 1000,
-                partial_fronts=fronts,
-            )
-        except ValueError as error:
-            raise Refusal(400, str(error)) from error
+        requests = [self.request(asked)] * asked.n
+        work = self._work(asked, requests, key, known=known, partial_fronts=fronts)
 
         def encode(codes: Tensor, undecided: bool) -> bytes:
             picture = self.picture(codes, undecided=undecided)
@@ -236,14 +237,72 @@ class Served:
         edit: Edit = await self.in_pixels(prepare, self.pipeline, image, mask)
         return edit
 
+    def _work(self, asked: Generation, requests: list[Request], key: str, **options: Any) -> Work:
+        deadline = None if asked.deadline_ms is None else asked.deadline_ms / 1000
+        sampling = self.sampling(asked)
+        return Work(requests, sampling, self.seed_of(asked), key=key, deadline_seconds=deadline, **options)
+
+    @staticmethod
+    def seed_of(asked: Generation) -> int:
+        """The seed that is asked for, or a new one."""
+        return secrets.randbits(32) if asked.seed is None else asked.seed
+
+    def clip_files(
+        self, done: Partial | Done | None, wanted: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Callable[[Path], Any]]:
+        """What writes each file of a clip: itself, its first frame, and all frames side by side."""
+        assert isinstance(done, Done)
+        assert done.pixels is not None
+        frames = as_images(done.pixels[None])[0]
+        rate = self.pipeline.frame_rate
+        strip = np.concatenate(list(frames), 1)
+        writers: dict[str, Callable[[Path], Any]] = {
+            "video": lambda path: save_clip(frames, path, frame_rate=rate),
+            "thumbnail": lambda path: Image.fromarray(frames[0]).save(path, lossless=True),
+            "spritesheet": lambda path: Image.fromarray(strip[:, :MOST_WEBP]).save(path, lossless=True),
+        }
+        return {name: writers[variant] for variant, (name, _) in wanted.items()}
+
+    def planned(self, asked: Clip, reference: bytes | None) -> tuple[Request, int]:
+        """What a clip is asked for, with the frames to continue, and how many frames it will have.
+
+        Raises:
+            Refusal: something that the model does not take, or a length that can't be.
+        """
+        self.check(asked)
+        self.sampling(asked)
+        pipe, request = self.pipeline, self.request(asked)
+        if asked.fps not in (None, pipe.frame_rate):
+            raise Refusal(400, f"fps {asked.fps:g}: this model makes {pipe.frame_rate:g}", param="fps")
+        if reference is not None:
+            if not pipe.model.config.prefix_grid:
+                raise Refusal(400, "this model continues no clips: leave input_reference out", param="input_reference")
+            request = dataclasses.replace(request, frames=read_frames(pipe, reference))
+        num_frames = asked.num_frames
+        if asked.seconds is not None:
+            num_frames = max(1, round(asked.seconds * pipe.frame_rate))
+        try:
+            pipe.check_length(num_frames, [request], "pil")
+        except ValueError as error:
+            raise Refusal(400, str(error), param="num_frames" if asked.seconds is None else "seconds") from error
+        length = 0 if request.frames is None else int(request.frames.shape[1])
+        added = pipe.continuation.num_frames - pipe.continuation.num_context(request.frames)
+        return request, num_frames or length + added
+
+    def begin_clip(self, asked: Clip, request: Request, num_frames: int, key: str) -> Running:
+        """Hand a clip that was planned to the batcher; every front of every pass is told."""
+        passes = self.pipeline.continuation.num_passes(
+            0 if request.frames is None else int(request.frames.shape[1]), num_frames
+        )
+        fronts = range(passes * self.num_fronts)
+        return Running(self, self._work(asked, [request], key, num_frames=num_frames, partial_fronts=fronts))
+
     def picture(self, codes: Tensor, *, undecided: bool) -> Image.Image:
         """Decode codes (*grid), as the pipeline decodes them alone; areas that are undecided are mid-grey."""
         shown = self.pipeline.pictures(codes[None]) if undecided else self._decoded(codes)
         return shown[0]
 
     def _decoded(self, codes: Tensor) -> list[Image.Image]:
-        from nar.media.pixels import as_pictures
-
         return as_pictures(self.pipeline.decode(codes[None], exact=True))
 
     def text_tokens(self) -> int:
@@ -262,20 +321,19 @@ class Served:
 
 
 class Running:
-    """One request in a batcher: its pictures for one reader, in whose loop it is made.
+    """One request in a batcher, for one reader, in whose loop it is made.
 
-    Of pictures on the way only the newest of each is kept, so a slow reader costs no memory. `left` is the number of
-    results that are still to come.
+    Of codes on the way only the newest of each are kept, so a slow reader costs no memory. `left` is the number of
+    results that are still to come, `progress` the share in percent of the fronts of the result that was last told of.
     """
 
-    def __init__(self, served: Served, work: Work, encode: Callable[[Tensor, bool], bytes]) -> None:
-        self.seed, self.num_results, self.submitted = work.seed, len(work.requests), perf_counter()
-        self._served, self._encode = served, encode
+    def __init__(self, served: Served, work: Work, encode: Callable[[Tensor, bool], bytes] | None = None) -> None:
+        self.seed, self._served, self._encode = work.seed, served, encode
         self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
         self._partial: dict[int, Partial] = {}
         self._done: deque[Done] = deque()
         self._error: Exception | None = None
-        self.left = self.num_results
+        self.left, self.progress = len(work.requests), 0
         try:
             self._ticket = served.batcher.submit(work, self._from_engine)
         except Refused as error:
@@ -283,8 +341,16 @@ class Running:
         except ValueError as error:
             raise Refusal(400, str(error)) from error
 
-    async def next(self, timeout: float | None = None) -> Picture | None:
-        """The next picture, a result before one on the way; None after `timeout` seconds without any.
+    async def picture(self, timeout: float | None = None) -> Picture | None:
+        """The next of `next`, as a file's bytes."""
+        event = await self.next(timeout)
+        if event is None or self._encode is None:
+            return None
+        front = event.front if isinstance(event, Partial) else None
+        return Picture(event.index, front, await self._served.in_pixels(self._encode, event.codes, front is not None))
+
+    async def next(self, timeout: float | None = None) -> Partial | Done | None:
+        """What comes next, results before codes on the way; None after `timeout` seconds without any.
 
         Raises:
             Refusal: it failed, or its deadline has passed.
@@ -298,12 +364,9 @@ class Running:
                 return None
             self._news.clear()
         if self._done:
-            result = self._done.popleft()
             self.left -= 1
-            return Picture(result.index, None, await self._served.in_pixels(self._encode, result.codes, False))
-        index = min(self._partial, key=lambda index: self._partial[index].front)
-        partial = self._partial.pop(index)
-        return Picture(index, partial.front, await self._served.in_pixels(self._encode, partial.codes, True))
+            return self._done.popleft()
+        return self._partial.pop(min(self._partial, key=lambda index: self._partial[index].front))
 
     def cancel(self) -> None:
         """Leave the batcher; nothing happens where all is done."""
@@ -318,6 +381,7 @@ class Running:
     def _take(self, event: Event) -> None:
         if isinstance(event, Partial):
             self._partial[event.index] = event
+            self.progress = min(99, 100 * (event.front + 1) // event.num_fronts)
         elif isinstance(event, Done):
             self._partial.pop(event.index, None)
             self._done.append(event)

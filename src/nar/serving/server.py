@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether all that ran has ended, and which connections never say anything."""
-        if self._ending and (self._app.num_open == 0 or monotonic() > self._end):
+        if self._ending and (not self._app.is_busy or monotonic() > self._end):
             self.should_exit = True
         if counter % _SWEEP_TICKS == 0:
             self._sweep()

@@ -1,0 +1,272 @@
+"""Clips as jobs: OpenAI's routes for videos over a store on disk, and who works through it.
+
+Knows the forms of jobs and the life of one; does not know tensors, nor how the store keeps its jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from nar.serving.jobs import Job, Store
+from nar.serving.protocol import Clip, Refusal, read_fields
+
+if TYPE_CHECKING:
+    from nar.serving.models import Running, Served
+
+POLL_MILLISECONDS = 250  # that clients are asked to wait between two looks at a job
+PROGRESS_SECONDS = 0.5  # between two notes of how far a job is
+LOOK_SECONDS = 1.0  # between two looks for jobs that other processes left
+SWEEP_SECONDS = 600.0
+RETRY_SECONDS = 2.0  # after something went wrong that is not the job's fault
+VARIANTS = {
+    "video": ("video.mp4", "video/mp4"),
+    "thumbnail": ("thumbnail.webp", "image/webp"),
+    "spritesheet": ("spritesheet.webp", "image/webp"),
+}
+REFERENCE = "input_reference"
+_PUBLIC = (
+    "id model status progress created_at completed_at expires_at prompt size seconds remixed_from_video_id error "
+    "seed num_frames fps"
+)
+_log = logging.getLogger("nar.serving")
+FormReader = Callable[[Request, dict[str, bool]], Any]
+
+
+class Server(Protocol):
+    """What videos need of the app."""
+
+    models: dict[str, Served]
+    is_draining: bool
+
+    def model(self, name: str | None) -> Served: ...
+    def owner_of(self, request: Request) -> str: ...
+    def check_open(self) -> None: ...
+
+
+class Videos:
+    """The jobs of a server; `work` makes their clips until it is cancelled."""
+
+    def __init__(self, server: Server, store: Store) -> None:
+        self.server, self.store = server, store
+        self.running: dict[str, Running] = {}
+        self.num_working = 0  # workers that have a job
+        self._news = asyncio.Event()
+
+    async def create(self, asked: Clip, reference: bytes | None, key: str) -> Job:
+        """Check a clip that is asked for, and put it in the queue."""
+        clips = {name: served for name, served in self.server.models.items() if served.makes_clips}
+        served = self.server.model(asked.model) if asked.model or not clips else next(iter(clips.values()))
+        if not served.makes_clips:
+            listed = ", ".join(clips) or "none"
+            raise Refusal(400, f"{served.name} makes pictures; models of clips here: {listed}", param="model")
+        _, num_frames = await served.in_pixels(served.planned, asked, reference)
+        seed = served.seed_of(asked)
+        fps = served.pipeline.frame_rate
+        fields = asked.model_copy(update={"seed": seed, "num_frames": num_frames, "seconds": None})
+        job = {
+            "model": served.name,
+            "prompt": asked.prompt,
+            "size": served.size,
+            "seconds": f"{num_frames / fps:.4g}",
+            "seed": seed,
+            "num_frames": num_frames,
+            "fps": fps,
+            "key": key,
+            "fields": fields.model_dump(exclude_none=True),
+        }
+        files = {} if reference is None else {REFERENCE: reference}
+        try:
+            made = await asyncio.to_thread(self.store.create, job, files)
+        except OSError as error:
+            _log.error("a job can't be kept: %s", error)
+            raise Refusal(507, "the server can't keep the job: its disk is full or can't be written") from error
+        if made is None:
+            said = f"{self.store.most_waiting} clips are waiting, which is all that are taken"
+            raise Refusal(503, said, retry_after_seconds=30.0)
+        self._news.set()
+        return made
+
+    def get(self, number: str, key: str) -> Job:
+        """A job of this key; raises Refusal (404) for others'."""
+        job = self.store.get(number)
+        if job is None or job["key"] != key:
+            raise Refusal(404, f"no video {number[:80]!r}", param="video_id")
+        return job
+
+    def listed(self, key: str, after: str | None, limit: int, order: str) -> dict[str, Any]:
+        """A page of the key's jobs."""
+        jobs = [job for job in self.store.jobs() if job["key"] == key]
+        jobs = jobs if order == "asc" else jobs[::-1]
+        if after is not None:
+            places = [place for place, job in enumerate(jobs) if job["id"] == after]
+            if not places:
+                raise Refusal(400, f"after: no video {after[:80]!r}", param="after")
+            jobs = jobs[places[0] + 1 :]
+        page = [public(job) for job in jobs[:limit]]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+        return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(jobs) > limit}
+
+    def content(self, job: Job, variant: str) -> tuple[Path, str]:
+        """The file of a job, and its type."""
+        if variant not in VARIANTS:
+            raise Refusal(400, f"variant {variant[:40]!r}: one of {', '.join(VARIANTS)}", param="variant")
+        name, kind = VARIANTS[variant]
+        path = self.store.file(job["id"], name)
+        if job["status"] != "completed" or not path.is_file():
+            raise Refusal(404, f"{job['id']} is {job['status']}, at {job['progress']} %: its content comes later")
+        return path, kind
+
+    async def work(self, served: Served) -> None:
+        """Make the clips of one model, one job after the other; for ever, whatever goes wrong with one."""
+        swept = monotonic()
+        while True:
+            try:
+                if monotonic() - swept > SWEEP_SECONDS:
+                    await asyncio.to_thread(self.store.sweep)
+                    swept = monotonic()
+                job = None
+                if not self.server.is_draining:
+                    job = await asyncio.to_thread(self.store.claim, lambda job: job["model"] == served.name)
+                if job is not None:
+                    self.num_working += 1
+                    try:
+                        await self._run(served, job)
+                    finally:
+                        self.num_working -= 1
+                    continue
+                self._news.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), LOOK_SECONDS)
+            except OSError as error:  # a full disk, say: the job stays, and is tried again
+                _log.error("jobs can't be worked on: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _run(self, served: Served, job: Job) -> None:
+        """Make one clip; when this is cancelled the job is in the queue again."""
+        number, error = job["id"], None
+        try:
+            await self._make(served, job)
+        except Refusal as refused:
+            error = {"code": refused.code, "message": refused.message}
+        except (asyncio.CancelledError, OSError):
+            self.store.update(number, status="queued", progress=0)
+            raise
+        except Exception:
+            _log.exception("%s failed", number)
+            error = {"code": "internal_error", "message": "the server failed on this clip"}
+        if error is not None:
+            self.store.update(number, status="failed", error=error)
+
+    async def _make(self, served: Served, job: Job) -> None:
+        number, asked = job["id"], read_fields(Clip, job["fields"])
+        path = self.store.file(number, REFERENCE)
+        reference = path.read_bytes() if path.is_file() else None
+        request, num_frames = await served.in_pixels(served.planned, asked, reference)
+        while True:
+            try:
+                running = served.begin_clip(asked, request, num_frames, f"videos of {job['key']}")
+                break
+            except Refusal as refused:  # pictures fill the queue
+                if refused.retry_after_seconds is None or refused.code == "deadline_exceeded":
+                    raise
+                if not self.store.beat(number):
+                    return
+                await asyncio.sleep(min(5.0, max(0.1, refused.retry_after_seconds)))
+        self.running[number] = running
+        try:
+            noted = 0.0
+            while True:
+                event = await running.next(1.0)
+                if monotonic() - noted > PROGRESS_SECONDS:
+                    noted, progress = monotonic(), running.progress
+                    if not self.store.beat(number) or not self.store.update(number, progress=progress):
+                        return  # deleted, or taken over while this process stood still
+                if event is not None and not running.left:
+                    break
+        finally:
+            del self.running[number]
+            running.cancel()
+        for name, write in served.clip_files(event, VARIANTS).items():
+            if not await served.in_pixels(self.store.write, number, name, write):
+                return
+        self.store.update(number, status="completed", progress=100)
+
+
+def public(job: Job) -> dict[str, Any]:
+    """What clients see of a job."""
+    return {"object": "video"} | {name: job.get(name) for name in _PUBLIC.split()}
+
+
+def add_routes(app: FastAPI, server: Server, videos: Videos, read_form: FormReader, most_body: int) -> None:
+    """OpenAI's routes for videos."""
+
+    def answer(job: Job) -> Response:
+        return JSONResponse(public(job), headers={"openai-poll-after-ms": str(POLL_MILLISECONDS)})
+
+    @app.post("/v1/videos", max_body_size=most_body)
+    async def create(request: Request) -> Response:
+        server.check_open()
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+            fields, reference = await _json_fields(request)
+        else:
+            texts, files = await read_form(request, {REFERENCE: False})
+            fields, reference = texts, files.get(REFERENCE)
+        asked = read_fields(Clip, fields)
+        return answer(await videos.create(asked, reference, server.owner_of(request)))
+
+    @app.get("/v1/videos")
+    async def listed(request: Request, after: str | None = None, limit: int = 20, order: str = "desc") -> Response:
+        if not 0 <= limit <= 100 or order not in ("asc", "desc"):
+            raise Refusal(400, "limit must be 0 to 100, and order asc or desc")
+        return JSONResponse(videos.listed(server.owner_of(request), after, limit, order))
+
+    @app.get("/v1/videos/{number}")
+    async def get(request: Request, number: str) -> Response:
+        return answer(videos.get(number, server.owner_of(request)))
+
+    @app.delete("/v1/videos/{number}")
+    async def delete(request: Request, number: str) -> Response:
+        videos.get(number, server.owner_of(request))
+        if running := videos.running.get(number):
+            running.cancel()  # at once; another process that works on it sees that it is gone
+        await asyncio.to_thread(videos.store.delete, number)
+        return JSONResponse({"id": number, "object": "video.deleted", "deleted": True})
+
+    @app.get("/v1/videos/{number}/content")
+    async def content(request: Request, number: str, variant: str = "video") -> Response:
+        path, kind = videos.content(videos.get(number, server.owner_of(request)), variant)
+        return FileResponse(path, media_type=kind)
+
+
+async def _json_fields(request: Request) -> tuple[Mapping[str, Any], bytes | None]:
+    """The fields of a JSON body, and the file that its `input_reference` holds as a data URL."""
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body must be a JSON object ({error})") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    given = body.pop(REFERENCE, None)
+    if given is None:
+        return body, None
+    url = given.get("image_url") if isinstance(given, dict) else None
+    data = re.fullmatch(r"data:[^,]*;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
+    if data is None:
+        said = 'input_reference is {"image_url": "data:...;base64,..."}, or a file of a form'
+        raise Refusal(400, said, param=REFERENCE)
+    try:
+        return body, base64.b64decode(data[1], validate=True)
+    except binascii.Error as error:
+        raise Refusal(400, f"input_reference is not base64 ({error})", param=REFERENCE) from error
