@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from nar import cli
+from nar import Pipeline, Transformer, bench, cli
+from nar.data.config import DataConfig
+from nar.data.extract import extract
+from nar.metrics import evaluate
+from nar.storage.folder import find_model
+from nar.text import TextEncoder
 
 COUNT = 200
 # The line, and what it must answer.
@@ -94,3 +101,24 @@ def test_names_cannot_command_the_terminal(
         cli.main()
     assert output.is_file()
     assert "\x1b" not in capsys.readouterr().out
+
+
+PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
+TAKE_A_DEVICE: dict[str, Callable[[Any], object]] = {
+    "Pipeline": lambda device: Pipeline.from_pretrained("fashion", device=device),
+    "Transformer": lambda device: Transformer.from_pretrained("fashion", device=device),
+    "preset_model": lambda device: bench.preset_model("NAR-B", device=device),
+    "Setup": lambda device: bench.Setup(device=device),
+    "TextEncoder": lambda device: TextEncoder.from_pretrained("minilm", device=device),
+    "evaluate": lambda device: evaluate(PIXELS, PIXELS, device=device),
+    "extract": lambda device: extract(
+        find_model("fashion") / "tokenizer", DataConfig("toy", 8).part(), "nowhere", size=8, device=device
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_DEVICE)
+@pytest.mark.parametrize("device", ["/dev/zero", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(name: str, device: str) -> None:
+    with pytest.raises(ValueError, match=rf"device '{device}' is not usable here \(.*\); try cpu"):
+        TAKE_A_DEVICE[name](device)

@@ -20,12 +20,12 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_often")
 def test_lines_come_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("training", 1000, "images", done=200) as shown:
-        shown.say("begins")
+        shown.say("\x1b]0;x\x07begins")
         shown.update(200, loss="1.5")
         time.sleep(0.45)  # without an update
         shown.update(600, loss="1.25")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "begins"
+    assert lines[0] == "\ufffd]0;x\ufffdbegins", "names cannot command the terminal"
     assert lines[1].startswith("training: 400 of 1,000 images (40%), ")
     assert lines[1].endswith(" a second, 0 s left, loss 1.5")
     assert len(lines) == 4

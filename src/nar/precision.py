@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 PRECISIONS = ("float32", "float16", "int8", "bfloat16")
 Module = TypeVar("Module", bound=nn.Module)
+Place = TypeVar("Place", bound=torch.device | str | None)
 Product = Callable[[Tensor], Tensor]
 Pack = Callable[[Tensor], Product]
 _EXACT_ROWS = 64
@@ -38,7 +39,7 @@ def convert(model: Module, precision: str | torch.dtype, device: torch.device | 
     Raises:
         ValueError: an unknown precision, or one that this device has no kernels for.
     """
-    name, dtype, pack = _plan(precision, torch.device(device))
+    name, dtype, pack = _plan(precision, torch.device(usable_device(device)))
     model = model.to(device, dtype)
     if pack is None:
         return model
@@ -54,7 +55,7 @@ def fill(model: Module, source: Source, precision: str | torch.dtype | None, dev
     Raises:
         ValueError: an unknown precision, or one that this device has no kernels for.
     """
-    device = torch.device(device)
+    device = torch.device(usable_device(device))
     name, dtype, pack = _plan(precision or "float32", device)
     linear = [] if precision is None or pack is None else _linear(model)
     empty = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -177,12 +178,13 @@ def _int8(weight: Tensor) -> Product:
     return product
 
 
-def usable_device(name: str | None) -> str | None:
-    """The device of that name; raises ValueError where this machine has none such."""
+def usable_device(name: Place) -> Place:
+    """A device, or its name, as it is; raises ValueError where this machine has none such."""
     if name is None:
-        return None
+        return name
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise NotImplementedError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
+        raise ValueError(f"device {str(name)!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
     return name

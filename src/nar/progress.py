@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeVar
 
+from nar.storage.text import without_commands
+
 Item = TypeVar("Item")
 FIRST, EVERY = 5.0, 30.0  # seconds to the first line, and between lines
 
@@ -58,6 +60,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Write a line beside the bar."""
+        text = without_commands(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif not self._quiet:

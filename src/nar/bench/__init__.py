@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nar.bench.report import Row
 from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
-from nar.precision import PackedLinear, convert, fill
+from nar.precision import PackedLinear, convert, fill, usable_device
 from nar.sampling import Sampling, Session, generate, last_guided
 from nar.storage.fields import Range, check, checked, from_dict
 from nar.storage.folder import find_model, read_config, without_weights
@@ -58,6 +58,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         check(self)
+        usable_device(self.device)
 
     def row(self, name: str, operation: str, batch_size: int, seconds: float, dtype: str, **facts: Any) -> Row:
         """A measurement in this setup, and what else is known of it."""

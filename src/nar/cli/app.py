@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from nar import __version__
+from nar.storage.text import without_commands
 
 _INTERRUPTED = 130
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, but tab and newline
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # of torch, for CPU, Windows, GPUs
 app = typer.Typer(
     name="nar",
@@ -124,9 +124,4 @@ def refuse_unused(context: typer.Context, what: str, *unused: str) -> None:
 
 def echo(text: object, *, err: bool = False) -> None:
     """Print a text, whatever characters the names in it have."""
-    typer.echo(shown(text), err=err)
-
-
-def shown(text: object) -> str:
-    """A text that others wrote, a class name say, without the characters that would command the terminal."""
-    return _COMMANDS.sub("\ufffd", str(text))
+    typer.echo(without_commands(str(text)), err=err)

@@ -26,6 +26,7 @@ from nar.data.source import BROKEN, Source, content_of
 from nar.media.crops import VIEWS
 from nar.media.pixels import as_pixels, pad_to_multiple
 from nar.media.video import Windows
+from nar.precision import usable_device
 from nar.progress import Progress
 from nar.storage.fields import OneOf, Range, Size, checked
 from nar.storage.files import atomically, claim, read_json, write_json, write_text
@@ -68,7 +69,7 @@ def extract(
     if not len(source):
         raise ValueError("there are no pictures to extract codes from")
     folder = Path(folder)
-    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    tokenizer = load_tokenizer(tokenizer_folder).to(usable_device(device))
     encoder = _Encoder(tokenizer, size, kind, batch_size, threads, pad, device)
     source, named = _as_begun(source, folder / _SETTINGS)
     if not (folder / _SETTINGS).is_file():

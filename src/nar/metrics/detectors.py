@@ -17,6 +17,7 @@ from torch import Tensor
 from nar.metrics.networks import efficientnet
 from nar.metrics.networks.inception import load_inception
 from nar.metrics.networks.transnet import load_transnet, transnet_file
+from nar.precision import usable_device
 from nar.storage.files import digest
 
 VARIANTS = ("stylegan-v", "videogpt")
@@ -176,5 +177,5 @@ def _checked(clips: Tensor, num_frames: int) -> Tensor:
 
 def default_detector(inception: str | Path | None, device: torch.device | str | None) -> Detector:
     """Inception from its file, else EfficientNet-Lite0; `device` None is a GPU where there is one."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     return EfficientNetDetector(place) if inception is None else InceptionDetector(inception, place)

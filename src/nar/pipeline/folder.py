@@ -37,7 +37,7 @@ def read(
             f"{folder} has no tokenizer to make pictures with; copy a converted one to {folder / 'tokenizer'}, "
             "or convert the model again with --tokenizer FOLDER"
         )
-    usable_device(None if device is None else str(device))
+    usable_device(device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Transformer.from_pretrained(folder, dtype, place)
     if text_encoder and not model.config.text_dim:

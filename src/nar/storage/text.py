@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 import unicodedata
 from pathlib import Path
 
@@ -20,6 +21,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, but tab and newline
 _MOST_PIPED = 2**26  # bytes
 
 
@@ -78,3 +80,8 @@ def composed(name: str) -> str:
 def printable(name: str) -> str:
     """A name that can be written: bytes of a file's name that are no text become "?"."""
     return name.encode(errors="replace").decode()
+
+
+def without_commands(text: str) -> str:
+    """A text that others wrote, a class name say, without the characters that would command the terminal."""
+    return _COMMANDS.sub("\ufffd", text)

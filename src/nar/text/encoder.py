@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nar.precision import usable_device
 from nar.storage.fields import Length, check
 from nar.storage.files import digest, read_json
 from nar.storage.folder import CONFIG
@@ -83,7 +84,7 @@ class TextEncoder:
     ) -> None:
         """Open the encoder that a model's `config.json` asks for, of its digest alone; see `from_pretrained`."""
         self.folder = folder = _find(config.source)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
         sizes = load_pretrained("AutoConfig", folder)
         self.kind = str(sizes.model_type)
