@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -19,6 +21,8 @@ from nar.sampling import Sampling
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.multiscale import MultiScaleTokenizer, MultiScaleTokenizerConfig
 from nar.tokenizer.refine import refine_codes
+from nar.training.tasks import run_recipe
+from training_runs import losses
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "norm_groups": 4, "vocab_size": 24}
 
@@ -161,3 +165,68 @@ def test_a_fresh_model_says_nothing_and_a_preset_that_is_a_tokenizer_is_told() -
     assert float(fresh.blocks[0].attention.log_scale.exp().mean()) == pytest.approx(4)
     with pytest.raises(ValueError, match="preset 'VAR-VAE' is a tokenizer"):
         bench_preset("VAR-VAE", Setup())
+
+
+MULTISCALE = {"scales": [1, 2, 4], "code_dim": 8, **TINY, "channel_multipliers": [1, 1, 2]}
+NEXT = {
+    "schedule": "scales",
+    "scales": [1, 2, 4],
+    "grid": [21],
+    "code_dim": 8,
+    "positions": "levels",
+    "modulation": "own",
+}
+SIZES = {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "norm_eps": 1e-6}
+
+
+def test_recipes_train_tokenizer_and_model(tmp_path: Path) -> None:
+    """From pictures to pictures: the codebook stays in use, the model learns, and what it samples has its codes."""
+    common = {"data": {"source": "toy", "size": 16}, "batch_size": 64, "ema_decay": 0.9, "checkpoint_every": 20}
+    optim = {"learning_rate": 4e-3, "curve": "cosine", "final_factor": 0.02}
+    settings = {"multiscale_tokenizer": MULTISCALE, "tokenizer_loss": {"restart_every": 5}, "task": "tokenizer"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**common, **settings, "optim": optim, "num_images": 2560}))
+    tokenizer = run_recipe(str(path), [f"run={tmp_path / 'tokenizer'}"])
+    assert tokenizer is not None
+    assert losses(tmp_path / "tokenizer", "heldout_usage")[-1] > 0.6
+    assert losses(tmp_path / "tokenizer", "heldout_psnr")[-1] > 12
+    settings = {"tokenizer_path": str(tokenizer), "model": {**NEXT, **SIZES}, "num_images": 3840}
+    path.write_text(yaml.safe_dump({**common, **settings, "optim": optim}))
+    folder = run_recipe(str(path), [f"run={tmp_path / 'model'}"])
+    assert folder is not None
+    bits = losses(tmp_path / "model", "heldout_bits_per_token")
+    assert bits[-1] < 0.9 * math.log2(24)
+    pipe = Pipeline.from_pretrained(folder)
+    assert pipe.model.config.num_classes == 4
+    torch.testing.assert_close(pipe.model.sums.codebook, pipe.tokenizer.quantizer.sums.codebook)
+    assert len(pipe([0, 1], seed=3).images) == 2
+
+
+def test_dead_entries_are_moved_onto_what_scales_have_left() -> None:
+    made = tiny()
+    latents = torch.randn(4, 8, 3, 3)
+    before = made.quantizer.sums.codebook.detach().clone()
+    dead = torch.arange(24) >= 20
+    points = [points for points, _ in made.quantizer.encode_scales(latents)]
+    made.quantizer.restart(latents, dead, torch.Generator().manual_seed(0))
+    after = made.quantizer.sums.codebook.detach()
+    assert torch.equal(after[:20], before[:20])
+    left = torch.cat(points, 1).flatten(0, 1)
+    assert all((left == row).all(-1).any() for row in after[20:])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "tokenizer_loss.kmeans_steps=3",
+            "the codebook of multiscale adds codes up; set it to 0",
+        ),
+        ("prior.weight=0.1", r"prior\.weight has no effect on multiscale_tokenizer"),
+        ("causal_tokenizer.vocab_size=8", "give causal_tokenizer or multiscale_tokenizer, not both"),
+        ("tokenizer.vocab_size=8", r"tokenizer\.vocab_size would have no effect"),
+    ],
+)
+def test_settings_without_effect_on_a_multiscale_tokenizer_are_refused(override: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        run_recipe("fashion-scales-tokenizer", [override])

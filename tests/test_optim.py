@@ -29,6 +29,9 @@ def names(module: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
 
 
 def test_a_cosine_rises_to_one_and_falls_to_the_last_factor() -> None:
+    config = OptimConfig(curve="linear", warmup_images=100, final_factor=0.1)  # VAR's lin0
+    rates = [learning_rate_factor(config, images, 1100) for images in (50, 100, 150, 151, 625, 1100)]
+    assert rates == pytest.approx([0.55, 1, 1, 1 - 0.9 / 950, 0.55, 0.1])
     config = OptimConfig(curve="cosine", warmup_images=100, final_factor=0.2)
     seen = {0: 0.2, 50: 0.6, 100: 1.0, 550: 0.6, 1000: 0.2, 2000: 0.2, 325: 0.2 + 0.4 * (1 + math.cos(math.pi / 4))}
     for images, factor in seen.items():

@@ -6,6 +6,7 @@ Knows pixels and codes of all scales, one after the other; does not know how cod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -17,7 +18,7 @@ from nar.scales import ScaleSums, check_sides, shrunk
 from nar.storage.fields import Range, Size, check
 from nar.tokenizer.base import Tokenizer
 from nar.tokenizer.image import Decoder, Encoder, ImageTokenizerConfig
-from nar.tokenizer.quantize import Quantized, Quantizer, nearest_entries
+from nar.tokenizer.quantize import Quantized, Quantizer, chosen_points, nearest_entries
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,22 @@ class MultiScaleQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, P, P) to codes (B, N) of all scales, int64."""
+        return torch.cat([codes for _, codes in self.encode_scales(latents)], 1)
+
+    @torch.no_grad()
+    def restart(self, latents: Tensor, dead: Tensor, generator: torch.Generator) -> None:
+        points = torch.cat([points for points, _ in self.encode_scales(latents)], 1)
+        self.sums.codebook[dead] = chosen_points(points, dead, generator)
+
+    def encode_scales(self, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each scale what is left of latents (B, C, P, P) at its places, (B, p * p, C), and its codes."""
         with torch.autocast(latents.device.type, enabled=False):
-            rest, codes = latents.float(), []
+            rest = latents.float()
             for scale, side in enumerate(self.sums.sides):
-                points = shrunk(rest, side).flatten(2).mT  # (B, p * p, C)
-                codes.append(nearest_entries(points, self.sums.codebook.float()))
-                rest = rest - self.sums.added(codes[-1], scale)
-            return torch.cat(codes, 1)
+                points = shrunk(rest, side).flatten(2).mT
+                codes = nearest_entries(points, self.sums.codebook.float())
+                yield points, codes
+                rest = rest - self.sums.added(codes, scale)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N), -1 for scales that are not there yet, to latents (B, C, P, P)."""

@@ -74,6 +74,13 @@ class Quantizer(nn.Module):
         """The entries (B, ..., D) that `codes` (B, ...) stand for."""
         raise NotImplementedError
 
+    def restart(self, latents: Tensor, dead: Tensor, generator: torch.Generator) -> None:
+        """Move the entries marked in `dead` (V,) bool onto random points of latents (B, D, ...); revives a codebook.
+
+        Only where entries are `learned`.
+        """
+        raise NotImplementedError
+
 
 class VectorQuantizer(Quantizer):
     """Nearest entry of a learned codebook; with `l2_norm` both sides are normalised at use (LlamaGen, spherical VQ).
@@ -106,10 +113,7 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def restart(self, latents: Tensor, dead: Tensor, generator: torch.Generator) -> None:
-        """Move the entries marked in `dead` (V,) bool onto random latents (B, D, ...); revives a codebook."""
-        points = self.points(latents).flatten(0, -2)
-        chosen = torch.randint(len(points), (int(dead.sum()),), generator=generator)
-        self.embedding.weight[dead] = points[chosen.to(points.device)].to(self.embedding.weight.dtype)
+        self.embedding.weight[dead] = chosen_points(self.points(latents), dead, generator)
 
     @torch.no_grad()
     def cluster(self, latents: Tensor, total: Callable[[Tensor], Tensor] = lambda share: share) -> Tensor:
@@ -130,6 +134,12 @@ class VectorQuantizer(Quantizer):
         points = self.points(latents).flatten(0, -2)
         sums = points.new_zeros(self.vocab_size, points.shape[-1]).index_add_(0, codes.flatten(), points)
         return torch.bincount(codes.flatten(), minlength=self.vocab_size).float(), sums
+
+
+def chosen_points(points: Tensor, dead: Tensor, generator: torch.Generator) -> Tensor:
+    """A random row of `points` (..., D) for each entry marked in `dead` (V,) bool."""
+    points = points.flatten(0, -2)
+    return points[torch.randint(len(points), (int(dead.sum()),), generator=generator).to(points.device)]
 
 
 def nearest_entries(points: Tensor, codebook: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ class Codebook:
         self._state["idle"].add_(1).clamp_(max=_NEVER).masked_fill_(counts > 0, 0)
         self._state["recent"].mul_(1 - 1 / window).add_(counts)
         self._state["window"].fill_(window)
-        if self._vectors is not None:
-            self._keep_in_use(self._vectors, observed, step, num_steps, generator)
+        if self.quantizer.learned:
+            self._keep_in_use(observed, step, num_steps, generator)
         return self._warning(step, window)
 
     def scalars(self) -> dict[str, Tensor]:
@@ -118,36 +118,32 @@ class Codebook:
             tensor.copy_(state[f"codebook.{name}"])
 
     def _keep_in_use(
-        self,
-        quantizer: VectorQuantizer,
-        observed: list[tuple[Tensor, Tensor]],
-        step: int,
-        num_steps: int,
-        generator: torch.Generator,
+        self, observed: list[tuple[Tensor, Tensor]], step: int, num_steps: int, generator: torch.Generator
     ) -> None:
         """Average, restart and cluster the entries, as the config asks for at this step."""
         config, until = self.config, self.config.restart_until * num_steps
         restarts = config.restart_every and step % config.restart_every == 0 and step <= until
-        clusters = self._fresh and step < config.kmeans_steps
+        vectors = self._vectors
+        clusters = vectors is not None and self._fresh and step < config.kmeans_steps
         first = self._fresh and step == 0  # all of them: a start on the data
-        if config.codebook_decay:
-            self._average(quantizer, observed)
+        if vectors is not None and config.codebook_decay:
+            self._average(vectors, observed)
         if not (restarts or clusters):
             return
         # In the order of the batch, whatever number of processes and pieces computed it.
         latents = torch.stack([self._workers.gather(piece) for piece, _ in observed]).flatten(0, 1)
         moved = torch.ones_like(self._state["idle"]) > 0 if first else self._state["idle"] >= config.restart_every
         if first or not clusters:
-            quantizer.restart(latents, moved, generator)
-        if clusters:
+            self.quantizer.restart(latents, moved, generator)
+        if vectors is not None and clusters:
             own = torch.cat([piece for piece, _ in observed])
             for _ in range(_ITERATIONS):
-                counts = quantizer.cluster(own, self._workers.sum)
-                quantizer.restart(latents, counts == 0, generator)
+                counts = vectors.cluster(own, self._workers.sum)
+                vectors.restart(latents, counts == 0, generator)
             moved = torch.ones_like(moved)
-        if config.codebook_decay:
+        if vectors is not None and config.codebook_decay:
             self._state["mean_counts"][moved] = 1.0
-            self._state["mean_sums"][moved] = quantizer.embedding.weight.detach()[moved]
+            self._state["mean_sums"][moved] = vectors.embedding.weight.detach()[moved]
 
     @torch.no_grad()
     def _average(self, quantizer: VectorQuantizer, observed: list[tuple[Tensor, Tensor]]) -> None:
@@ -176,10 +172,11 @@ class Codebook:
         )
 
     def _advice(self) -> str:
-        if self._vectors is None:
+        if not self.quantizer.learned:
             entropy = "raise tokenizer_loss.entropy, " if isinstance(self.quantizer, BinaryQuantizer) else ""
             return f"{entropy}lower optim.learning_rate, or look whether all pictures are alike"
-        unset = [] if self._vectors.l2_norm else [f"{self._group}.l2_norm=true"]
-        unset += [] if self.config.kmeans_steps else ["tokenizer_loss.kmeans_steps=10"]
+        vectors = self._vectors
+        unset = [] if vectors is None or vectors.l2_norm else [f"{self._group}.l2_norm=true"]
+        unset += [] if vectors is None or self.config.kmeans_steps else ["tokenizer_loss.kmeans_steps=10"]
         unset += [] if self.config.restart_every else ["tokenizer_loss.restart_every=100"]
         return f"set {', '.join(unset) or f'a smaller {self._group}.vocab_size'}, or lower optim.learning_rate"

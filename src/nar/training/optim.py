@@ -21,8 +21,9 @@ class OptimConfig:
     0.95, updates scaled to AdamW's size), the rest by AdamW. On one CPU core the tokenizer of `clips` reached 19.9 dB
     in the time in which AdamW alone reached 18.9.
 
-    `curve`: "constant"; "cosine" down to `final_factor`; "multistep", multiplied by `gamma` at each of `milestones`
-    (fractions of the whole training). Before it the rate rises linearly from `final_factor` over `warmup_images`.
+    `curve`: "constant"; "cosine" down to `final_factor`; "linear" down to it after a twentieth at full rate (VAR's);
+    "multistep", multiplied by `gamma` at each of `milestones` (fractions of the whole training). Before it the rate
+    rises linearly from `final_factor` over `warmup_images`.
     `decay`: "matrices" (every parameter of two or more axes, as the image recipes do) or "linear" (weights of linear
     layers only, as the video recipe does).
     """
@@ -33,7 +34,7 @@ class OptimConfig:
     weight_decay: NotNegative = 0.05
     decay: Annotated[str, OneOf("matrices", "linear")] = "matrices"
     clip_norm: NotNegative = 1.0
-    curve: Annotated[str, OneOf("constant", "cosine", "multistep")] = "constant"
+    curve: Annotated[str, OneOf("constant", "cosine", "linear", "multistep")] = "constant"
     warmup_images: Annotated[int, Range(0)] = 0
     final_factor: NotNegative = 0.0
     milestones: tuple[Share, ...] = (1 / 2, 2 / 3, 5 / 6)
@@ -51,8 +52,10 @@ def learning_rate_factor(config: OptimConfig, images_seen: float, num_images: fl
     if config.curve == "multistep":
         # A step that ends at a milestone is still of the epoch before it: published schedulers step between epochs.
         return config.gamma ** sum(images_seen > round(milestone * num_images, 3) for milestone in config.milestones)
+    progress = min(1.0, (images_seen - warmup) / max(1.0, num_images - warmup))
+    if config.curve == "linear":
+        return 1 - (1 - floor) * max(0.0, progress - 0.05) / 0.95
     if config.curve == "cosine":
-        progress = min(1.0, (images_seen - warmup) / max(1.0, num_images - warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from nar.data.config import DataConfig
 from nar.model import Dropout, ModelConfig
@@ -18,10 +18,14 @@ from nar.tokenizer import TokenizerConfig
 from nar.tokenizer.causal import CausalTokenizerConfig
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.larp import VideoTokenizerConfig
+from nar.tokenizer.multiscale import MultiScaleTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.codebook import CodebookConfig
 from nar.training.plan import Plan
 from nar.training.prior import PriorConfig
+
+# Groups with the sizes of a tokenizer to train; the first where no other is given.
+_TOKENIZERS = ("tokenizer", "causal_tokenizer", "video_tokenizer", "multiscale_tokenizer")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class TokenizerLossConfig(CodebookConfig):
 class Recipe(Plan):
     """A whole training run. `about` says what it makes, on which hardware, in which time, to which number.
 
-    The tokenizer to train is of pictures, unless the sizes of `causal_tokenizer` or `video_tokenizer` are given.
+    The tokenizer to train is of pictures, unless the sizes of another kind are given: `causal_tokenizer` or
+    `video_tokenizer` for clips, `multiscale_tokenizer` for pictures as codes of growing scales.
 
     A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
     trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
@@ -77,6 +82,7 @@ class Recipe(Plan):
     tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     causal_tokenizer: CausalTokenizerConfig | None = None
     video_tokenizer: VideoTokenizerConfig | None = None
+    multiscale_tokenizer: MultiScaleTokenizerConfig | None = None
     tokenizer_loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -102,8 +108,8 @@ class Recipe(Plan):
         object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
         if self.frame_dropout and 0 not in self.given_frames:
             raise ValueError(f"frame_dropout {self.frame_dropout} needs 0 among given_frames, such as [0, 1, 6]")
-        if self.causal_tokenizer and self.video_tokenizer:
-            raise ValueError("one tokenizer is trained: give causal_tokenizer or video_tokenizer, not both")
+        if len(named := [name for name in _TOKENIZERS[1:] if getattr(self, name)]) > 1:
+            raise ValueError(f"one tokenizer is trained: give {' or '.join(named)}, not both")
         if self.lora_rank and not (self.init and self.task == "model"):
             raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer":
@@ -118,14 +124,12 @@ class Recipe(Plan):
     @property
     def tokenizer_group(self) -> str:
         """Which of the groups has the sizes of the tokenizer to train."""
-        if self.causal_tokenizer:
-            return "causal_tokenizer"
-        return "video_tokenizer" if self.video_tokenizer else "tokenizer"
+        return next((name for name in _TOKENIZERS[1:] if getattr(self, name)), "tokenizer")
 
     @property
     def tokenizer_config(self) -> TokenizerConfig:
         """The sizes of the tokenizer to train, of whichever kind."""
-        return self.causal_tokenizer or self.video_tokenizer or self.tokenizer
+        return cast(TokenizerConfig, getattr(self, self.tokenizer_group))
 
     @property
     def learns_classes(self) -> bool:
@@ -144,10 +148,10 @@ class Recipe(Plan):
 
     def _check_model(self) -> None:
         """Refuse settings that the training of a model would pass over."""
-        of_tokenizers = {"tokenizer", "causal_tokenizer", "video_tokenizer", "tokenizer_loss", "adversary", "prior"}
+        of_tokenizers = {*_TOKENIZERS, "tokenizer_loss", "adversary", "prior", "train_encoder"}
         for known in dataclasses.fields(Recipe):
             default = known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
-            if known.name in of_tokenizers | {"train_encoder"} and getattr(self, known.name) != default:
+            if known.name in of_tokenizers and getattr(self, known.name) != default:
                 raise ValueError(
                     f"{known.name} has no effect on a model; set it for the tokenizer's own recipe "
                     f"({self.tokenizer_recipe or 'task=tokenizer'}), and give what that trains as tokenizer_path"
@@ -176,8 +180,11 @@ class Recipe(Plan):
                 f"{', '.join(changed)} would have no effect: this recipe trains the {group}; set its sizes as "
                 f"{group}.vocab_size and so on"
             )
-        kind = getattr(self.tokenizer_config, "quantizer", "vq")
+        if self.multiscale_tokenizer and self.prior.weight:
+            raise ValueError("prior.weight has no effect on multiscale_tokenizer, whose codes add up; set it to 0")
+        kind = getattr(self.tokenizer_config, "quantizer", "multiscale" if self.multiscale_tokenizer else "vq")
         for name in ("kmeans_steps", "codebook_decay"):
             if kind != "vq" and (value := getattr(self.tokenizer_loss, name)):
                 of_vq = f"tokenizer_loss.{name} {value} is of quantizer vq"
-                raise ValueError(f"{of_vq}: the codebook of {kind} is fixed; set it to 0")
+                reason = "adds codes up" if kind == "multiscale" else "is fixed"
+                raise ValueError(f"{of_vq}: the codebook of {kind} {reason}; set it to 0")
