@@ -6,9 +6,10 @@ import ctypes
 import re
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nar import __version__
 from nar.storage.text import without_commands
@@ -100,6 +101,16 @@ def _keep_freed_memory() -> None:
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     for parameter, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_threshold, 2**25)):
         mallopt(parameter, value)
+
+
+class Verbs(TyperGroup):
+    """Sub-verbs where the first word is one; else all words are those of the verb itself, a MODEL among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] in self.commands:
+            return super().parse_args(ctx, ["", *args])  # no MODEL
+        ctx.allow_interspersed_args = True
+        return super().parse_args(ctx, args)
 
 
 def sizes(text: str) -> tuple[int, ...]:

@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from nar.cli.app import app, echo
+from nar.cli.app import Verbs, app, echo
 from nar.progress import Progress
 from nar.storage.files import atomically, check_output, write_json
 
+verbs = typer.Typer(cls=Verbs, rich_markup_mode=None, subcommand_metavar="| COMMAND ...")
+app.add_typer(verbs, name="bench")
 
-@app.command(
+
+@verbs.callback(
+    invoke_without_command=True,
     epilog="Examples: nar bench --preset NAR-B --dtype float16 --repetitions 2 --json bench.json --plot bench.png; "
-    "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1"
+    "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1",
 )
 def bench(
     context: typer.Context,
@@ -45,6 +50,8 @@ def bench(
     plot_file: Annotated[Path | None, Option("--plot", help="Latency, memory, throughput (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Measure how fast models sample: schedules side by side, beside the least time that the machine needs."""
+    if context.invoked_subcommand is not None:
+        return
     if [model, preset, tokenizer].count(None) != 2:
         raise ValueError("give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, only one")
     if tokenizer is not None and plot_file is not None:
@@ -93,3 +100,80 @@ def bench(
         write_json(json_file, [dataclasses.asdict(row) for row in rows])
     if plot_file is not None:
         atomically(plot_file, lambda path: reports.plot(rows, path))
+
+
+@verbs.command(
+    epilog="Example: nar bench serve http://127.0.0.1:8000 --model fashion --loads 0.3,0.6,1,2 --verify fashion "
+    "--json load.json --plot load.png"
+)
+def serve(
+    url: Annotated[str, Argument(help="Of any server with OpenAI's images, without /v1.")],
+    model: Annotated[str | None, Option(help="A model of the server. Default: its first.")] = None,
+    prompt: Annotated[
+        list[str] | None, Option(help="Repeatable; they take turns. Default: the model's classes.")
+    ] = None,
+    concurrency: Annotated[int, Option(min=1, max=1000, help="Callers at once that measure the capacity.")] = 8,
+    loads: Annotated[str, Option(metavar="X,X,...", help="Open loops at these shares of the capacity.")] = "0.3,1,2",
+    rates: Annotated[str, Option(metavar="X,X,...", help="Open loops at so many requests a second.")] = "",
+    seconds: Annotated[float, Option(min=1, max=86_400, help="Of each loop.")] = 10.0,
+    partial_images: Annotated[int, Option(min=0, help="Pictures on the way, 0 asks for whole answers.")] = 1,
+    num_seeds: Annotated[int, Option(min=1, help="Seeds that take turns.")] = 16,
+    first_partial_limit: Annotated[
+        float, Option(help="Seconds to the first picture on the way, for goodput.")
+    ] = math.inf,
+    limit: Annotated[float, Option(help="Seconds to the whole answer, for goodput.")] = math.inf,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds after which a request counts as lost.")] = 120.0,
+    api_key: Annotated[str, Option(envvar="OPENAI_API_KEY", help="Sent as it is.")] = "none",
+    verify: Annotated[
+        str | None, Option(help="A model to load here: every picture must be its own, bit for bit.")
+    ] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Write the rows here.")] = None,
+    plot_file: Annotated[
+        Path | None, Option("--plot", help="Latency and goodput over the rate (.png, .pdf, .svg).")
+    ] = None,
+) -> None:
+    """Load a server with requests, as they come from people who do not wait for one another."""
+    from nar.bench import load
+    from nar.bench.report import check_plot
+
+    if plot_file is not None:
+        check_plot(plot_file)
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_output(path)
+    setup = load.Setup(
+        url.removesuffix("/").removesuffix("/v1"),
+        tuple(prompt or load.prompts_of(url, model, api_key)),
+        model,
+        partial_images,
+        key=api_key,
+        num_seeds=num_seeds,
+        first_partial_limit_seconds=first_partial_limit,
+        limit_seconds=limit,
+        timeout_seconds=timeout,
+    )
+    known = None if verify is None else load.offline(setup, verify)
+    with Progress("loading", None, "loops") as progress:
+
+        def report(row: load.Row) -> None:
+            what = f"{row.concurrency} at once" if row.rate is None else f"{row.rate:.2f}/s"
+            progress.say(f"{what}: {row.throughput:.2f} answers a second, {row.refused} refused, {row.lost} lost")
+            progress.update()
+
+        numbers = {"loads": _numbers(loads, "--loads"), "rates": _numbers(rates, "--rates")}
+        rows = load.measure(setup, concurrency=concurrency, seconds=seconds, known=known, report=report, **numbers)
+    echo(load.table(rows))
+    if json_file is not None:
+        write_json(json_file, [dataclasses.asdict(row) for row in rows])
+    if plot_file is not None:
+        atomically(plot_file, lambda path: load.plot(rows, path))
+
+
+def _numbers(text: str, name: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = [-1.0]
+    if not all(0 < number < 1e6 for number in numbers):
+        raise ValueError(f"{name} must be numbers above 0 such as 0.3,1,2, not {text!r}")
+    return numbers

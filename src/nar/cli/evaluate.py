@@ -16,10 +16,9 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperGroup
 
 from nar.cli import options as shared
-from nar.cli.app import app, echo, refuse_unused
+from nar.cli.app import Verbs, app, echo, refuse_unused
 
 # Options that moved into sub-verbs, those first that were given together with others of them.
 MOVED = {
@@ -49,17 +48,14 @@ Json = Annotated[Path | None, Option("--json", help="Write the whole report here
 Prompts = Annotated[Path | None, Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
 
 
-class _Verbs(TyperGroup):
-    """Sub-verbs where the first word is one; else all words are those of `nar eval` itself, MODEL among them."""
+class _Verbs(Verbs):
+    """Those of `nar eval`, which says where options went that moved."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] in self.commands:
-            return super().parse_args(ctx, ["", *args])  # no MODEL
         given = {arg.partition("=")[0] for arg in args}
-        for verb, options in MOVED.items():
+        for verb, options in MOVED.items() if not args or args[0] not in self.commands else ():
             if found := [option for option in options if option in given]:
                 raise ValueError(f"{found[0]} has moved: nar eval {verb}")
-        ctx.allow_interspersed_args = True
         return super().parse_args(ctx, args)
 
 

@@ -184,6 +184,7 @@ class _Answer:
         body = {"created": now(), "data": data, **self.shared(), "usage": self._usage(len(data)), "seed": seed}
         if self.asked.safety_identifier:
             body["safety_identifier"] = self.asked.safety_identifier
+        self.watch.queued(self.served.name, self.running.queue_seconds)
         self.watch.end("ok")
         return JSONResponse(body)
 
@@ -216,6 +217,7 @@ class _Answer:
                 if self.asked.safety_identifier:
                     fields["safety_identifier"] = self.asked.safety_identifier
                 if not self.running.left:
+                    self.watch.queued(self.served.name, self.running.queue_seconds)
                     self.watch.end("ok")  # the last one may end the reader
                 yield event(f"{self.kind}.completed", **fields)
         except Refusal as error:

@@ -29,6 +29,8 @@ class Gauged(Protocol):
     @property
     def slots_used(self) -> int: ...
 
+    front_seconds: float
+
 
 class Metrics:
     """The metrics of one server; `gauged` are its batchers by the names of their models."""
@@ -37,12 +39,9 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         registry.register(_Gauges(gauged))
         self.requests = Counter("nar_requests_total", "Requests by outcome.", ["route", "outcome"], registry=registry)
-        self.queue = self._seconds("nar_queue_seconds", "From arrival to the first front.", "model")
+        self.queue = self._seconds("nar_queue_seconds", "From arrival to the end of the first front.", "model")
         self.first_partial = self._seconds("nar_first_partial_seconds", "To the first picture on the way.", "model")
         self.whole = self._seconds("nar_request_seconds", "From arrival to the last result.", "route")
-        self.front = self._seconds("nar_front_seconds", "One front of all that run.", "model")
-        rows = (1, 2, 4, 8, 16, 32, 64, 128)
-        self.rows = Histogram("nar_batch_rows", "Rows of a front.", ["model"], buckets=rows, registry=registry)
 
     def _seconds(self, name: str, text: str, label: str) -> Histogram:
         return Histogram(name, text, [label], buckets=_SECONDS, registry=self.registry)
@@ -69,6 +68,11 @@ class Watch:
             self._metrics.first_partial.labels(model).observe(perf_counter() - self._start)
         self._saw_partial = True
 
+    def queued(self, model: str, seconds: float | None) -> None:
+        """How long the request waited and took its first front; None where it never came so far."""
+        if seconds is not None:
+            self._metrics.queue.labels(model).observe(seconds)
+
     def end(self, outcome: str) -> None:
         """The request is over, in one of OUTCOMES."""
         if self._ended:
@@ -93,7 +97,8 @@ class _Gauges(Collector):
             "nar_requests_running": ("Results that are being sampled.", "running"),
             "nar_requests_waiting": ("Results in the queue.", "waiting"),
             "nar_cache_slots": ("Slots of the cache.", "slots"),
-            "nar_cache_slots_used": ("Slots that are taken.", "slots_used"),
+            "nar_cache_slots_used": ("Slots that are taken: rows of a front.", "slots_used"),
+            "nar_front_seconds": ("Mean time of the last fronts, of all rows together.", "front_seconds"),
         }
         for name, (text, attribute) in texts.items():
             family = GaugeMetricFamily(name, text, labels=["model"])

@@ -10,11 +10,12 @@ import asyncio
 import dataclasses
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -214,14 +215,14 @@ class Served:
         known = None if edit is None else edit.known.expand(asked.n, *edit.known.shape)
         fronts = partial_fronts(self.front_ends(), asked.partial_images) if asked.partial_images else []
         requests = [self.request(asked)] * asked.n
-        work = self._work(asked, requests, key, known=known, partial_fronts=fronts)
+        work = self._work(asked, requests, key, known=known, partial_fronts={0, *fronts})
 
         def encode(codes: Tensor, undecided: bool) -> bytes:
             picture = self.picture(codes, undecided=undecided)
             picture = picture if edit is None else edit.paste(picture)
             return encoded(picture, asked.output_format, asked.output_compression)
 
-        return Running(self, work, encode)
+        return Running(self, work, encode, fronts)
 
     async def edit(self, asked: Pictures, image: bytes, mask: bytes | None) -> Edit:
         """Read and encode what is to be edited, where there is room for the request now.
@@ -295,7 +296,8 @@ class Served:
             0 if request.frames is None else int(request.frames.shape[1]), num_frames
         )
         fronts = range(passes * self.num_fronts)
-        return Running(self, self._work(asked, [request], key, num_frames=num_frames, partial_fronts=fronts))
+        work = self._work(asked, [request], key, num_frames=num_frames, partial_fronts=fronts)
+        return Running(self, work, fronts=fronts)
 
     def picture(self, codes: Tensor, *, undecided: bool) -> Image.Image:
         """Decode codes (*grid), as the pipeline decodes them alone; areas that are undecided are mid-grey."""
@@ -324,11 +326,20 @@ class Running:
     """One request in a batcher, for one reader, in whose loop it is made.
 
     Of codes on the way only the newest of each are kept, so a slow reader costs no memory. `left` is the number of
-    results that are still to come, `progress` the share in percent of the fronts of the result that was last told of.
+    results that are still to come, `queue_seconds` the time to the end of the first front, `progress` the share in
+    percent of the fronts of the result that was last told of.
     """
 
-    def __init__(self, served: Served, work: Work, encode: Callable[[Tensor, bool], bytes] | None = None) -> None:
-        self.seed, self._served, self._encode = work.seed, served, encode
+    def __init__(
+        self,
+        served: Served,
+        work: Work,
+        encode: Callable[[Tensor, bool], bytes] | None = None,
+        fronts: Collection[int] = (),
+    ) -> None:
+        self.seed, self._served, self._encode, self._fronts = work.seed, served, encode, frozenset(fronts)
+        self._submitted = perf_counter()
+        self.queue_seconds: float | None = None
         self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
         self._partial: dict[int, Partial] = {}
         self._done: deque[Done] = deque()
@@ -380,7 +391,9 @@ class Running:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Partial):
-            self._partial[event.index] = event
+            self.queue_seconds = self.queue_seconds or perf_counter() - self._submitted
+            if event.front in self._fronts:
+                self._partial[event.index] = event
             self.progress = min(99, 100 * (event.front + 1) // event.num_fronts)
         elif isinstance(event, Done):
             self._partial.pop(event.index, None)
