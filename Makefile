@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 COUNT ?= 3000
 
-.PHONY: demo test slow check fuzz test-lowest
+.PHONY: demo test test-browser slow check fuzz test-lowest
 
 demo: .venv/.runtime
 	$(BIN)/nar sample fashion -o out/fashion.png --gif
@@ -12,6 +12,14 @@ demo: .venv/.runtime
 # Two files of tests at a time, each on one core: 5 min 18 s where one after the other took 11 min 51 s.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-browser
+
+# The server's page in a real browser: Debian's chromium (340 MB), which is installed where that is possible; else the tests are skipped.
+test-browser: .venv/.dev
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null; } || \
+		echo "chromium can't be installed here (that needs Debian and root): the page is not tested"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/test_page.py
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
  * mask in mask.js, what is kept in shelf.js; here is what happens when something is clicked.
  */
 
-import { Tile, isStill } from "./growth.js";
+import { Tile, isStill, oneFrame } from "./growth.js";
 import { MaskEditor } from "./mask.js";
 import { Refused, ask, events, numWaiting, pause, useKey } from "./server.js";
 import { Shelf, fromBase64, settingsIn, withSettings } from "./shelf.js";
@@ -150,13 +150,18 @@ function writeSettings(settings) {
   for (const name of WORDS) at(name).value = settings[name] ?? "";
   for (const name of [...NUMBERS, "n", "num_frames"]) if (settings[name] !== undefined) at(name).value = settings[name];
   at("guidance_range").value = at("guidance_scale").value;
-  const label = String(settings.class_label ?? "");
-  for (const field of document.querySelectorAll("[name=class_label]")) {
-    if (field.type === "radio") field.checked = field.value === label;
-    else field.value = label;
-  }
+  writeClass(String(settings.class_label ?? ""));
   at("seed").value = settings.seed ?? "";
   at("keep").checked = settings.seed !== undefined;
+}
+
+/** Choose a class by its name or number. */
+function writeClass(label) {
+  const fields = [...document.querySelectorAll("[name=class_label]")];
+  const name = card.class_names[label] ?? label; // "3" is the fourth
+  const field = fields.find((one) => one.type !== "radio" || one.value === name);
+  if (field) [field.checked, field.value] = [true, name];
+  else if (label) throw new Refused(`${card.id} has no class ${label}${fields.length ? `; classes: ${card.class_names.join(", ")}` : ""}.`);
 }
 
 /** An address that generates the same: what differs from the model's own settings stands in it. */
@@ -170,10 +175,12 @@ function linkTo(settings) {
 function followLink() {
   const told = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   if (told.seed === undefined) return;
-  for (const name of [...NUMBERS, "seed", "n", "num_frames"]) if (name in told) told[name] = Number(told[name]);
   attempt(() => {
+    const known = ["model", ...WORDS, "class_label", ...NUMBERS, "seed", "n", "num_frames"];
+    const other = Object.keys(told).find((name) => !known.includes(name));
+    if (other) throw new Refused(`The link has a setting ${other}; known ones: ${known.join(", ")}.`);
     writeSettings({ n: 1, ...told });
-    generate(readSettings());
+    if (at("settings").reportValidity()) generate(readSettings());
   });
 }
 
@@ -392,6 +399,18 @@ function showDone(current) {
 function showFront(count) {
   at("front").value = count;
   at("front-value").textContent = `front ${count} of ${at("front").max}`;
+  for (const tile of tiles) tile.show(count - 1);
+}
+
+/** Let the last run grow again, unless another begins. */
+async function replay() {
+  const shown = tiles;
+  at("replay").disabled = true;
+  for (let count = 0; count <= at("front").max && tiles === shown; count++) {
+    showFront(count);
+    await oneFrame();
+  }
+  at("replay").disabled = false;
 }
 
 // Gallery
@@ -533,6 +552,7 @@ function listen() {
     event.preventDefault();
     attempt(async () => { if (!run) generate(readSettings(), await readSource()); });
   });
+  at("more").addEventListener("invalid", () => { at("more").open = true; }, true); // else the browser can't show it
   at("guidance_range").addEventListener("input", () => { at("guidance_scale").value = at("guidance_range").value; });
   at("guidance_scale").addEventListener("input", () => { at("guidance_range").value = at("guidance_scale").value; });
   at("seed").addEventListener("input", () => { at("keep").checked = at("seed").value !== ""; });
@@ -553,11 +573,8 @@ function listen() {
     if (file) attempt(() => openFile(file));
   });
 
-  at("front").addEventListener("input", () => {
-    showFront(Number(at("front").value));
-    for (const tile of tiles) tile.show(Number(at("front").value) - 1);
-  });
-  on("replay", () => Promise.all(tiles.map((tile, place) => tile.replay((front) => place || showFront(front + 1)))));
+  at("front").addEventListener("input", () => showFront(Number(at("front").value)));
+  on("replay", replay);
 
   on("close", () => at("viewer").close());
   at("viewer").addEventListener("close", () => at("large").replaceChildren()); // a clip stops

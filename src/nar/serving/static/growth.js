@@ -10,6 +10,9 @@ const REDUCED = matchMedia("(prefers-reduced-motion: reduce)");
 /** Whether whoever looks wants nothing to move. */
 export const isStill = () => REDUCED.matches;
 
+/** Wait as long as one front is shown. */
+export const oneFrame = () => new Promise((resolve) => setTimeout(resolve, FRAME_MILLISECONDS));
+
 /** The planes of a grid: one of a picture, several of a clip, none where codes have no place in the picture. */
 function planesOf(grid) {
   if (grid.length === 2) return [{ rows: grid[0], columns: grid[1], first: 0 }];
@@ -68,29 +71,21 @@ export class Tile {
     this.canvas.hidden = isDone;
     if (this.result) this.result.hidden = !isDone;
     if (isDone) return;
-    const frame = this.frames.findLast((frame) => frame.front <= front);
-    this.draw(front, frame?.bitmap ?? null);
-  }
-
-  /** Show all fronts again, one after the other. */
-  async replay(told) {
-    for (let front = 0; front < this.card.num_fronts; front++) {
-      this.show(front);
-      told(front);
-      await new Promise((resolve) => setTimeout(resolve, FRAME_MILLISECONDS));
-    }
+    const frame = this.frames.findLast((frame) => frame.front <= front); // a busy server leaves some out
+    this.draw(frame?.front ?? -1, frame?.bitmap ?? null);
   }
 
   #play() {
-    this.playing ??= (async () => {
-      while (this.isBehind) {
-        const frame = this.frames[++this.shown];
-        if (isStill()) continue;
-        this.draw(frame.front, frame.bitmap);
-        await new Promise((resolve) => setTimeout(resolve, FRAME_MILLISECONDS));
-      }
-      this.playing = null;
-    })();
+    this.playing ??= this.#catchUp().finally(() => { this.playing = null; });
+  }
+
+  async #catchUp() {
+    while (this.isBehind) {
+      const frame = this.frames[++this.shown];
+      if (isStill()) continue;
+      this.draw(frame.front, frame.bitmap);
+      await oneFrame();
+    }
   }
 
   /** Draw a picture after a front: -1 is before the first. */
