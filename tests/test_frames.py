@@ -17,8 +17,10 @@ from nar import ClassCondition, Pipeline
 from nar.condition import PrefixCodes, PrefixCondition
 from nar.media.clips import as_array, save_clip
 from nar.pipeline import pipeline
+from nar.pipeline.continuation import Continuation
 from nar.sampling import Sampling, generate
 from nar.tokenizer import Tokenizer
+from nar.tokenizer.larp import VideoTokenizer
 from reference import reference_generate
 from toy_models import PaintTokenizer, causal, larp, paint
 
@@ -147,6 +149,31 @@ def test_any_number_of_frames_that_was_trained(partly: Pipeline) -> None:
         partly(frames=clips[1], seed=1, known=known)
     with pytest.raises(ValueError, match=r"grid \(3, 4, 4\) does not fit this model: it reads context frames"):
         partly.at_grid((3, 4, 4))
+
+
+def test_passes_are_as_many_as_make_the_clip_and_known_codes_are_of_the_first(partly: Pipeline) -> None:
+    clip, fronts = random_clip(3), partly.model.layout.schedule.num_steps
+    known = torch.full((1, 3, 2, 2), -1)
+    known[:, 2] = torch.tensor([[5, 9], [3, 20]])
+    for num_frames in (None, 5, 6, 9, 11):
+        passes: list[torch.Tensor] = []
+
+        def note(_: Pipeline, front: int, codes: torch.Tensor, passes: list[torch.Tensor] = passes) -> None:
+            if front == fronts - 1:
+                passes.append(codes.clone())
+
+        partly(0, frames=clip, num_frames=num_frames, known=known, seed=1, callback_on_front_end=note)
+        assert len(passes) == partly.continuation.num_passes(3, num_frames)
+        assert torch.equal(passes[0][:, 2], known[:, 2])
+        assert not any(torch.equal(codes[:, 2], known[:, 2]) for codes in passes[1:])
+
+
+def test_a_whole_clip_as_condition_leaves_a_frame_to_be_made() -> None:
+    short = VideoTokenizer(replace(larp().config, num_frames=4, num_tokens=8, grid=(2, 2, 2))).eval()
+    model = make_model("frames-full", grid=(2, 2, 2), prefix_grid=(2, 2, 2))
+    assert Continuation(model, short).counts == (3,)
+    model = make_model("frames-full", grid=(3, 2, 2), prefix_grid=(3, 2, 2))
+    assert Continuation(model, larp()).counts == (5,)
 
 
 def test_what_is_not_given_is_not_seen(partly: Pipeline) -> None:

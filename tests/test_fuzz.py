@@ -41,6 +41,7 @@ FOUND = [
     ("eval --real {reference} --fake toy", "mu must be finite numbers"),
     ("eval --real {endless} --fake toy --cache {out}", "endless/1.png: is no file"),
     ("train toy run={out} tokenizer_path={model}/tokenizer text_encoder.source=nowhere", "nowhere is no text encoder"),
+    ("train toy run={out} tokenizer_recipe=toy", "tokenizer_recipe toy trains a model; give the recipe of a tokenizer"),
     ("eval composed {nested}", "metadata.jsonl is not valid JSON (nested too deeply)"),
 ]
 

@@ -137,6 +137,15 @@ def test_each_scale_takes_of_the_latents_what_is_left() -> None:
     torch.testing.assert_close(made.quantizer.decode(codes), latents - rest, atol=1e-5, rtol=0)
 
 
+def test_a_scale_that_is_not_wholly_decided_adds_nothing() -> None:
+    sums = tiny((1, 2, 3)).quantizer.sums
+    codes = torch.arange(14)[None].repeat(2, 1)
+    codes[0, 9] = -1  # of the last scale
+    *_, before, after = sums.totals(codes)
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
 def test_a_step_of_training_reaches_all_of_the_tokenizer() -> None:
     made = tiny().train()
     out = made(torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(2)) * 2 - 1)

@@ -90,6 +90,8 @@ def _as_begun(recipe: Recipe) -> Recipe:
 def _first(recipe: Recipe) -> Recipe:
     """What trains the tokenizer of a model's recipe, on the same data."""
     first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
+    if first.task != "tokenizer":
+        raise ValueError(f"tokenizer_recipe {recipe.tokenizer_recipe} trains a model; give the recipe of a tokenizer")
     engine = dataclasses.replace(first.engine, device=recipe.engine.device)
     data = dataclasses.replace(recipe.data, augment=first.data.augment, shift=first.data.shift)
     return dataclasses.replace(first, seed=recipe.seed, engine=engine, data=data)
