@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from nar import Pipeline, Sampling, generate
+from conftest import LAYOUTS, make_condition, make_model
+from nar import Pipeline, Sampling, Transformer, generate
+from nar.precision import convert
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Ticket, Work
+from nar.serving.engines import Cohort, Flight, Row
 
 WAIT = 60.0
 
@@ -138,3 +141,72 @@ def test_clips_of_several_passes(clips: Pipeline) -> None:
     fronts = [(event.front, event.num_fronts) for event in calls[0].of(Partial) if event.index == 0]
     steps = clips.model.layout.schedule.num_steps
     assert fronts == [(number, 5 * steps) for number in range(5 * steps)]
+
+
+def flown(engine: Flight | Cohort, rows: list[Row], chance: random.Random) -> dict[int, torch.Tensor]:
+    """The codes of rows that join one after the other, each at some step."""
+    num_steps, waiting = engine.model.layout.schedule.num_steps, list(enumerate(rows))
+    flying, codes = dict[int, int](), dict[int, torch.Tensor]()
+    while waiting or flying:
+        while waiting and engine.takes(waiting[0][1]) and (not flying or chance.random() < 0.6):
+            number, row = waiting.pop(0)
+            flying[engine.join(row)] = number
+        for slot, front, error in engine.step():
+            assert error is None
+            if front == num_steps - 1:
+                codes[flying.pop(slot)] = engine.codes(slot)
+                engine.leave(slot)
+    return codes
+
+
+def rows_of(model: Transformer, count: int) -> list[Row]:
+    """Rows of every kind of condition and setting, some with codes to keep."""
+    chance, condition = random.Random(count), make_condition(model, count)
+    guided = [1.0, 1.7, 3.0] if model.config.num_classes or model.config.text_dim else [1.0]
+    known = torch.full((1, *model.config.grid), -1)
+    known.view(-1)[1:3] = 5
+    return [
+        Row(
+            condition.rows(slice(number, number + 1)),
+            condition.rows(slice(0, 1)) if number % 5 == 4 else None,
+            Sampling(
+                chance.choice(guided), chance.choice([None, 3]), temperature=chance.choice([0.0, 1.0]), top_k=number % 3
+            ),
+            seed=number,
+            index=number % 2,
+            known=known if number % 3 == 1 else None,
+        )
+        for number in range(count)
+    ]
+
+
+def check_alone(codes: dict[int, torch.Tensor], model: Transformer, rows: list[Row]) -> None:
+    for number, row in enumerate(rows):
+        options = {"negative": row.negative, "seed": row.seed, "indices": [row.index], "known": row.known}
+        assert torch.equal(codes[number], generate(model, row.condition, row.sampling, **options)[0]), number
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_at_their_own_fronts_are_what_they_are_alone(layout: str) -> None:
+    model = convert(make_model(layout), "float32", "cpu")
+    rows = rows_of(model, 12)
+    codes = flown(Flight(model, 5), rows, random.Random(1))
+    check_alone(codes, model, rows)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_number_formats_whose_rows_are_independent(precision: str) -> None:
+    if precision != "float32" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no FBGEMM here")
+    model = convert(make_model("text"), precision, "cpu")
+    rows = rows_of(model, 12)
+    codes = flown(Flight(model, 5), rows, random.Random(2))
+    check_alone(codes, model, rows)
+
+
+def test_rows_in_lock_step_are_what_they_are_alone() -> None:
+    """The engine for CUDA, here without graphs."""
+    model = convert(make_model("text"), "float32", "cpu")
+    rows = rows_of(model, 12)
+    codes = flown(Cohort(model, 5), rows, random.Random(3))
+    check_alone(codes, model, rows)

@@ -178,7 +178,8 @@ def test_the_norm_has_the_published_epsilon(fixture: Fixture) -> None:
     wrong.config = dataclasses.replace(wrong.config, norm_eps=1e-5)
     states = [x.expand(1, 1, -1)]
     modulations = [torch.zeros(1, 2, model.config.dim)]
-    last, changed = (made.readout(states, slice(0, 1), 0, modulations) for made in (model, wrong))
+    rows = model.layout.source[:, :1], model.layout.weight[:, :1]
+    last, changed = (made.readout(states, *rows, modulations) for made in (model, wrong))
     torch.testing.assert_close(last.double(), expected, atol=1e-5, rtol=0)
     assert float((last - changed).abs().max()) > 0.1
 

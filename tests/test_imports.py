@@ -61,7 +61,7 @@ ALLOWED = {
         "media",
         "storage",
     },
-    "serving": {"pipeline", "sampling", "model", "condition", "media", "storage"},
+    "serving": {"pipeline", "sampling", "model", "attention", "condition", "media", "storage"},
     "bench": {"pipeline", "sampling", "model", "condition", "order", "precision", "tokenizer", "media", "storage"},
     "cli": None,
 }

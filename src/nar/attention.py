@@ -7,8 +7,9 @@ Knows sequences in whatever order they come; does not know grids, fronts or cond
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -109,6 +110,15 @@ class Cache:
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
 
+    def part(self, rows: slice, length: int) -> Cache:
+        """Some rows, in the same memory, of which the first `length` positions are a prefix."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        part.length, part.batch_size = length, part.keys.shape[1]
+        part.key_mask = None if self.key_mask is None else self.key_mask[rows]
+        part.modulations = [own[rows] for own in self.modulations]
+        return part
+
     def commit(self, count: int) -> None:
         """Make the last `count` written positions part of the prefix."""
         self.length += count
@@ -118,6 +128,39 @@ class Cache:
         self.batch_size = batch_size
         self.key_mask = None if self.key_mask is None else self.key_mask[:batch_size]
         self.modulations = [part[:batch_size] for part in self.modulations]
+
+
+class Packed:
+    """Several caches that are fed at once, by `lengths` positions each: rows of one sequence (1, M, ...) hold those of
+    each row of each cache, one after the other."""
+
+    def __init__(self, caches: Sequence[Cache], lengths: Sequence[int], masks: Sequence[Tensor | None]) -> None:
+        self.parts: list[tuple[int, int, int, Tensor | None, tuple[tuple[Tensor, ...], ...]]] = []
+        start = 0
+        for own, length, mask in zip(caches, lengths, masks, strict=True):
+            rows, end = own.batch_size, own.length + length
+            keys, values = own.keys[:, :rows, :, :end], own.values[:, :rows, :, :end]
+            new = (keys[:, :, :, own.length :], values[:, :, :, own.length :])
+            layers = tuple(tensor.unbind() for tensor in (*new, keys, values))  # once, not in each layer
+            self.parts.append((start, rows, length, mask, layers))
+            start += rows * length
+
+    def extend(self, layer: int, *fed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """For each cache, of queries, keys and values (1, M, h, hd): its own queries (B, h, S, hd), keys and values of
+        its prefix and the new ones, which are written behind it, and its mask."""
+        for start, rows, length, mask, layers in self.parts:
+            new_keys, new_values, keys, values = (tensors[layer] for tensors in layers)
+            q, k, v = (_taken(tensor, start, rows, length) for tensor in fed)
+            new_keys.copy_(k)
+            new_values.copy_(v)
+            yield q, keys, values, mask
+
+
+def _taken(x: Tensor, start: int, rows: int, length: int) -> Tensor:
+    """(1, M, h, hd) from `start` on as (rows, h, length, hd): in one call in place of four, many times a step."""
+    _, step, head, element = x.stride()
+    strides = (length * step, head, step, element)
+    return x.as_strided((rows, x.shape[2], length, x.shape[3]), strides, x.storage_offset() + start * step)
 
 
 @cache
@@ -163,6 +206,21 @@ def _attend_learning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return cast(Tensor, scores.softmax(-1) @ v)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """What queries (B, h, S, hd) gather from keys and values: (B, S, d)."""
+    if isinstance(mask, BlockMask):
+        # On a CPU as it is: slow, and for tests only.
+        attend = flex_attention if q.device.type == "cpu" else _compiled(flex_attention)
+        y = cast(Tensor, cast(Any, attend)(q, k, v, block_mask=mask))
+    elif q.requires_grad and q.device.type == "cpu":
+        y = _attend_learning(q, k, v, mask)
+    elif k.dtype == q.dtype:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        y = _attend_smaller(q, k, v, mask)
+    return y.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries, keys and values come from one projection."""
 
@@ -177,7 +235,7 @@ class Attention(nn.Module):
         x: Tensor,
         phases: Tensor | None,
         mask: Tensor | BlockMask | None,
-        cache: Cache | None = None,
+        cache: Cache | Packed | None = None,
         layer: int = 0,
     ) -> Tensor:
         """Attend from `x` (B, S, d) to itself and, with a cache, to what was fed before.
@@ -191,20 +249,13 @@ class Attention(nn.Module):
         if phases is not None:
             q, k = rotate(qkv[:, :, :2], phases).unbind(2)
         q, k = self.scaled(q, k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        if isinstance(mask, BlockMask):
-            # On a CPU as it is: slow, and for tests only.
-            attend = flex_attention if x.device.type == "cpu" else _compiled(flex_attention)
-            y = cast(Tensor, cast(Any, attend)(q, k, v, block_mask=mask))
-        elif q.requires_grad and q.device.type == "cpu":
-            y = _attend_learning(q, k, v, mask)
-        elif k.dtype == q.dtype:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if isinstance(cache, Packed):
+            y = torch.cat([_attend(*part).view(-1, dim) for part in cache.extend(layer, q, k, v)])[None]
         else:
-            y = _attend_smaller(q, k, v, mask)
-        return cast(Tensor, self.proj(y.transpose(1, 2).reshape(batch, length, dim)))
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            k, v = (k, v) if cache is None else cache.extend(layer, k, v)
+            y = _attend(q, k, v, mask)
+        return cast(Tensor, self.proj(y))
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values (B, S, 3 * d), one after the other."""
@@ -261,7 +312,7 @@ class Block(nn.Module):
         x: Tensor,
         phases: Tensor | None,
         mask: Tensor | BlockMask | None,
-        cache: Cache | None = None,
+        cache: Cache | Packed | None = None,
         layer: int = 0,
         dropout: tuple[float, float] = (0.0, 0.0),
     ) -> Tensor:
@@ -368,7 +419,7 @@ class ModulatedBlock(nn.Module):
         x: Tensor,
         phases: Tensor | None,
         mask: Tensor | BlockMask | None,
-        cache: Cache | None,
+        cache: Cache | Packed | None,
         layer: int,
         dropout: tuple[float, float],
         modulation: Tensor,

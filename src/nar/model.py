@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from nar.attention import (
     Cache,
     ModulatedBlock,
     Modulation,
+    Packed,
     RMSNorm,
     flex_takes,
     modulated,
@@ -208,6 +210,18 @@ class Layout:
         return dataclasses.replace(self, **{key: value.to(device) for key, value in tensors.items()})
 
 
+class Feed(NamedTuple):
+    """What a cache is fed at once: embedded slots (B, S, d) from `first_slot` on, what they see, and the positions that
+    they predict. `average`: with phases of zero."""
+
+    x: Tensor
+    mask: Tensor | None
+    cache: Cache
+    positions: slice
+    first_slot: int
+    average: bool = False
+
+
 class Transformer(nn.Module):
     """A neighboring autoregressive transformer, or with another schedule its raster and PAR relatives."""
 
@@ -320,9 +334,10 @@ class Transformer(nn.Module):
             flex = x.device.type == "cuda" and x.shape[1] > SMALLEST_FLEX and wide
         mask = self.block_mask(x.shape[1], key_mask) if flex else self._mask(x.shape[1], key_mask)
         modulations = self._modulations(embedded)
-        states = self._chain(x, 0, mask, modulations, dropout=rates)
+        states = self._chain(x, self._phases(0, x.shape[1]), mask, modulations, dropout=rates)
         first = self.config.num_condition - 1
-        return self.readout([state[:, first:] for state in states], slice(0, schedule.num_positions), 0, modulations)
+        states = [state[:, first:] for state in states]
+        return self.readout(states, self.layout.source, self.layout.weight, modulations)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., H * d), heads and guidance in them, to float32 logits (..., V): all is linear."""
@@ -362,20 +377,26 @@ class Transformer(nn.Module):
 
     def prefill(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Tensor:
         """Feed an embedded condition to an emptied `cache`; returns the hidden states (B, n, H * d) of front 0."""
-        cache.reset()
-        cache.key_mask = key_mask
-        x = self._add_positions(embedded, 0)
-        average = self.layout.phases is not None and self.config.condition_rotation == "zero"
-        cache.modulations = self._modulations(embedded)
-        states = self._chain(x, 0, self._mask(x.shape[1], key_mask), cache.modulations, cache, average=average)
-        cache.commit(x.shape[1])
-        return self.readout([state[:, -1:] for state in states], self.layout.schedule.front(0), 0, cache.modulations)
+        return self.run([self.condition_feed(embedded, key_mask, cache)])[0]
 
     def decode(self, tokens: Tensor, fronts: range, cache: Cache) -> Tensor:
         """Feed consecutive `fronts`, given all tokens (B, n) in generation order up to their end.
 
         Returns the hidden states (B, m, H * d) of the positions that they predict: fronts first + 1 to last + 1.
         """
+        return self.run([self.fronts_feed(tokens, fronts, cache)])[0]
+
+    def condition_feed(self, embedded: Tensor, key_mask: Tensor | None, cache: Cache) -> Feed:
+        """What `prefill` runs."""
+        cache.reset()
+        cache.key_mask, cache.modulations = key_mask, self._modulations(embedded)
+        mask = self._mask(embedded.shape[1], key_mask)
+        average = self.layout.phases is not None and self.config.condition_rotation == "zero"
+        positions, first = self.layout.schedule.front(0), 1 - embedded.shape[1]
+        return Feed(self._add_positions(embedded, 0), mask, cache, positions, first, average)
+
+    def fronts_feed(self, tokens: Tensor, fronts: range, cache: Cache) -> Feed:
+        """What `decode` runs."""
         schedule, count = self.layout.schedule, self.config.num_condition
         slots = slice(schedule.fed(fronts[0]).start, schedule.fed(fronts[-1]).stop)
         if cache.length != count + slots.start:
@@ -389,10 +410,48 @@ class Transformer(nn.Module):
         if cache.key_mask is not None:
             words = F.pad(cache.key_mask, (0, cache.length + x.shape[1] - count), value=True)[:, None, None]
             mask = words if mask is None else words & mask
-        states = self._chain(x, cache.length, mask, cache.modulations, cache)
-        cache.commit(x.shape[1])
         positions = slice(schedule.front(fronts[0] + 1).start, schedule.front(fronts[-1] + 1).stop)
-        return self.readout(states, positions, slots.start + 1, cache.modulations)
+        return Feed(x, mask, cache, positions, slots.start + 1)
+
+    def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """Feed several caches at once; returns the hidden states (B, n, H * d) of the positions that each predicts.
+
+        Linear layers multiply the rows of all together, so that weights are read once; each attends to its own cache.
+        Averages and modulated models, whose layers take rows by their batch, are run one by one.
+        """
+        if len(feeds) > 1 and self.config.modulation == "none" and not any(feed.average for feed in feeds):
+            return self._run_packed(feeds)
+        hidden = []
+        for x, mask, cache, positions, first_slot, average in feeds:
+            phases, modulations = self._phases(cache.length, x.shape[1]), cache.modulations
+            states = self._chain(x, phases, mask, modulations, cache, average=average)
+            cache.commit(x.shape[1])
+            source, weight = self.layout.source[:, positions] - first_slot, self.layout.weight[:, positions]
+            hidden.append(self.readout(states, source.clamp_min(0), weight, modulations))
+        return hidden
+
+    def _run_packed(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """`run` on rows (1, M, d) of all."""
+        phases, sources, weights, start = [], [], [], 0
+        for x, _, cache, positions, first_slot, _ in feeds:
+            batch, length = x.shape[:2]
+            if (own := self._phases(cache.length, length)) is not None:
+                phases.append(own.repeat(batch, 1, 1))
+            rows = start + length * torch.arange(batch, device=x.device)[:, None]
+            source = (self.layout.source[:, positions] - first_slot).clamp_min(0)
+            sources.append((source[:, None] + rows).flatten(1))
+            weights.append(self.layout.weight[:, positions].repeat(1, batch))
+            start += batch * length
+        caches = [feed.cache for feed in feeds]
+        lengths = [feed.x.shape[1] for feed in feeds]
+        packed = Packed(caches, lengths, [feed.mask for feed in feeds])
+        x = torch.cat([feed.x.flatten(0, 1) for feed in feeds])[None]
+        states = self._chain(x, torch.cat(phases) if phases else None, None, [], packed)
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.commit(length)
+        hidden = self.readout(states, torch.cat(sources, 1), torch.cat(weights, 1), [])[0]
+        parts = hidden.split([own.shape[1] for own in sources])
+        return [part.unflatten(0, (cache.batch_size, -1)) for part, cache in zip(parts, caches, strict=True)]
 
     def embed(self, condition: AnyCondition) -> tuple[Tensor, Tensor | None]:
         """Embed a condition: (B, C, d), and the mask (B, C) of tokens that are not padding, None when there is none."""
@@ -486,38 +545,39 @@ class Transformer(nn.Module):
         """What the class, embedded (B, 1, d) without its place, makes of each block and of the last norm."""
         return [] if self.config.modulation == "none" else cast("list[Tensor]", self.modulation(embedded[:, 0]))
 
+    def _phases(self, start: int, count: int) -> Tensor | None:
+        return None if self.layout.phases is None else self.layout.phases[start : start + count]
+
     def _chain(
         self,
         x: Tensor,
-        start: int,
+        phases: Tensor | None,
         mask: Tensor | BlockMask | None,
         modulations: list[Tensor],
-        cache: Cache | None = None,
+        cache: Cache | Packed | None = None,
         dropout: Dropout | None = None,
         *,
         average: bool = False,
     ) -> list[Tensor]:
-        """Run the blocks on `x` (B, S, d), whose first position is `start`; returns the stream at each head.
+        """Run the blocks on `x` (B, S, d); returns the stream at each head.
 
         `average` says that all phases are zero, as those of a condition may be.
         """
-        phases = None if self.layout.phases is None else self.layout.phases[start : start + x.shape[1]]
         rates = dropout or Dropout()
         taps = list(accumulate(self.config.head_depths))
         states: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             path = rates.path * index / max(1, len(self.blocks) - 1)
-            if average and not isinstance(mask, BlockMask):
+            if average and not isinstance(mask, BlockMask) and not isinstance(cache, Packed):
                 x = cast(Block, block).average(x, mask, cache, index)
             else:
                 x = block(x, phases, mask, cache, index, (rates.residual, path), *modulations[index : index + 1])
             states += [x] * taps.count(index + 1 - self.config.num_layers)
         return states
 
-    def readout(self, states: list[Tensor], positions: slice, first_slot: int, modulations: list[Tensor]) -> Tensor:
-        """Normalise, gather and average the heads' streams, whose first row is slot `first_slot`: (B, n, H * d)."""
-        source = self.layout.source[:, positions] - first_slot
-        weight = self.layout.weight[:, positions]
+    def readout(self, states: list[Tensor], source: Tensor, weight: Tensor, modulations: list[Tensor]) -> Tensor:
+        """Normalise, gather and average the heads' streams (B, S, d), each by `weight` at `source` (A, n): (B, n, H *
+        d)."""
         columns = []
         for head, state in enumerate(states):
             if modulations:
@@ -529,7 +589,7 @@ class Transformer(nn.Module):
             for row, served_by in enumerate(self.config.axis_heads):
                 if served_by == head:
                     share = weight[row, :, None].to(normed.dtype)
-                    column = column + normed[:, source[row].clamp_min(0)] * share
+                    column = column + normed[:, source[row]] * share
             columns.append(column)
         return torch.cat(columns, -1)
 

@@ -220,13 +220,8 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
         scale = sampling.guidance_at(front, schedule.num_steps)
         hidden = hidden[:batch] if scale == 1.0 else hidden[batch:].lerp(hidden[:batch], scale)
     numbers, given = buffers.streams[:, positions], buffers.known[:, positions]
-    logits = model.logits(hidden).flatten(0, 1)
-    rows = max(1, (MOST_LOGITS_CPU if logits.device.type == "cpu" else MOST_LOGITS) // logits.shape[1])
-    sampled = [
-        sample(part, number, sampling.temperature, sampling.top_k, sampling.top_p)
-        for part, number in zip(logits.split(rows), numbers.flatten().split(rows), strict=True)
-    ]
-    tokens[:, positions] = torch.where(given >= 0, given, torch.cat(sampled).view_as(given))
+    sampled = sample_rows(model.logits(hidden).flatten(0, 1), numbers.flatten(), sampling)
+    tokens[:, positions] = torch.where(given >= 0, given, sampled.view_as(given))
 
 
 def _record(model: Transformer, buffers: _Buffers, sampling: Sampling) -> list[torch.cuda.CUDAGraph]:
@@ -281,17 +276,9 @@ def _steps(
     for name, rows in (("indices", indices), ("negative", negative), ("known", known)):
         if rows is not None and len(rows) != batch:
             raise ValueError(f"{name} has {len(rows)} rows for a batch of {batch}")
-    if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
-        raise ValueError(
-            f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1}, and -1 where free"
-        )
-    embedded, key_mask = model.embed(condition)
-    if last_guided(sampling, schedule) >= 0:
-        other, other_mask = model.embed(_null(model, condition) if negative is None else negative)
-        if key_mask is not None or other_mask is not None:
-            seen = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
-            key_mask = torch.cat([seen if mask is None else mask for mask in (key_mask, other_mask)])
-        embedded = torch.cat([embedded, other])
+    check_known(model, known)
+    guided = last_guided(sampling, schedule) >= 0
+    embedded, key_mask = embed_sides(model, condition, negative) if guided else model.embed(condition)
     buffers = session.buffers(batch, len(embedded), key_mask is not None)
     buffers.embedded.copy_(embedded)
     if buffers.key_mask is not None and key_mask is not None:
@@ -308,11 +295,34 @@ def _steps(
         # On CUDA a look at values waits for all that was begun: one, at the end.
         looks = model.device.type == "cpu" or front == schedule.num_steps - 1
         if looks and bool((buffers.tokens[:, : schedule.front(front).stop] < 0).any()):
-            raise ValueError(
-                "the model's logits are NaN or infinite: its weights are damaged, or overflow in "
-                f"{str(model.dtype).removeprefix('torch.')}; copy the model again, or use dtype float32 or bfloat16"
-            )
+            raise no_numbers(model)
         yield front, buffers.tokens
+
+
+def check_known(model: Transformer, known: Tensor | None) -> None:
+    """Raise ValueError for codes to keep that the model does not have."""
+    if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
+        raise ValueError(
+            f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1}, and -1 where free"
+        )
+
+
+def no_numbers(model: Transformer) -> ValueError:
+    """The error for logits that are no distribution."""
+    return ValueError(
+        "the model's logits are NaN or infinite: its weights are damaged, or overflow in "
+        f"{str(model.dtype).removeprefix('torch.')}; copy the model again, or use dtype float32 or bfloat16"
+    )
+
+
+def embed_sides(model: Transformer, condition: Condition, negative: Condition | None) -> tuple[Tensor, Tensor | None]:
+    """Embed a condition and, behind it, what guidance leads away from: (2 * B, C, d), with a mask as of `embed`."""
+    embedded, key_mask = model.embed(condition)
+    other, other_mask = model.embed(_null(model, condition) if negative is None else negative)
+    if key_mask is not None or other_mask is not None:
+        seen = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+        key_mask = torch.cat([seen if mask is None else mask for mask in (key_mask, other_mask)])
+    return torch.cat([embedded, other]), key_mask
 
 
 def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], num_kept: int) -> Value:
@@ -323,6 +333,16 @@ def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], 
         kept[key] = make()
     kept.move_to_end(key)
     return kept[key]
+
+
+def sample_rows(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """`sample` for rows (R, V) and (R,), some at a time so that memory is bounded."""
+    rows = max(1, (MOST_LOGITS_CPU if logits.device.type == "cpu" else MOST_LOGITS) // logits.shape[1])
+    sampled = [
+        sample(part, number, sampling.temperature, sampling.top_k, sampling.top_p)
+        for part, number in zip(logits.split(rows), uniform.split(rows), strict=True)
+    ]
+    return torch.cat(sampled)
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 """Calls of many callers through one model: who waits, who runs, who is refused.
 
 Knows queues, threads, clocks, memory and slots, and what a pipeline makes of requests; does not know HTTP, nor how a
-front is sampled (`nar.serving.cohort`). One thread runs the model and nothing else; a second encodes words and context
+front is sampled (`nar.serving.engines`). One thread runs the model and nothing else; a second encodes words and context
 frames and decodes clips. Both call `on_event`, which must not block.
 """
 
@@ -24,7 +24,7 @@ from nar.model import Transformer
 from nar.pipeline import Pipeline, Request
 from nar.pipeline.requests import known_codes
 from nar.sampling import Sampling
-from nar.serving.cohort import Cohort, Row
+from nar.serving.engines import Cohort, Flight, Row, num_sides
 
 MOST_SLOTS = {"cpu": 8, "cuda": 64}  # where more rows bring little and make everyone's front longer
 MEMORY_BYTES = 2**31  # of keys and values: 50 guided pictures of NAR-B in float32
@@ -185,10 +185,9 @@ class _Shares:
 def slot_bytes(model: Transformer) -> int:
     """Memory of keys and values of one sample, of both sides of guidance where the model has any."""
     config, schedule = model.config, model.layout.schedule
-    sides = 2 if (config.num_classes and config.null_class) or config.text_dim else 1
     length: int = config.num_condition + schedule.fed(schedule.num_steps - 1).start
     element = torch.empty(0, dtype=model.cache_dtype).element_size()
-    return 2 * sides * config.num_blocks * length * config.dim * element
+    return 2 * num_sides(model) * config.num_blocks * length * config.dim * element
 
 
 class Batcher:
@@ -222,7 +221,7 @@ class Batcher:
         self.max_waiting = WAITING_PER_SLOT * slots if max_waiting is None else max_waiting
         self.max_waiting_per_key = self.max_waiting if max_waiting_per_key is None else max_waiting_per_key
         self.front_seconds = 0.0  # a mean of the last fronts, of all rows together; 0 before the first
-        self._engine = Cohort(model, slots)
+        self._engine: Flight | Cohort = (Cohort if model.device.type == "cuda" else Flight)(model, slots)
         self._num_steps = model.layout.schedule.num_steps
         self._unprepared, self._ready = _Shares(), _Shares()
         self._outstanding: dict[_Result, None] = {}

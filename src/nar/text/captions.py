@@ -6,6 +6,7 @@ tokens, `F` feature width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ class Captions:
         self.encoder = encoder
         self.length, self.dim, self.device = length, dim, device
         self._kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._lock = threading.Lock()  # threads of a server ask at once
 
     def open(self) -> TextEncoder:
         """Open the encoder, unless it is.
@@ -70,7 +72,8 @@ class Captions:
 
         Each is encoded alone, so that its features do not depend on the others.
         """
-        columns = zip(*map(self._features, prompts), strict=True)
+        with self._lock:
+            columns = zip(*map(self._features, prompts), strict=True)
         features, mask, blank = (torch.cat(column).to(self.device) for column in columns)
         return features, mask, blank
 
