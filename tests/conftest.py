@@ -37,6 +37,13 @@ LAYOUTS = {
     "frames": {"grid": (2, 2, 3), "num_classes": 10, "prefix_grid": (1, 2, 3), "positions": "learned"},
     "frames-full": {"grid": (2, 2, 3), "prefix_grid": (2, 2, 3), "prefix_attention": "full", "positions": "learned"},
     "modulated": {"grid": (4, 3), "num_classes": 10, "modulation": "own", "unit_keys": True},
+    "edits": {
+        "grid": (3, 2),
+        "num_classes": 10,
+        "prefix_grid": (3, 2),
+        "prefix_holes": "token",
+        "prefix_attention": "full",
+    },
     "words-and-frames": {"grid": (2, 2, 2), "text_dim": 12, "text_length": 5, "prefix_grid": (1, 2, 2)},
 }
 
@@ -91,9 +98,9 @@ def make_condition(model: Transformer, batch: int) -> Condition:
         features = torch.randn(batch, config.text_length, config.text_dim, generator=generator) * mask[..., None]
         found.append(TextCondition(features, mask))
     if config.prefix_grid:
-        found.append(
-            PrefixCondition(torch.randint(config.vocab_size, (batch, *config.prefix_grid), generator=generator))
-        )
+        codes = torch.randint(config.vocab_size, (batch, *config.prefix_grid), generator=generator)
+        there = codes % 3 > 0 if config.prefix_holes == "token" else None
+        found.append(PrefixCondition(codes, there))
     return Condition.of(found)
 
 

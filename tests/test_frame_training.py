@@ -210,7 +210,7 @@ def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Pat
     path = recipe(tmp_path, words=False, batch_size=256, classes=True)
     made = task(path, f"run={tmp_path / 'run'}", "frame_dropout=0.4")
     batch = first_batch(made)
-    codes, condition = made.fetch(batch)
+    codes, condition, _ = made.fetch(batch)
     assert condition.kinds == ("labels", "prefix")
     prefix = condition.prefix
     assert prefix is not None
@@ -228,7 +228,7 @@ def test_given_frames_are_drawn_by_sample_and_not_part_of_the_loss(tmp_path: Pat
     in_raster[:, made.module.layout.order] = per_token
     for row in (*range(20),):
         torch.testing.assert_close(per_sample[row], in_raster[row, 4 * int(steps[row]) :].mean())
-    loss, _ = made.loss(batch, (codes, condition))
+    loss, _ = made.loss(batch, (codes, condition, None))
     assert loss.item() == pytest.approx(np.log(24), abs=1e-3), "a new model knows nothing"
 
 

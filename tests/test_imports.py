@@ -34,6 +34,7 @@ ALLOWED = {
     "training": {
         "progress",
         "pipeline.continuation",
+        "pipeline.holes",
         "likelihood",
         "sampling",
         "model",

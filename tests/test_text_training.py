@@ -203,7 +203,7 @@ def test_composed_scenes_take_their_share_of_the_samples(tmp_path: Path) -> None
     path = composed_recipe(tmp_path, batch_size=500, seed=3)
     task = ModelTask(load(Recipe, str(path), [f"run={tmp_path / 'run'}"]), ALONE)
     batch = batch_of(3, 0, num_samples=task.num_samples, batch_size=500)
-    codes, condition = task.fetch(batch)
+    codes, condition, _ = task.fetch(batch)
     words = condition.text
     assert words is not None
     scenes = Codes.open(tmp_path / "run" / "codes" / "composed")

@@ -40,9 +40,10 @@ class TextFeatures:
 
 @dataclass(frozen=True, eq=False)
 class PrefixCodes:
-    """Codes (B, *prefix grid) int64 that precede what is generated: those of context frames.
+    """Codes (B, *prefix grid) int64 that precede what is generated: those of context frames, or of a picture to edit.
 
-    `mask` of the same shape is True where a code is there; no token sees the others. None: all are.
+    `mask` of the same shape is True where a code is there; the others are holes, see `ModelConfig.prefix_holes`. None:
+    all are.
     """
 
     codes: Tensor

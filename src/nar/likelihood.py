@@ -48,16 +48,16 @@ def token_losses(
     return torch.cat(pieces).view_as(targets)
 
 
-def sample_losses(model: Transformer, losses: Tensor, known: Tensor | None) -> Tensor:
-    """The mean loss (B,) of each sample's tokens, of (B, N); without those that `known` (B, *grid) decides.
+def sample_losses(model: Transformer, losses: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean loss (B,) of each sample's tokens, of (B, N), weighted by `weight` (B, *grid); None weighs all alike.
 
-    Known codes are -1 where they are free. Sampling never asks for the others, and with the frames given they would
-    teach to copy. Each sample counts the same, however many are known, so that pieces of a batch add up.
+    What is known has no weight: sampling never asks for it, and with frames given it would teach to copy. Each sample
+    counts the same, whatever its weights, so that pieces of a batch add up.
     """
-    if known is None:
+    if weight is None:
         return losses.mean(-1)
-    free = (model.in_order(known) < 0).to(losses.dtype)
-    return (losses * free).sum(-1) / free.sum(-1)
+    share = model.in_order(weight).to(losses.dtype)
+    return (losses * share).sum(-1) / share.sum(-1)
 
 
 @checked
@@ -72,7 +72,7 @@ def bits_per_token(
 ) -> Tensor:
     """Mean bits (M,) of every sample's tokens, of codes (M, *grid), without guidance and without what `known` decides.
 
-    See `sample_losses`.
+    `known` (M, *grid) holds -1 where codes are free. See `sample_losses`.
     """
     model.check_codes(codes)
     if known is not None and (known.shape != codes.shape or known.is_floating_point() or known.is_complex()):
@@ -81,5 +81,5 @@ def bits_per_token(
     for start in range(0, len(codes), batch_size):
         rows = slice(start, start + batch_size)
         losses = token_losses(model, codes[rows].long().to(model.device), condition.rows(rows).to(model.device))
-        parts.append(sample_losses(model, losses, None if known is None else known[rows].to(model.device)))
+        parts.append(sample_losses(model, losses, None if known is None else known[rows].to(model.device) < 0))
     return torch.cat(parts).cpu().double() / math.log(2)

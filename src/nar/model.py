@@ -69,6 +69,8 @@ class ModelConfig:
         null_class: whether there is a class embedding for "no class", which guidance needs.
         text_dim, text_length: width and number of text features.
         prefix_grid: grid of the codes that come before, those of context frames; a separator follows them.
+        prefix_holes: codes of a prefix that are not there are "hidden", no token sees them; or each is a learned
+            "token", whose place attention sees, and the codes that are there have a learned role: for edits.
         condition_rotation: "zero" makes all tokens see plain averages of the condition (published image weights);
             "identity" lets attention choose, and gives the codes of a prefix the rotations of their places.
         prefix_attention: whether condition tokens see earlier ones ("causal") or all ("full").
@@ -95,6 +97,7 @@ class ModelConfig:
     text_dim: Length = 0
     text_length: Length = 120
     prefix_grid: tuple[Size, ...] = ()
+    prefix_holes: Annotated[str, OneOf("hidden", "token")] = "hidden"
     condition_rotation: Annotated[str, OneOf("zero", "identity")] = "identity"
     prefix_attention: Annotated[str, OneOf("causal", "full")] = "causal"
     null_mask: Annotated[str, OneOf("caption", "own")] = "own"
@@ -114,6 +117,8 @@ class ModelConfig:
                 f"schedule {self.schedule} with scales {list(self.scales)} and code_dim {self.code_dim}: "
                 "schedule scales needs both, others neither"
             )
+        if self.prefix_holes == "token" and not self.prefix_grid:
+            raise ValueError("prefix_holes token is of a prefix: set prefix_grid, or leave it out")
         if self.scales and (self.positions == "rope" or self.prefix_grid):
             raise ValueError("schedule scales needs positions learned, sincos or levels, and has no prefix_grid")
         if self.modulation != "none" and self.num_condition != 1:
@@ -245,6 +250,8 @@ class Transformer(nn.Module):
             self.register_buffer("null_text", torch.empty(config.text_length, config.text_dim))
         if config.prefix_grid:
             self.separator = nn.Parameter(torch.empty(dim))
+        if config.prefix_holes == "token":
+            self.hole, self.role = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         if self.layout.schedule.num_special:
             self.special = nn.Parameter(torch.empty(self.layout.schedule.num_special, dim))
         if config.positions == "levels":
@@ -271,6 +278,8 @@ class Transformer(nn.Module):
             if not name.endswith(("norm.weight", "bias", "log_scale")) and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
+        if self.config.prefix_holes == "token":
+            nn.init.zeros_(self.role)
         if self.config.text_dim:
             nn.init.normal_(cast(Tensor, self.null_text), std=self.config.text_dim**-0.5)
 
@@ -510,7 +519,11 @@ class Transformer(nn.Module):
             found = tuple(prefix.codes.shape[1:])
             raise ValueError(f"prefix codes are {found}, the model takes {self.config.prefix_grid}")
         embedded = self.tokens(prefix.codes.to(self.device).flatten(1))
-        mask = None if prefix.mask is None else F.pad(prefix.mask.to(self.device).flatten(1), (0, 1), value=True)
+        there = None if prefix.mask is None else prefix.mask.to(self.device).flatten(1)
+        if self.config.prefix_holes == "token":
+            embedded = (embedded if there is None else torch.where(there[..., None], embedded, self.hole)) + self.role
+            there = None
+        mask = None if there is None else F.pad(there, (0, 1), value=True)
         return torch.cat([embedded, self.separator.expand(len(embedded), 1, -1)], 1), mask
 
     def _embed_slots(self, tokens: Tensor, fronts: range) -> Tensor:
@@ -630,19 +643,21 @@ class Transformer(nn.Module):
         """The same weights, shared and not copied, for another grid.
 
         Raises:
-            ValueError: another number of axes, position embeddings that exist for one grid only, or a prefix, which has
-                the size that the model was trained for.
+            ValueError: another number of axes, position embeddings that exist for one grid only, or a prefix of context
+                frames, which has the size that the model was trained for.
         """
         if tuple(grid) == self.config.grid:
             return self
-        if self.config.prefix_grid:
+        whole = self.config.prefix_holes == "token" and self.config.prefix_grid == self.config.grid
+        if self.config.prefix_grid and not whole:
             own = f"reads context frames of {self.config.prefix_grid} codes beside a grid of {self.config.grid}"
             raise ValueError(f"grid {tuple(grid)} does not fit this model: it {own}")
         if self.config.positions != "rope" or len(grid) != len(self.config.grid):
             own = f"has {self.config.positions} positions for a grid of {self.config.grid}"
             raise ValueError(f"grid {tuple(grid)} does not fit this model: it {own}")
         other = copy.copy(self)  # the same modules, packed ones too
-        other.config = dataclasses.replace(self.config, grid=tuple(grid))
+        prefix = tuple(grid) if whole else ()
+        other.config = dataclasses.replace(self.config, grid=tuple(grid), prefix_grid=prefix)
         other.layout = Layout.of(other.config).to(self.device)
         return other
 

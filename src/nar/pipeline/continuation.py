@@ -54,6 +54,7 @@ class Continuation:
         makes_clips: whether results have frames.
         num_frames: those that one pass gives, the context included; 1 for models of pictures.
         causal: whether codes of the context are codes of the result.
+        has_holes: whether the prefix is that of a picture or clip to edit, in which what is not given is a hole.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, counts: Sequence[int] = ()) -> None:
@@ -62,13 +63,15 @@ class Continuation:
         shape = tokenizer.pixel_shape(self.grid)
         self.makes_clips = len(shape) == 3
         self.num_frames = shape[0] if self.makes_clips else 1
+        self.has_holes = model.config.prefix_holes == "token"
         self.causal = bool(self.prefix) and self.prefix[0] < self.grid[0]
         self.counts = tuple(sorted(counts)) or (self._default_count(),)
 
     def _default_count(self) -> int:
         if self.causal:
             return 1 + (self.prefix[0] - 1) * ((self.num_frames - 1) // (self.grid[0] - 1))
-        return min(KINETICS_CONTEXT, max(1, self.num_frames - 1)) if self.prefix else 0
+        takes_frames = self.prefix and not self.has_holes
+        return min(KINETICS_CONTEXT, max(1, self.num_frames - 1)) if takes_frames else 0
 
     def num_context(self, clip: Tensor | None) -> int:
         """How many of a clip's last frames the model is conditioned on."""
@@ -134,11 +137,11 @@ class Continuation:
 
     def masked(self, codes: Tensor, counts: Sequence[int]) -> Condition:
         """Condition on codes (B, *prefix), of which only those of the first `counts` frames are seen."""
-        if len(self.counts) == 1:
+        if len(self.counts) == 1 and not self.has_holes:
             return PrefixCondition(codes)
         steps = torch.tensor([self._num_steps(count) for count in counts], device=codes.device)
         mask = torch.arange(self.prefix[0], device=codes.device) < steps[:, None]
-        return PrefixCondition(codes, mask[:, :, None, None].expand_as(codes))
+        return PrefixCondition(codes, mask[(..., *(None,) * (codes.ndim - 2))].expand_as(codes))
 
     def known(self, condition: Condition) -> Tensor | None:
         """The codes of the result (B, *grid) that the context decides, -1 elsewhere; None when it decides none."""

@@ -55,7 +55,7 @@ class Inputs:
 
     def __str__(self) -> str:
         config = self.config
-        names = (("class labels", config.num_classes), ("prompts", config.text_dim), ("frames", config.prefix_grid))
+        names = (("class labels", config.num_classes), ("prompts", config.text_dim), ("frames", any(self.counts)))
         return ", ".join(name for name, present in names if present)
 
     def label_index(self, label: str | int) -> int:
@@ -138,7 +138,7 @@ class Inputs:
             ("class labels", class_labels, config.num_classes),
             ("prompts", prompt, config.text_dim),
             ("negative prompts", negative_prompt, config.text_dim),
-            ("frames", frames, config.prefix_grid),
+            ("frames", frames, any(self.counts)),
         ):
             if value is not None and not taken:
                 raise ValueError(f"this model takes no {name}; it takes {self}")

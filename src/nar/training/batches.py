@@ -17,7 +17,7 @@ import numpy as np
 # columns from 6 on are streams of their own, so that those before them stay what they are.
 _MODEL = {"condition_dropout": 0, "view": 1, "wording": 2, "given_frames": 3, "frame_dropout": 4, "scene": 5}
 _TOKENIZER = {"crop_side": 0, "crop_left": 1, "crop_top": 2, "mirror": 3, "loop_start": 0, "loop_direction": 1}
-DRAWS = _MODEL | _TOKENIZER | {"shift_down": 2, "shift_right": 4, "codes": 5, "window_start": 6}
+DRAWS = _MODEL | _TOKENIZER | {"shift_down": 2, "shift_right": 4, "codes": 5, "window_start": 6, "hole": 7}
 _TOGETHER = 6  # columns that one stream draws
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from nar.tokenizer import load_tokenizer
 from nar.tokenizer.multiscale import MultiScaleTokenizer
 from nar.training.batches import Batch
 from nar.training.distributed import Workers
+from nar.training.edits import Holes
 from nar.training.loop import Task, share
 from nar.training.recipe import Recipe
 from nar.training.samples import (
@@ -62,9 +63,9 @@ class ModelTask(Task):
             )
         if recipe.model.text_dim and not recipe.text_encoder.source:
             raise ValueError("captions need text_encoder.source=NAME, which says what reads them")
-        if recipe.model.prefix_grid and not recipe.given_frames:
+        if recipe.model.prefix_grid and not (recipe.given_frames or recipe.edit):
             raise ValueError(
-                "model.prefix_grid needs given_frames=[N], numbers of frames that a clip's condition holds"
+                "model.prefix_grid needs given_frames=[N], numbers of frames that a clip's condition holds, or edit"
             )
         if not (recipe.data.codes or recipe.tokenizer_path):
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
@@ -99,6 +100,10 @@ class ModelTask(Task):
                 raise ValueError("model.schedule=scales needs the tokenizer_path of a multi-scale tokenizer")
             self.module.sums.load_state_dict(self.tokenizer.quantizer.sums.state_dict())
         self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
+        self.holes = None
+        if recipe.edit:
+            places = zip(sources, (train, heldout), strict=True)
+            self.holes = [Holes(recipe.edit, source, codes, self.tokenizer) for source, codes in places]
         kind = classes, self.text, recipe.data.wording, self.continuation
         self.train = Samples(train, *kind, composed=composed, composed_share=recipe.data.composed)
         self.heldout = Samples(heldout, *kind)
@@ -112,6 +117,9 @@ class ModelTask(Task):
         sizes: dict[str, Any] = {"grid": codes.grid, "vocab_size": vocab_size, "num_classes": len(self.class_names)}
         if self.text is not None:
             sizes |= {"text_dim": self.text.dim, "text_length": self.text.config.max_length}
+        if self.recipe.edit:
+            sizes |= {"prefix_grid": codes.grid, "prefix_holes": "token", "prefix_attention": "full"}
+            sizes["condition_rotation"] = "identity"  # else a code would not know the places of those given
         if given := self.recipe.given_frames:
             sizes["prefix_grid"] = prefix_grid(self.tokenizer, codes.grid, given)
             if (stated := self.recipe.model.prefix_grid) not in ((), sizes["prefix_grid"]):
@@ -125,15 +133,21 @@ class ModelTask(Task):
         assert isinstance(module, Transformer)
         return list(module.blocks)
 
-    def fetch(self, batch: Batch) -> tuple[Tensor, Condition]:
+    def fetch(self, batch: Batch) -> tuple[Tensor, Condition, Tensor | None]:
+        """Codes, their condition, and the weight of each token where not all count the same."""
         draws, choice = batch.draws, np.array(self.continuation.counts)
+        if self.holes:
+            picked = self.holes[0].picked(draws["hole"])
+            prefix, weight = self.holes[0].read(batch.indices, *picked, draws["view"])
+            views, wordings = draws["view"], draws["wording"]
+            return *self.train.read(batch.indices, prefix=prefix, views=views, wordings=wordings), weight
         counts = choice[(draws["given_frames"] * len(choice)).astype(np.int64).clip(max=len(choice) - 1)]
         counts = np.where(draws["frame_dropout"] < self.recipe.frame_dropout, 0, counts)
-        return self.train.read(
-            batch.indices, counts, views=draws["view"], wordings=draws["wording"], composed=draws["scene"]
-        )
+        composed = draws["scene"]
+        read = self.train.read(batch.indices, counts, views=draws["view"], wordings=draws["wording"], composed=composed)
+        return *read, None
 
-    def loss(self, batch: Batch, data: tuple[Tensor, Condition]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, data: tuple[Tensor, Condition, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.workers.device
         draws = torch.from_numpy(batch.draws["condition_dropout"]).to(device)
         if data[1].labels is not None:
@@ -142,41 +156,55 @@ class ModelTask(Task):
         codes = data[0].to(device)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
         losses = token_losses(self.module, codes, condition, seen=seen, dropout=self.recipe.dropout)
-        loss = self.of_samples(losses, condition).mean()
+        loss = self.of_samples(losses, condition, data[2]).mean()
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
-    def of_samples(self, losses: Tensor, condition: Condition) -> Tensor:
-        """The mean loss (b,) of each sample's tokens, of (b, N); without those that its given frames decide."""
-        return sample_losses(self.module, losses, self.continuation.known(condition))
+    def of_samples(self, losses: Tensor, condition: Condition, weight: Tensor | None = None) -> Tensor:
+        """The mean loss (b,) of each sample's tokens, of (b, N), without those that its given frames decide; else
+        weighted by `weight` (b, *grid)."""
+        known = self.continuation.known(condition)
+        return sample_losses(self.module, losses, weight if known is None else known < 0)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Held-out loss; with captions also without them, and on held-out pairs of group and style.
 
-        "bits_per_token_given_N" is that of what follows N given frames, and "loss" the mean over all N.
+        "bits_per_token_given_N" is that of what follows N given frames, "bits_per_token_filled" that of all codes given
+        those of the blanked picture, "bits_per_token_replaced" that of codes in a hole amid a picture's own; "loss" is
+        the mean over all these.
         """
         assert isinstance(module, Transformer)
         counts, bits = self.continuation.counts, self._heldout_bits
-        found = {count: bits(module, self.heldout, count) for count in counts}
+        found = {f"_given_{count}" if count else "": bits(module, self.heldout, count) for count in counts}
+        if self.holes:
+            found |= {f"_{mode}": bits(module, self.heldout, mode=mode) for mode in ("filled", "replaced")}
         measured = {"loss": sum(found.values()) / len(found) * math.log(2)}
-        measured |= {f"bits_per_token_given_{count}" if count else "bits_per_token": found[count] for count in counts}
+        measured |= {f"bits_per_token{kind}": value for kind, value in found.items()}
         if self.text is not None:
             measured["bits_per_token_without_words"] = bits(module, self.heldout, counts[0], without_words=True)
         if self.pairs is not None:
             measured["bits_per_token_of_pairs"] = bits(module, self.pairs, counts[0])
         return measured
 
-    def _heldout_bits(self, module: Transformer, samples: Samples, count: int, *, without_words: bool = False) -> float:
-        """Mean loss of a token in bits, each sample with its first wording and `count` given frames."""
+    def _heldout_bits(
+        self, module: Transformer, samples: Samples, count: int = 0, *, without_words: bool = False, mode: str = ""
+    ) -> float:
+        """Mean loss of a token in bits, each sample with its first wording and `count` given frames, or in a `mode`
+        with a hole."""
         device = self.workers.device
         total = torch.zeros(1, device=device)
         for rows in share(len(samples), 100 if self.continuation.prefix else 500, self.workers):
-            indices = np.arange(rows.start, rows.stop)
-            codes, condition = samples.read(indices, np.full(len(indices), count))
+            indices, weight = np.arange(rows.start, rows.stop), None
+            if mode and self.holes:
+                prefix, weight = self.holes[1].fixed(indices, mode)
+                codes, condition = samples.read(indices, prefix=prefix)
+            else:
+                codes, condition = samples.read(indices, np.full(len(indices), count))
             condition = condition.to(device)
             if without_words:
                 condition = condition.drop(torch.ones(len(indices), dtype=torch.bool, device=device))
-            total += self.of_samples(token_losses(module, codes.to(device), condition), condition).sum()
+            losses = token_losses(module, codes.to(device), condition)
+            total += self.of_samples(losses, condition, weight).sum()
         return float(self.workers.sum(total)) / len(samples) / math.log(2)
 
     @torch.no_grad()
@@ -184,7 +212,7 @@ class ModelTask(Task):
         """Pictures, four of each prompt or class; or clips, one of each, and some that go on from given frames."""
         assert isinstance(module, Transformer)
         clips = len(self.train.codes.grid) == 3
-        shown = [*self._asked(1 if clips else 4), *self._continued()]
+        shown = [*self._asked(1 if clips else 4), *self._continued(), *self._filled()]
         made = []
         for _, condition in shown:
             condition = condition.to(self.workers.device)
@@ -222,6 +250,12 @@ class ModelTask(Task):
             names = [f"{count} given" + (f": {captions[row]}" if captions else "") for row in rows]
             yield names, self.heldout.read(rows, np.full(len(rows), count))[1]
 
+    def _filled(self) -> Iterator[tuple[list[str], Condition]]:
+        """Held-out pictures with holes that are to be filled."""
+        if self.holes:
+            rows = np.arange(min(8, len(self.heldout)))
+            yield ["filled"] * len(rows), self.heldout.read(rows, prefix=self.holes[1].fixed(rows, "filled")[0])[1]
+
     def export(self, module: nn.Module, folder: Path, training: dict[str, Any]) -> None:
         assert isinstance(module, Transformer)
         data, further = self.recipe.data, dict[str, Any]()
@@ -258,10 +292,12 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         )
     recipe.check_null_class(model.config)
     model = model.at_grid(sizes["grid"])
+    if recipe.edit and not model.config.prefix_grid:
+        model = _with_holes(model, sizes)
     if model.config.prefix_grid != sizes.get("prefix_grid", ()):
         raise ValueError(
-            f"{recipe.init} reads given codes of {model.config.prefix_grid}, and given_frames "
-            f"{list(recipe.given_frames)} are {sizes.get('prefix_grid', ())}; set those that it was trained with"
+            f"{recipe.init} reads given codes of {model.config.prefix_grid}, and this recipe's (given_frames "
+            f"{list(recipe.given_frames)}, edit) are {sizes.get('prefix_grid', ())}; set those that it was trained with"
         )
     if model.config.num_classes != sizes["num_classes"]:  # all but the embeddings of the classes
         kept = {name: tensor for name, tensor in model.state_dict().items() if name != "classes.weight"}
@@ -278,6 +314,23 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         if model.config.num_classes:
             model.classes.weight.requires_grad_(True)
     return model
+
+
+def _with_holes(model: Transformer, sizes: dict[str, Any]) -> Transformer:
+    """A model that has no prefix with one of the whole grid: the same weights, and three vectors more.
+
+    The separator, which takes the place of the condition's last token before the first code, begins as the mean of the
+    classes, or of the null words.
+    """
+    if model.config.positions != "rope":
+        raise ValueError(f"init has {model.config.positions} positions, of one length; edit needs one with rope")
+    names = ("prefix_grid", "prefix_holes", "prefix_attention", "condition_rotation")
+    made = Transformer(dataclasses.replace(model.config, **{name: sizes[name] for name in names}))
+    made.load_state_dict(made.state_dict() | model.state_dict())
+    with torch.no_grad():
+        last = model.classes.weight if model.config.num_classes else model.text(cast(Tensor, model.null_text))
+        made.separator.copy_(last.mean(0))
+    return made
 
 
 def _merged(module: Transformer) -> Transformer:

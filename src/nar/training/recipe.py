@@ -21,6 +21,7 @@ from nar.tokenizer.larp import VideoTokenizerConfig
 from nar.tokenizer.multiscale import MultiScaleTokenizerConfig
 from nar.training.adversary import AdversaryConfig
 from nar.training.codebook import CodebookConfig
+from nar.training.edits import EditConfig
 from nar.training.plan import Plan
 from nar.training.prior import PriorConfig
 
@@ -73,6 +74,8 @@ class Recipe(Plan):
     condition may hold, one of these numbers for each sample, and none for a further share of `frame_dropout`.
     `classes` says whether classes are learned; None: where there are neither captions nor given frames.
     `condition_dropout` is the share of samples that learn without class and words, and never drops frames.
+    `edit` makes the model fill holes: its condition is the codes of a whole picture or clip with holes in it, all hole
+    for what begins from nothing; `init` may then be a model without.
     `mixed_context` shows samples codes of others in place of up to this share of their own, drawn for each sample.
     """
 
@@ -101,6 +104,7 @@ class Recipe(Plan):
     classes: bool | None = None
     given_frames: tuple[Length, ...] = ()
     frame_dropout: Share = 0.0
+    edit: EditConfig | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -108,6 +112,11 @@ class Recipe(Plan):
         object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
         if self.frame_dropout and 0 not in self.given_frames:
             raise ValueError(f"frame_dropout {self.frame_dropout} needs 0 among given_frames, such as [0, 1, 6]")
+        if self.edit and (self.given_frames or self.data.composed or self.data.codes):
+            raise ValueError(
+                "edit needs pictures to make holes in (data.source, not data.codes), without data.composed; and takes "
+                "the place of given_frames: a hole may be what follows some frames"
+            )
         if len(named := [name for name in _TOKENIZERS[1:] if getattr(self, name)]) > 1:
             raise ValueError(f"one tokenizer is trained: give {' or '.join(named)}, not both")
         if self.lora_rank and not (self.init and self.task == "model"):

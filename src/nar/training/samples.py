@@ -67,6 +67,7 @@ class Samples:
         rows: np.ndarray,
         counts: np.ndarray | None = None,
         *,
+        prefix: Condition | None = None,
         views: np.ndarray | None = None,
         wordings: np.ndarray | None = None,
         composed: np.ndarray | None = None,
@@ -74,7 +75,8 @@ class Samples:
         """Codes (b, *grid) of samples, and their condition on the CPU or a text encoder's device.
 
         `views`, `wordings` and `composed` (b,) are numbers in [0, 1) that pick a view, a wording and perhaps a composed
-        scene in place of the sample; None takes the first, and no scene. `counts` (b,) are those of given frames.
+        scene in place of the sample; None takes the first, and no scene. `counts` (b,) are those of given frames, in
+        whose place a `prefix` may be given.
         """
         codes = self.codes.read(rows, views)
         conditioned = rows
@@ -90,8 +92,10 @@ class Samples:
             parts.append(ClassCondition(torch.from_numpy(self._labels[conditioned])))
         if self._words is not None:
             parts.append(self._words.read(conditioned, wordings))
-        if (prefix := self._continuation.prefix) and counts is not None:
-            given = codes[:, : prefix[0]] if self._continuation.causal else np.zeros_like(codes)
+        if prefix is not None:
+            parts.append(prefix)
+        elif (grid := self._continuation.prefix) and counts is not None:
+            given = codes[:, : grid[0]] if self._continuation.causal else np.zeros_like(codes)
             for count, still in self._given.items():
                 taken = counts == count
                 given[taken] = still.read(rows[taken], None if views is None else views[taken])
