@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -66,7 +67,6 @@ def test_mistakes_are_named(recipe: str, override: str, message: str) -> None:
         ("name: a\nname: b", "mine.yaml is not valid YAML: key 'name' is given twice"),
         ("name: " + "[" * 5000, "mine.yaml is not valid YAML: nested too deeply"),
         ("name: !!python/name:os.system", "mine.yaml is not valid YAML: could not determine a constructor"),
-        ("name: null", "recipe mine: name must be text, not None"),
         ("name: [a]", "recipe mine: name must be text, not"),
         ("base: [1]", "mine.yaml: base must be the name of a recipe, or a YAML file, not list"),
         ("base: mine.yaml", "mine.yaml: its base leads back to it"),
@@ -87,9 +87,36 @@ def test_a_base_lies_beside_the_recipe(tmp_path: Path) -> None:
     assert (made.name, made.batch_size, made.group.rate) == ("mine", 9, 0.5)
 
 
-@pytest.mark.parametrize("text", ["pics #2", "2024", "[x]", "null", "a: b", "'x'", "", "~", "${oc.env:HOME}", "a=b"])
+@pytest.mark.parametrize("text", ["pics #2", "2024", "[x]", "nulls", "a: b", "'x'", "", "~", "${oc.env:HOME}", "a=b"])
 def test_text_is_taken_as_it_is_typed(recipe: str, text: str) -> None:
     assert load(Schema, recipe, [f"name={text}"]).name == text
+
+
+def test_null_empties_what_may_be_empty(tmp_path: Path, recipe: str) -> None:
+    assert load(Schema, recipe, ["name=null", "words=null"]) == Schema(group=Group(rate=0.5))
+    (tmp_path / "more.yaml").write_text("base: mine.yaml\nname: null\n")
+    assert load(Schema, str(tmp_path / "more.yaml")).name == ""
+
+
+def test_a_key_may_replace_others(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Lengths:
+        REPLACED: ClassVar = {"epochs": ("steps", "most"), "steps": ("epochs", "most")}
+        epochs: float = 0.0
+        steps: int = 0
+        most: int = 9
+
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 3\nmost: 4\n")
+    (tmp_path / "more.yaml").write_text("base: mine.yaml\nsteps: 7\n")
+    assert load(Lengths, str(path)) == Lengths(3.0, 0, 4)
+    assert load(Lengths, str(path), ["steps=5"]) == Lengths(0.0, 5)
+    assert load(Lengths, str(path), ["epochs=0", "steps=5"]) == Lengths(0.0, 5)
+    assert load(Lengths, str(path), ["epochs=null", "steps=5", "most=6"]) == Lengths(0.0, 5, 6)
+    assert load(Lengths, str(path), ["most=6"]) == Lengths(3.0, 0, 6)
+    assert load(Lengths, str(tmp_path / "more.yaml")) == Lengths(0.0, 7)
+    assert load(Lengths, str(path), ["steps=5"], layers=[{"epochs": "2"}]) == Lengths(0.0, 5)
+    assert load(Lengths, str(path), layers=[{"steps": "2", "most": "1"}]) == Lengths(0.0, 2, 1)
 
 
 def test_text_that_may_be_missing(recipe: str) -> None:

@@ -25,7 +25,7 @@ from nar.storage.presets import PRESETS
 from nar.training import tasks
 from nar.training.optim import OptimConfig, learning_rate_factor
 from nar.training.recipe import Recipe
-from nar.training.tasks import run_recipe
+from nar.training.tasks import read_recipe, run_recipe
 from training_runs import equal, nar, recipe, tokenizer_recipe, weights
 
 MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
@@ -155,7 +155,7 @@ BSQ = "causal_tokenizer.quantizer=bsq causal_tokenizer.code_dim=12"
         ("toy-tokenizer", "engine.activation_checkpointing=true", r"engine\.activation_checkpointing has no effect"),
         ("clips-tokenizer", f"{BSQ} tokenizer_loss.kmeans_steps=3", "kmeans_steps 3 is of quantizer vq: .* of bsq"),
         ("clips-tokenizer", f"{BSQ} tokenizer_loss.codebook_decay=0.9", r"codebook_decay 0\.9 is of quantizer vq"),
-        ("toy", "tokenizer.vocab_size=64", r"tokenizer has no effect on a model; .*toy-tokenizer.*tokenizer_path"),
+        ("toy", "tokenizer.vocab_size=64", r"tokenizer has no effect on a model; .*task=tokenizer.*tokenizer_path"),
         ("fashion", "adversary.weight=0.5", "adversary has no effect on a model"),
         ("fashion", "train_encoder=false", "train_encoder has no effect"),
         ("toy", "data.augment=flip", r"data\.augment is for tokenizers: models learn the codes of data\.views"),
@@ -194,6 +194,63 @@ def test_own_pictures_in_one_command(tmp_path: Path) -> None:
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
     nar("sample", run / "model", "--class-label", "cats", "-n", "2", "-o", tmp_path / "out.npz")
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 32, 32, 3)
+
+
+def short_recipes(folder: Path) -> list[str]:
+    """Recipes of a tokenizer and a model that take a second, as overrides; with settings for up to 100 pictures."""
+    (folder / "tokenizer.yaml").write_text(
+        "base: my-pictures-tokenizer\ndata: {size: 32}\nsteps: 2\n"
+        "tokenizer: {vocab_size: 256, channels: 8, latent_channels: 8}\noptim: {warmup_images: 0}\n"
+        "by_count: {100: {tokenizer: {vocab_size: 128}}}\n"
+    )
+    (folder / "model.yaml").write_text(
+        f"base: my-pictures\ntokenizer_recipe: {folder / 'tokenizer.yaml'}\ndata: {{size: 32}}\nepochs: 3\n"
+        "model: {dim: 32, num_layers: 1, num_heads: 2, hidden_dim: 64}\noptim: {warmup_images: 0}\n"
+        "by_count: {100: {data: {heldout_share: 0.2}, epochs: 1}, 10: {epochs: 2}}\n"
+    )
+    return [str(folder / "model.yaml"), f"data={own_folder(folder / 'data')}", f"run={folder / 'run'}"]
+
+
+def test_small_sets_have_settings_of_their_own(tmp_path: Path) -> None:
+    name, *given = short_recipes(tmp_path)
+    recipe = read_recipe(name, given)
+    assert (recipe.epochs, recipe.data.heldout_share) == (1.0, 0.2)
+    assert recipe.by_count == {"24": {"data": {"heldout_share": "0.2"}, "epochs": "1"}}
+    assert read_recipe(name, [*given, "steps=4"]).steps == 4
+    (tmp_path / "more.yaml").write_text("base: model.yaml\nbatch_size: 8\n")
+    assert read_recipe(str(tmp_path / "more.yaml"), given).epochs == 3, "what base hands on has no by_count"
+
+
+def test_the_tokenizer_is_set_in_the_same_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name, *given = short_recipes(tmp_path)
+    advice = ["tokenizer_loss.kmeans_steps=1", "tokenizer_recipe.batch_size=8", "steps=2"]
+    with pytest.warns(UserWarning, match=r"only 4x4 codes, .* or tokenizer.channel_multipliers=\[1,2,3\]"):
+        assert run_recipe(name, [*given, *advice]) is not None
+    config = json.loads((tmp_path / "run/tokenizer/model/config.json").read_text())
+    made_with = config["training"]["config"]
+    assert (made_with["tokenizer_loss"]["kmeans_steps"], made_with["batch_size"]) == (1, 8)
+    assert config["tokenizer"]["vocab_size"] == 128
+    said = capfd.readouterr().err
+    assert "2 steps of 8; " in said
+    assert "(so few: tokenizer.vocab_size=128)" in said
+    with pytest.raises(ValueError, match="no tokenizer is trained, as one is given"):
+        read_recipe(name, [*given, *advice, "tokenizer_path=emoji/tokenizer"])
+    with pytest.raises(ValueError, match=r"unknown key 'tokenizer_loss.kmeans_step' in recipe tokenizer"):
+        read_recipe(name, [*given, "tokenizer_loss.kmeans_step=1"])
+
+
+def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nar.training.loop.TRIAL_SECONDS", 0.1)
+    path, run = tokenizer_recipe(tmp_path, checkpoint_every=1000), tmp_path / "run"
+    given = [f"run={run}", "minutes=0.02"]
+    folder = run_recipe(str(path), given)
+    assert folder is not None
+    record = json.loads((folder / "config.json").read_text())["training"]
+    steps = record["config"]["steps"]
+    assert (record["config"]["num_images"], record["config"]["minutes"]) == (0, 0.02)
+    assert record["images_seen"] == steps * record["config"]["batch_size"] > 0
+    monkeypatch.setattr("nar.training.tasks.steps_within", lambda *_: 10**6)
+    assert run_recipe(str(path), given) == folder, "it is finished, whatever a new trial would find"
 
 
 def test_a_part_of_a_group_may_count_for_nothing() -> None:

@@ -200,8 +200,14 @@ def test_plans_end_after_images_or_epochs() -> None:
     assert Plan(batch_size=10, epochs=3).num_steps(100) == 30
     assert Plan(batch_size=10, epochs=3, images_between=(500, 900)).num_steps(100) == 50
     assert Plan(batch_size=10, epochs=3, images_between=(500, 900)).num_steps(1000) == 90
-    with pytest.raises(ValueError, match="either num_images or epochs must be set"):
+    with pytest.raises(
+        ValueError, match="one of num_images, epochs, steps, minutes says how long the run is; found none"
+    ):
+        Plan()
+    with pytest.raises(ValueError, match=r"how long the run is; found num_images=5 and epochs=5"):
         Plan(num_images=5, epochs=5)
+    assert Plan(steps=8).num_steps(100) == 8
+    assert Plan(minutes=3, steps=8).num_steps(100) == 8
 
 
 def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ Knows files and keys; does not know what the keys mean, that is up to the datacl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from nar.storage.fields import checked, from_dict, kinds, suggestion, unwrap
+from nar.storage.fields import checked, emptied, from_dict, kinds, suggestion, unwrap
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Schema = TypeVar("Schema")
@@ -33,11 +33,15 @@ def find_recipe(name: str) -> Path:
 
 
 @checked
-def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Schema:
+def load(
+    schema: type[Schema], recipe: str, overrides: Sequence[str] = (), *, layers: Sequence[Mapping[str, Any]] = ()
+) -> Schema:
     """Merge a recipe and `key=value` overrides (dots reach into groups) into `schema`, a frozen dataclass.
 
     A recipe may name another one as its `base` (a file's path is that from the recipe), and then holds what differs.
-    The value of an override is taken as it is typed where the key holds text, and is read as YAML elsewhere.
+    The value of an override is taken as it is typed where the key holds text, and is read as YAML elsewhere; null
+    empties a key that may be empty. `layers` are nested settings between recipe and overrides. Where the schema has
+    `REPLACED`, a key that is given takes the place of those named there for it, of everything before.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or what the dataclass's
@@ -45,23 +49,26 @@ def load(schema: type[Schema], recipe: str, overrides: Sequence[str] = ()) -> Sc
         FileNotFoundError: no such recipe.
     """
     path = find_recipe(recipe)
-    values, known = _read(path, ()), kinds(schema)
+    replaced: Mapping[str, Sequence[str]] = getattr(schema, "REPLACED", {})
+    values, given = _read(path, (), replaced), dict[str, Any]()
+    known, empty = kinds(schema), emptied(schema)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must be key=value, such as batch_size=64")
         if key not in known:
             raise ValueError(f"unknown key {key!r} in recipe {path.stem}{suggestion(key, known)}")
-        plain, _, optional = unwrap(known[key])
-        literal = plain is str and not (optional and value == "null")
+        literal = unwrap(known[key])[0] is str and not (value == "null" and key in empty)
         nested: Any = value if literal else _parse(value, f"override {override!r}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        values = _merged(values, nested)
+        given = _merged(given, nested)
+    for above in (*layers, given):
+        values = _over(values, above, replaced)
     return from_dict(schema, values, f"recipe {path.stem}", text=True)
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, readers: tuple[Path, ...], replaced: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """A recipe with its bases below it; `readers` are the recipes that it is the base of."""
     if path.resolve() in readers:
         raise ValueError(f"{path.name}: its base leads back to it")
@@ -76,9 +83,10 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path.name}: base must be the name of a recipe, or a YAML file, not {type(base).__name__}")
     beside = path.parent / base
     below = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else find_recipe(base)
-    inherited = _read(below, (*readers, path.resolve()))
-    inherited.pop("cuda_recipe", None)  # speaks of the base itself
-    return _merged(inherited, values)
+    inherited = _read(below, (*readers, path.resolve()), replaced)
+    for key in ("cuda_recipe", "by_count"):  # they speak of the base itself
+        inherited.pop(key, None)
+    return _over(inherited, values, replaced)
 
 
 def _parse(text: Any, origin: str) -> Any:
@@ -104,7 +112,14 @@ def _parse(text: Any, origin: str) -> Any:
         raise ValueError(f"{origin} is not valid YAML: {reason}") from None
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _over(below: dict[str, Any], above: Mapping[str, Any], replaced: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Settings over earlier ones, some of which they take the place of."""
+    given = [key for key in above if key in replaced and str(above[key]).strip("0.") not in ("", "None")]
+    gone = {name for key in given for name in replaced[key]}
+    return _merged({key: value for key, value in below.items() if key not in gone}, above)
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values, those of `above` before those of `below`."""
     merged = dict(below)
     for key, value in above.items():
@@ -115,7 +130,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every value in which two nested dicts differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -123,9 +138,10 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The values of nested keys by their dotted names; tuples as lists."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -139,6 +139,22 @@ def filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     return {**defaults, **values, **{key: filled(values[key], defaults[key]) for key in groups}}
 
 
+def emptied(schema: type, prefix: str = "") -> set[str]:
+    """The dotted names of the fields that null empties: those that may be None, or are empty or 0 by default."""
+    found = set()
+    for field in dataclasses.fields(schema):
+        kind = _own_kinds(schema)[field.name]
+        if _may_be_empty(field) or unwrap(kind)[2]:
+            found.add(f"{prefix}{field.name}")
+        if (group := _group(kind)) is not None:
+            found |= emptied(group, f"{prefix}{field.name}.")
+    return found
+
+
+def _may_be_empty(field: dataclasses.Field[Any]) -> bool:
+    return isinstance(field.default, str | int | float | tuple) and not field.default and field.default is not False
+
+
 def unwrap(kind: Any) -> tuple[Any, list[Any], bool]:
     """A type without what is wrapped around it, the limits of its values, and whether None is one."""
     limits: list[Any] = []
@@ -193,7 +209,9 @@ def _build(schema: type[Schema], values: Any, base: Any, prefix: str, text: bool
             if base is None and field.default is field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{key} is missing")
         elif group is None or (values[field.name] is None and unwrap(kind)[2]):
-            found[field.name] = _checked(values[field.name], kind, key, text)
+            given = values[field.name]
+            empty = text and given is None and _may_be_empty(field)
+            found[field.name] = field.default if empty else _checked(given, kind, key, text)
         else:
             inner = getattr(base, field.name, None)
             if base is None and field.default_factory is not dataclasses.MISSING:

@@ -86,6 +86,9 @@ class Task:
         raise NotImplementedError
 
 
+TRIAL_SECONDS, TRIAL_LEAST = 8.0, 4  # of steps that are tried to find their time, and their least number
+
+
 Metrics = Callable[[nn.Module, Task], dict[str, float]]
 """Called with the averaged module and its task whenever previews are sampled; what it returns is logged."""
 
@@ -108,6 +111,37 @@ def train(
     run = _Run(task, plan, record, workers, metrics)
     run.resume(start)
     return run.export() if run.finish() else None
+
+
+def steps_within(seconds: float, task: Task, plan: Plan, workers: Workers) -> int:
+    """How many steps of a plan, with their measurements, take so long here: some are tried for a few seconds.
+
+    The task is used up.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        _check(task, plan, workers)
+    state, times, moment = _State(task, plan, workers), list[float](), time.monotonic()
+    with ExitStack() as stack:
+        for step, batches, fetched in _ahead(task, plan, workers, range(plan.num_steps(task.num_samples)), stack):
+            _backward(state, plan, workers, step, batches, fetched)
+            for optimizer in state.optimizers:
+                optimizer.step()
+            task.after_step(step, plan.steps, torch.Generator().manual_seed(_mix(plan.seed, step)))
+            update_average(state.average, task.module, step, plan.ema_decay)
+            before, moment = moment, time.monotonic()
+            times.append(moment - before)
+            spent = workers.sum(torch.tensor(sum(times), device=workers.device)) / workers.count
+            if float(spent) > min(TRIAL_SECONDS, seconds / 4) and step >= TRIAL_LEAST:
+                break
+    averaged = state.averaged()
+    task.evaluate(averaged)
+    if workers.first:
+        task.preview(averaged)
+    measuring, stepping = time.monotonic() - moment, float(np.median(times[1:]))
+    both = workers.sum(torch.tensor([stepping, measuring], device=workers.device)) / workers.count
+    stepping, measuring = both.tolist()
+    return max(1, int((seconds - measuring) / (stepping + measuring / plan.preview_every)))
 
 
 def share(count: int, size: int, workers: Workers) -> list[slice]:
@@ -207,7 +241,8 @@ class _Run:
         processes = f"{self.workers.count} processes, " if self.workers.count > 1 else ""
         goes_on = f", goes on after step {self.first_step:,}" if self.first_step else ""
         return (
-            f"training {self.folder}: {self.task.summary}; {self.num_steps:,} steps of {self.plan.batch_size}{goes_on}"
+            f"training {self.folder}: {self.task.summary}; {self.num_steps:,} steps of {self.plan.batch_size}"
+            f"{f' ({self.plan.minutes:g} minutes)' if self.plan.minutes else ''}{goes_on}"
             f"; {self._num_parameters:,} parameters; {processes}{name}, {engine.precision}"
         )
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from nar.storage.fields import NotNegative, OneOf, Range, Size, check
 from nar.training.distributed import Engine
 from nar.training.optim import OptimConfig
 
+LENGTHS = ("num_images", "epochs", "steps", "minutes")
 # Settings that touch no weights.
-_FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every", "cuda_recipe"}
+_FREE = {"about", "run", "prompts", "keep_last", "log_every", "checkpoint_every", "cuda_recipe", "by_count"}
 _FREE_ENGINE = {"device", "workers"}
 
 
@@ -22,10 +23,24 @@ _FREE_ENGINE = {"device", "workers"}
 class Plan:
     """How long and how a run trains, and what it leaves. The `*_every` count steps.
 
-    It ends after `num_images`, or where that is 0 after `epochs` of the data, but within `images_between`. `export` is
-    which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
-    held-out loss. `keep_last` checkpoints are kept, and the best one.
+    Attributes:
+        run: the folder of the run.
+        optim: rates and decays, and which optimizers.
+        engine: processes, devices, number formats.
+        batch_size: samples of a step, over all processes and pieces.
+        num_images, epochs, steps, minutes: the length; one of them, of which a later one replaces an earlier one.
+            `epochs` are cut to `images_between` where both are given together. `minutes` become `steps` by a short
+            measurement when the run begins.
+        images_between: the fewest and most images of `epochs`.
+        ema_decay: of the averaged weights, a step.
+        seed: of everything random.
+        log_every, preview_every, checkpoint_every: steps between records, measurements with previews, checkpoints.
+        keep_last: checkpoints that are kept, beside the best one.
+        export: which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
+            held-out loss.
     """
+
+    REPLACED: ClassVar = dict.fromkeys(LENGTHS, (*LENGTHS, "images_between"))  # see `nar.storage.config.load`
 
     run: str = "runs/default"
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -33,6 +48,8 @@ class Plan:
     batch_size: Size = 64
     num_images: Annotated[int, Range(0)] = 0
     epochs: NotNegative = 0.0
+    steps: Annotated[int, Range(0)] = 0
+    minutes: NotNegative = 0.0
     images_between: tuple[int, int] = (0, 2**62)
     ema_decay: Annotated[float, Range(0, below=1)] = 0.999
     seed: int = 0
@@ -44,14 +61,17 @@ class Plan:
 
     def __post_init__(self) -> None:
         check(self)
-        if (self.num_images > 0) == (self.epochs > 0):
-            both = f"num_images={self.num_images} and epochs={self.epochs}"
-            raise ValueError(f"either num_images or epochs must be set, not {both}")
+        given = [name for name in LENGTHS if getattr(self, name)]
+        if len(given) != 1 and given != ["steps", "minutes"]:  # minutes that have become steps
+            found = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "none"
+            raise ValueError(f"one of {', '.join(LENGTHS)} says how long the run is; found {found}")
         if self.images_between[0] > self.images_between[1]:
             raise ValueError(f"images_between must be two rising numbers, not {self.images_between}")
 
     def num_steps(self, num_samples: int) -> int:
         """Steps of the whole training, on a set of `num_samples`."""
+        if self.steps:
+            return self.steps
         low, high = self.images_between
         return math.ceil((self.num_images or min(max(self.epochs * num_samples, low), high)) / self.batch_size)
 

@@ -25,8 +25,9 @@ from nar.training.edits import EditConfig
 from nar.training.plan import Plan
 from nar.training.prior import PriorConfig
 
-# Groups with the sizes of a tokenizer to train; the first where no other is given.
+# Groups with the sizes of a tokenizer to train, the first where no other is given; and all that speak of tokenizers.
 _TOKENIZERS = ("tokenizer", "causal_tokenizer", "video_tokenizer", "multiscale_tokenizer")
+OF_TOKENIZERS = frozenset((*_TOKENIZERS, "tokenizer_loss", "adversary", "prior", "train_encoder"))
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,14 @@ class Recipe(Plan):
     `video_tokenizer` for clips, `multiscale_tokenizer` for pictures as codes of growing scales.
 
     A model needs a tokenizer: that in `tokenizer_path`, or the one that comes with `data.codes`, or one that is first
-    trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run.
+    trained with `tokenizer_recipe` on the same data, in the folder `tokenizer` of the run; `tokenizer_overrides` are
+    overrides of that recipe.
+
+    `by_count` has settings for small sets: those of the smallest number that is not below the number of pictures and
+    clips come after the rest of the recipe, and before overrides.
 
     `cuda_recipe` names the recipe that is taken in place of this one where there is a GPU, with the same overrides; it
-    is no part of what `base` hands on.
+    is no part of what `base` hands on, as `by_count` is not.
 
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
@@ -93,6 +98,8 @@ class Recipe(Plan):
     train_encoder: bool = True
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
+    tokenizer_overrides: tuple[str, ...] = ()
+    by_count: dict[str, Any] = field(default_factory=dict)
     cuda_recipe: str = ""
     lora_rank: Length = 0
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
@@ -110,6 +117,8 @@ class Recipe(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "given_frames", tuple(sorted(self.given_frames)))
+        if wrong := [count for count in self.by_count if not count.isdecimal()]:
+            raise ValueError(f"by_count has settings for numbers of pictures, such as 1000, not {wrong[0]!r}")
         if self.frame_dropout and 0 not in self.given_frames:
             raise ValueError(f"frame_dropout {self.frame_dropout} needs 0 among given_frames, such as [0, 1, 6]")
         if self.edit and (self.given_frames or self.data.composed or self.data.codes):
@@ -157,13 +166,12 @@ class Recipe(Plan):
 
     def _check_model(self) -> None:
         """Refuse settings that the training of a model would pass over."""
-        of_tokenizers = {*_TOKENIZERS, "tokenizer_loss", "adversary", "prior", "train_encoder"}
         for known in dataclasses.fields(Recipe):
             default = known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
-            if known.name in of_tokenizers and getattr(self, known.name) != default:
+            if known.name in OF_TOKENIZERS and getattr(self, known.name) != default:
                 raise ValueError(
-                    f"{known.name} has no effect on a model; set it for the tokenizer's own recipe "
-                    f"({self.tokenizer_recipe or 'task=tokenizer'}), and give what that trains as tokenizer_path"
+                    f"{known.name} has no effect on a model; set it for a recipe with task=tokenizer, and give what "
+                    "that trains as tokenizer_path"
                 )
         if not self.init:
             self.check_null_class(self.model)

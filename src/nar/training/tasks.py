@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ from typing import Any
 import torch
 
 from nar.data.config import recorded
-from nar.storage.config import difference, load
+from nar.data.source import Source
+from nar.storage.config import difference, leaves, load
 from nar.storage.fields import filled
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.checkpoint import last_record, named
 from nar.training.distributed import Workers, joined
 from nar.training.lock import locked
-from nar.training.loop import Metrics, train
+from nar.training.loop import Metrics, steps_within, train
 from nar.training.models import ModelTask
-from nar.training.plan import of_weights
-from nar.training.recipe import Recipe
+from nar.training.plan import LENGTHS, of_weights
+from nar.training.recipe import OF_TOKENIZERS, Recipe
 from nar.training.samples import facts
 from nar.training.tokenizers import TokenizerTask
+
+FIRST_SHARE = 1 / 3  # of a recipe's `minutes`, for the tokenizer that it trains first
+TRIAL_STEPS = 1000  # that the curves of a trial think there are; it ends after seconds
 
 
 def run_recipe(
@@ -35,13 +39,53 @@ def run_recipe(
     Running it again resumes, from the newest checkpoint or from `start`, such as "step-200"; with `override` also with
     other settings. `metrics` is called with the averaged module whenever previews are sampled.
     """
-    # The short form of the command line: data=FOLDER.
-    overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
-    recipe = load(Recipe, name, overrides)
-    if recipe.cuda_recipe and recipe.engine.device in ("auto", "cuda") and torch.cuda.is_available():
-        recipe = load(Recipe, recipe.cuda_recipe, overrides)
+    recipe = read_recipe(name, overrides)
     with joined(recipe.engine.device) as workers:
         return _run(recipe, workers, override=override, start=start, metrics=metrics)
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a command means, on this machine and for this number of pictures.
+
+    Overrides of the tokenizer that a model's recipe trains first are those of its groups (`tokenizer.vocab_size=256`),
+    and others behind `tokenizer_recipe.` (`tokenizer_recipe.epochs=10`).
+    """
+    # The short form of the command line: data=FOLDER.
+    overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
+    own = [given for given in overrides if not _of_tokenizer(given)]
+    recipe = load(Recipe, name, own)
+    if recipe.cuda_recipe and recipe.engine.device in ("auto", "cuda") and torch.cuda.is_available():
+        name = recipe.cuda_recipe
+        recipe = load(Recipe, name, own)
+    if recipe.task == "tokenizer" or not recipe.tokenizer_recipe:
+        own = overrides
+    if others := [given.removeprefix("tokenizer_recipe.") for given in overrides if given not in own]:
+        if recipe.tokenizer_path or recipe.data.codes:
+            raise ValueError(f"{others[0]} has no effect: no tokenizer is trained, as one is given; leave it out")
+        load(Recipe, recipe.tokenizer_recipe, others)  # says what is wrong with them
+        own.append(f"tokenizer_overrides={json.dumps([*recipe.tokenizer_overrides, *others])}")
+    return _fitted(name, own, recipe.run, None if recipe.data.codes or not recipe.data.source else recipe.data.open)
+
+
+def _of_tokenizer(override: str) -> bool:
+    group, dot, _ = override.partition("=")[0].partition(".")
+    return group in OF_TOKENIZERS or (group == "tokenizer_recipe" and bool(dot))
+
+
+def _fitted(name: str, overrides: Sequence[str], run: str, sources: Callable[[], Sequence[Source]] | None) -> Recipe:
+    """A recipe with what its `by_count` has for these sources. It then holds that alone, under their number.
+
+    A run that was begun before there was `by_count` goes on as it was.
+    """
+    recipe = load(Recipe, name, overrides)
+    begun = last_record(Path(run))
+    if not recipe.by_count or sources is None or (begun and "by_count" not in begun["config"]):
+        return recipe
+    count = sum(map(len, sources()))
+    limits = [limit for limit in sorted(map(int, recipe.by_count)) if count <= limit]
+    settings = recipe.by_count[str(limits[0])] if limits else {}
+    recipe = load(Recipe, name, overrides, layers=[settings])
+    return dataclasses.replace(recipe, by_count={str(count): settings})
 
 
 def _run(
@@ -67,19 +111,30 @@ def _run(
         if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
             recipe = dataclasses.replace(recipe, tokenizer_path=str(find_model(recipe.init) / "tokenizer"))
         if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
-            folder = _run(_first(recipe), workers, override=override)
+            folder = _run(_first(recipe, sources), workers, override=override)
             if folder is None:
                 return None
             recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
         kind = TokenizerTask if recipe.task == "tokenizer" else ModelTask
+        if recipe.minutes and not recipe.steps:
+            seconds = 60 * recipe.minutes * (1 - FIRST_SHARE if recipe.tokenizer_recipe else 1)
+            trial = dataclasses.replace(recipe, minutes=0.0, steps=TRIAL_STEPS)
+            steps = steps_within(seconds, kind(trial, workers, sources), trial, workers)
+            recipe = dataclasses.replace(recipe, steps=steps)
+            config["steps"] = steps
         task = kind(recipe, workers, sources)
+        if chosen := ", ".join(f"{key}={value}" for part in recipe.by_count.values() for key, value in leaves(part)):
+            task.summary += f" (so few: {chosen})"
         record = {"config": config, "data": data}
         return train(task, recipe, record, workers, start=start, metrics=metrics)
 
 
 def _as_begun(recipe: Recipe) -> Recipe:
-    """A recipe with the split of the run that it goes on with, if that was begun before `data.group_without` was."""
+    """A recipe as the run that it goes on with was begun: with the steps that its minutes became, and with the split of
+    that time if it was before `data.group_without` was."""
     record = last_record(Path(recipe.run))
+    if recipe.minutes and record and record["config"].get("minutes") == recipe.minutes:
+        recipe = dataclasses.replace(recipe, steps=record["config"]["steps"])
     data = record["config"].get("data", {}) if record else {}
     if not data or "group_without" in data or recipe.data.group_without:
         return recipe
@@ -87,9 +142,14 @@ def _as_begun(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, group_without=without))
 
 
-def _first(recipe: Recipe) -> Recipe:
+def _first(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     """What trains the tokenizer of a model's recipe, on the same data."""
-    first = load(Recipe, recipe.tokenizer_recipe, [f"run={Path(recipe.run) / 'tokenizer'}"])
+    run = str(Path(recipe.run) / "tokenizer")
+    within = [f"minutes={recipe.minutes * FIRST_SHARE}"] if recipe.minutes else []
+    if any(given.split("=")[0] in LENGTHS for given in recipe.tokenizer_overrides):
+        within = []
+    overrides = [f"run={run}", *within, *recipe.tokenizer_overrides]
+    first = _fitted(recipe.tokenizer_recipe, overrides, run, lambda: sources)
     if first.task != "tokenizer":
         raise ValueError(f"tokenizer_recipe {recipe.tokenizer_recipe} trains a model; give the recipe of a tokenizer")
     engine = dataclasses.replace(first.engine, device=recipe.engine.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from nar.metrics.networks.perceptual import EfficientNetDistance, Lpips, load_lp
 from nar.metrics.reconstruction import code_use, psnr, squared_error, ssim
 from nar.storage.folder import find_model, load_state, read_config, read_weights
 from nar.tokenizer import Tokenizer, new_tokenizer
+from nar.tokenizer.image import ImageTokenizerConfig
 from nar.tokenizer.quantize import BinaryQuantizer
 from nar.training.adversary import Adversary
 from nar.training.batches import Batch
@@ -33,6 +35,7 @@ from nar.training.prior import Prior
 from nar.training.recipe import Recipe, TokenizerLossConfig
 from nar.training.samples import summary
 
+FEWEST_CODES = 8  # a side, for pictures that are more than blobs
 _HELDOUT = 2000  # held-out samples that are measured
 _IN_MEMORY = 2**31  # bytes of decoded samples that are kept
 _OF_TRAINING = {"stochastic", "temperature"}  # of a tokenizer's settings; the others say what its codes mean
@@ -59,6 +62,8 @@ class TokenizerTask(Task):
         self.heldout = load_pictures(heldout.take(spread_rows(len(heldout), _HELDOUT)), size=recipe.data.size)
         sample = self.heldout.images[:1]
         self.module.check_pixels(as_pixels(sample))
+        if workers.first and (few := self._few_codes()):
+            warnings.warn(few, stacklevel=2)
         if recipe.data.augment == "loop" and sample.ndim != 5:
             raise ValueError("data.augment loop is for clips, these are pictures; set data.augment=flip")
         if self.adversary is not None:  # it may begin to learn hours later
@@ -88,6 +93,22 @@ class TokenizerTask(Task):
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
             self.distance.to(workers.device)
+
+    def _few_codes(self) -> str:
+        """A warning where pictures are too small for this tokenizer, else nothing."""
+        config, size = self.recipe.tokenizer_config, self.recipe.data.size
+        side, patch = size // config.patch_size, config.patch_size
+        if (
+            side >= FEWEST_CODES
+            or size < FEWEST_CODES * 2
+            or self.recipe.tokenizer_group not in ("tokenizer", "causal_tokenizer")
+        ):
+            return ""
+        advice = f"data.size={FEWEST_CODES * patch}"
+        if isinstance(config, ImageTokenizerConfig):
+            depths = list(config.channel_multipliers)[: size.bit_length() - FEWEST_CODES.bit_length() + 1]
+            advice += f", or tokenizer.channel_multipliers={json.dumps(depths, separators=(',', ':'))}"
+        return f"pictures of {size}x{size} are only {side}x{side} codes, one for {patch}x{patch} pixels: take {advice}"
 
     @torch.no_grad()
     def _code_grid(self) -> tuple[int, ...]:
