@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from conftest import LAYOUTS, make_condition, make_model
 from nar import Pipeline, Sampling, Transformer, generate
 from nar.precision import convert
-from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Ticket, Work
+from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Ticket, Work, slot_bytes
 from nar.serving.engines import Cohort, Flight, Row
 
 WAIT = 60.0
@@ -90,11 +92,11 @@ def test_a_call_gets_its_pictures_and_partial_codes(toy: Pipeline, batcher: Batc
     expected = codes_alone(toy, work)
     assert torch.equal(torch.stack([done.codes for done in call.results()]), expected)
     assert [done.index for done in call.results()] == [0, 1]
-    partial: list[Partial] = call.of(Partial)
-    assert sorted((event.index, event.front, event.num_fronts) for event in partial) == [
+    early: list[Partial] = call.of(Partial)
+    assert sorted((event.index, event.front, event.num_fronts) for event in early) == [
         (0, 0, 7), (0, 3, 7), (1, 0, 7), (1, 3, 7)
     ]  # fmt: skip
-    for event in partial:
+    for event in early:
         decided = event.codes >= 0
         assert int(decided.sum()) == sum(range(event.front + 2))
         assert torch.equal(event.codes[decided], expected[event.index][decided])
@@ -117,6 +119,237 @@ def test_each_of_many_staggered_calls_is_what_it_is_alone(toy: Pipeline, batcher
             codes = torch.stack([done.codes for done in call.results()])
             assert torch.equal(codes, codes_alone(toy, call.work)), number
     assert (batcher.waiting, batcher.running, batcher.slots_used) == (0, 0, 0)
+
+
+class Held:
+    """A batcher whose engine waits inside a call of two results, until it is released."""
+
+    def __init__(self, batcher: Batcher, toy: Pipeline) -> None:
+        self.released, entered = threading.Event(), threading.Event()
+        work = Work(toy.requests([0, 0]), Sampling(), seed=1, key="held", partial_fronts=(0,))
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Partial):
+                entered.set()
+                self.released.wait(WAIT)
+
+        batcher.submit(work, on_event)
+        assert entered.wait(WAIT)
+
+
+@pytest.fixture
+def held(toy: Pipeline) -> Iterator[tuple[Batcher, threading.Event]]:
+    """Both of two slots are taken, and nothing moves before the event is set; three may wait, two of each key."""
+    batcher = Batcher(toy, slots=2, max_waiting=3, max_waiting_per_key=2)
+    released = Held(batcher, toy).released
+    yield batcher, released
+    released.set()
+    batcher.close(drain=False)
+
+
+def one(toy: Pipeline, **others: Any) -> Work:
+    return Work(toy.requests("pear"), Sampling(), seed=3, **others)
+
+
+def test_a_full_queue_refuses_before_anything_is_done(
+    toy: Pipeline, held: tuple[Batcher, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher, released = held
+    original, prepared = toy.prepared, list[object]()
+    monkeypatch.setattr(toy, "prepared", lambda *arguments: prepared.append(arguments) or original(*arguments))
+    calls = [Call(batcher, one(toy, key=key)) for key in "aab"]
+    while batcher.front_seconds == 0 or len(prepared) < 3:
+        time.sleep(0.01)
+    late = one(toy, key="c")
+    tracemalloc.start()
+    for _ in range(200):
+        with pytest.raises(Refused, match="3 results are waiting for 2 slots, at most 3 may") as refused:
+            batcher.submit(late, calls[0].on_event)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.reason == "overloaded"
+    assert 0 < refused.value.retry_after_seconds <= 14 * batcher.front_seconds
+    assert (batcher.waiting, batcher.running, len(prepared)) == (3, 2, 3)
+    assert peak < 2**18
+    released.set()
+    for call in calls:
+        call.results()
+
+
+def test_a_key_has_its_own_limit(toy: Pipeline, held: tuple[Batcher, threading.Event]) -> None:
+    batcher, released = held
+    calls = [Call(batcher, one(toy, key="a")) for _ in range(2)]
+    with pytest.raises(Refused, match="3 results of this key would be waiting, at most 2 may") as refused:
+        Call(batcher, one(toy, key="a"))
+    assert refused.value.reason == "limit"
+    calls.append(Call(batcher, one(toy, key="b")))
+    released.set()
+    for call in calls:
+        call.results()
+
+
+def test_keys_take_turns(toy: Pipeline) -> None:
+    order = list[str]()
+    with closing(Batcher(toy, slots=1, max_waiting=20)) as batcher:
+        released = Held(batcher, toy).released
+        over = threading.Event()
+
+        def tell(key: str, event: Event) -> None:
+            order.extend([key] * isinstance(event, Done))
+            if len(order) == 8:
+                over.set()
+
+        for key in "aaaaaabb":
+            batcher.submit(one(toy, key=key), partial(tell, key))
+        released.set()
+        assert over.wait(WAIT)
+    assert "".join(order) == "ababaaaa"
+
+
+def test_deadlines(toy: Pipeline, held: tuple[Batcher, threading.Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, released = held
+    in_time = Call(batcher, one(toy, deadline_seconds=1000.0))
+    too_late = Call(batcher, one(toy, deadline_seconds=100.0))
+    monkeypatch.setattr("nar.serving.batcher.monotonic", lambda: time.monotonic() + 200.0)
+    released.set()
+    assert torch.equal(in_time.results()[0].codes, codes_alone(toy, in_time.work)[0])
+    with pytest.raises(Refused, match="the deadline of 100 s could not be met") as refused:
+        too_late.results()
+    assert refused.value.reason == "deadline"
+    assert too_late.of(Done) == []
+    with pytest.raises(Refused, match=r"it would take .* s, the deadline is after 1e-06 s") as refused:
+        Call(batcher, one(toy, deadline_seconds=1e-6))
+    assert refused.value.reason == "deadline"
+
+
+def test_a_cancelled_call_is_gone_within_a_front(toy: Pipeline, batcher: Batcher) -> None:
+    used, is_submitted = dict[int, int](), threading.Event()
+    calls = list[Call]()
+
+    class Leaving(Call):
+        def on_event(self, event: Event) -> None:
+            super().on_event(event)
+            assert is_submitted.wait(WAIT)
+            if isinstance(event, Partial) and event.front == 2:
+                self.ticket.cancel()
+                self.ticket.cancel()
+
+    class Staying(Call):
+        def on_event(self, event: Event) -> None:
+            super().on_event(event)
+            if isinstance(event, Partial):
+                used[event.front] = batcher.slots_used
+
+    work = one(toy, partial_fronts=range(7))
+    held = Held(batcher, toy)  # so that both begin together
+    calls = [Leaving(batcher, work), Staying(batcher, work)]
+    is_submitted.set()
+    held.released.set()
+    assert torch.equal(calls[1].results()[0].codes, codes_alone(toy, work)[0])
+    assert [event.front for event in calls[0].events] == [0, 1, 2]
+    assert used[3] < used[2]
+    assert (batcher.running, batcher.slots_used) == (0, 0)
+
+
+def test_a_poisoned_call_fails_alone(toy_folder: Path) -> None:
+    toy = Pipeline.from_pretrained(toy_folder, device="cpu")
+    works = [Work(toy.requests([label]), Sampling(2.0), seed=label) for label in range(3)]
+    alone = [codes_alone(toy, work)[0] for work in works]
+    with torch.no_grad():
+        toy.model.classes.weight[1] = torch.nan
+    original = toy.prepared
+
+    def prepared(requests: Any, *others: Any) -> Any:
+        if requests[0].label == 2:
+            raise RuntimeError("no words for it")
+        return original(requests, *others)
+
+    toy.prepared = prepared  # type: ignore[method-assign]
+    with closing(Batcher(toy, slots=3)) as batcher:
+        held = Held(batcher, toy)
+        calls = [Call(batcher, works[number]) for number in (0, 1, 2, 0)]
+        held.released.set()
+        for call in (calls[0], calls[3]):
+            assert torch.equal(call.results()[0].codes, alone[0])
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            calls[1].results()
+        with pytest.raises(RuntimeError, match="no words for it"):
+            calls[2].results()
+
+
+def test_an_on_event_that_fails_cancels_its_call(
+    toy: Pipeline, batcher: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Call):
+        def on_event(self, event: Event) -> None:
+            raise KeyError(event)
+
+    Failing(batcher, one(toy, partial_fronts=(0,)))
+    assert Call(batcher, one(toy)).results()
+    assert "its on_event failed" in caplog.text
+
+
+def test_closing(toy: Pipeline) -> None:
+    batcher = Batcher(toy, slots=1)
+    calls = [Call(batcher, one(toy)) for _ in range(3)]
+    batcher.close()
+    assert [len(call.of(Done)) for call in calls] == [1, 1, 1]
+    assert not batcher.is_alive()
+    with pytest.raises(Refused, match="shutting down") as refused:
+        Call(batcher, one(toy))
+    assert refused.value.reason == "closing"
+
+    batcher = Batcher(toy, slots=1)
+    assert batcher.is_alive()
+    held = Held(batcher, toy)
+    call = Call(batcher, one(toy))
+    threading.Timer(0.2, held.released.set).start()
+    batcher.close(drain=False)
+    with pytest.raises(Refused, match="shutting down"):
+        call.results()
+
+
+def test_what_is_refused_as_wrong(toy: Pipeline, batcher: Batcher) -> None:
+    with pytest.raises(ValueError, match=r"9 slots of [\d,]+ bytes do not fit memory_bytes [\d,]+: it holds 8"):
+        Batcher(toy, slots=9, memory_bytes=8 * slot_bytes(toy.model))
+    with pytest.raises(ValueError, match="69 results are asked for; 1 to 68 are taken at once"):
+        batcher.submit(Work(toy.requests(["pear"] * 69), Sampling(), seed=0), print)
+    with pytest.raises(ValueError, match="known must be whole numbers"):
+        batcher.submit(one(toy, known=torch.zeros(1, 3, 3)), print)
+    with pytest.raises(ValueError, match="num_frames is for models that make clips"):
+        batcher.submit(one(toy, num_frames=4), print)
+    with pytest.raises(ValueError, match="known holds 99"):
+        Call(batcher, one(toy, known=torch.full((1, 4, 4), 99))).results()
+
+
+def test_waits_are_predicted(toy: Pipeline, held: tuple[Batcher, threading.Event]) -> None:
+    batcher, _ = held
+    while batcher.front_seconds == 0:
+        time.sleep(0.01)
+    fronts = {name: round(wait / batcher.front_seconds) for name, wait in (
+        ("a slot", batcher.predicted_wait()),
+        ("one more", batcher.predicted_wait(one(toy))),
+        ("three more", batcher.predicted_wait(Work(toy.requests(["pear"] * 3), Sampling(), seed=0))),
+    )}  # fmt: skip
+    assert fronts["a slot"] in (6, 7)
+    assert fronts["one more"] - fronts["a slot"] == 7
+    assert fronts["three more"] - fronts["a slot"] == 14
+
+
+def test_words_and_codes_to_keep(words_folder: Path) -> None:
+    pipeline = Pipeline.from_pretrained(words_folder, device="cpu")
+    known = torch.full((2, 4, 4), -1)
+    known[1, :2] = 7
+    prompts = {"prompt": ["a red", "a cat"], "negative_prompt": ["", "red"]}
+    works = [
+        Work(pipeline.requests(**prompts), Sampling(2.0), seed=4, known=known),
+        Work(pipeline.requests(prompt=["", "a"]), Sampling(2.0, top_k=3), seed=5),
+    ]
+    with closing(Batcher(pipeline, slots=3)) as batcher:
+        for call in [Call(batcher, work) for work in works]:
+            codes = torch.stack([done.codes for done in call.results()])
+            assert torch.equal(codes, codes_alone(pipeline, call.work))
+    assert (codes_alone(pipeline, works[0])[1, :2] == 7).all()
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +443,33 @@ def test_rows_in_lock_step_are_what_they_are_alone() -> None:
     rows = rows_of(model, 12)
     codes = flown(Cohort(model, 5), rows, random.Random(3))
     check_alone(codes, model, rows)
+
+
+def test_slots_never_leak() -> None:
+    """10,000 times a row joins, leaves wherever it is, or all go on."""
+    model = convert(make_model("nar", grid=(2, 2), num_layers=1), "float32", "cpu")
+    condition, chance = make_condition(model, 10), random.Random(0)
+    rows = [Row(condition.rows(slice(number, number + 1)), None, Sampling(2.0), number, 0) for number in range(10)]
+    alone = [generate(model, row.condition, row.sampling, seed=row.seed)[0] for row in rows]
+    flight, flying, num_finished = Flight(model, 7), dict[int, int](), 0
+    for _ in range(10_000):
+        what = chance.random()
+        if what < 0.45:
+            number = chance.randrange(10)
+            assert flight.takes(rows[number]) == (len(flying) < 7)
+            if len(flying) < 7:
+                slot = flight.join(rows[number])
+                assert slot not in flying
+                flying[slot] = number
+        elif what < 0.9 and flying:
+            slot = chance.choice(list(flying))
+            del flying[slot]
+            flight.leave(slot)
+        elif flying:
+            advanced = flight.step()
+            assert {own.slot for own in advanced} == set(flying)
+            for slot in [own.slot for own in advanced if own.front == 2]:
+                num_finished += 1
+                assert torch.equal(flight.codes(slot), alone[flying.pop(slot)])
+                flight.leave(slot)
+    assert num_finished > 30

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import logging
 import math
 import threading
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,9 +120,9 @@ class Ticket:
             self.cancel()
         try:
             on_event(event)
-        except Exception as error:
+        except Exception:
             self.cancel()
-            warnings.warn(f"a call is cancelled, for its on_event failed: {error!r}", stacklevel=2)
+            logging.getLogger(__name__).exception("a call is cancelled, for its on_event failed")
 
 
 @dataclass(eq=False)
@@ -230,7 +230,9 @@ class Batcher:
         self._ticked = monotonic()
         self._changed = threading.Condition()
         threads = {"nar-engine": self._run, "nar-prepare": self._prepare_all}
-        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in threads.items()]
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True) for name, run in threads.items()
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -346,6 +348,18 @@ class Batcher:
         with self._changed:
             self._outstanding.pop(result, None)
             self._changed.notify_all()
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        """Run a thread; should it fail, nobody waits for it in vain."""
+        try:
+            run()
+        except BaseException as error:
+            with self._changed:
+                self._is_closing = True
+                tickets = list({result.ticket: None for result in self._outstanding})
+            for ticket in tickets:
+                ticket.tell(Failed(RuntimeError(f"the batcher has failed: {error!r}")))
+            raise
 
     @torch.inference_mode()
     def _run(self) -> None:
