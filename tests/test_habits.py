@@ -210,3 +210,16 @@ def test_notebooks(pipe: Pipeline, clips: Pipeline) -> None:
 def test_public_names_are_listed() -> None:
     assert set(nar.__all__) <= set(dir(nar))
     assert "Any" not in dir(nar)
+
+
+def test_one_head_may_decide(pipe: Pipeline, clips: Pipeline) -> None:
+    mean, *alone = (
+        pipe.with_heads(heads)([0, 1, 2], seed=3).codes for heads in ("mean", "horizontal", "vertical", "mean")
+    )
+    assert torch.equal(mean, pipe([0, 1, 2], seed=3).codes)
+    assert torch.equal(mean, alone[-1])
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(mean, alone[0])
+    with pytest.raises(ValueError, match="no temporal head can decide: this model has heads horizontal, vertical"):
+        pipe.with_heads("temporal")
+    assert clips.with_heads("temporal")("cross", seed=1).codes.shape == clips("cross", seed=1).codes.shape

@@ -157,3 +157,15 @@ def test_bad_values_are_refused() -> None:
         dataclasses.replace(good, weight=good.weight * 0.5)
     with pytest.raises(ValueError, match="right before"):
         dataclasses.replace(good, source=good.source.roll(1, 1))
+
+
+def test_one_row_may_decide_alone() -> None:
+    whole = manhattan((3, 4))
+    for row, first in ((0, {0, 4, 8}), (1, {0, 1, 2, 3})):  # the raster indices that the row does not predict
+        alone = whole.decided_by(row)
+        predicted = whole.weight[row] > 0
+        assert {*whole.order[~predicted].tolist()} == first - {0}
+        assert torch.equal(alone.weight[row, predicted], torch.ones(int(predicted.sum())))
+        assert torch.equal(alone.weight[:, ~predicted], whole.weight[:, ~predicted])
+        assert torch.equal(alone.source, whole.source)
+    assert torch.equal(whole.weight, manhattan((3, 4)).weight)

@@ -21,8 +21,10 @@ from nar.data.open import load_pictures
 from nar.data.split import families, held_out
 from nar.model import ModelConfig, Transformer
 from nar.storage.config import load, recipe_names
+from nar.storage.folder import without_weights
 from nar.storage.presets import PRESETS
 from nar.training import tasks
+from nar.training.models import equal_to_nar
 from nar.training.optim import OptimConfig, learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import read_recipe, run_recipe
@@ -352,3 +354,20 @@ def test_settings_that_came_after_a_run_began_are_no_change(tmp_path: Path, grou
     assert run_recipe(str(path), [f"run={run}"]) == run / "model"  # finished
     shutil.rmtree(run / "model")
     assert run_recipe(str(path), [f"run={run}"]) == run / "model"  # goes on from the last checkpoint
+
+
+@pytest.mark.parametrize("name", ["c2i-B-raster", "c2i-B-par", "c2v-L-raster"])
+def test_orders_are_compared_at_equal_depth_or_size(name: str) -> None:
+    config = load(Recipe, name, ["equal=parameters"]).model
+    ours = dataclasses.replace(config, schedule="manhattan", regions=()).complete()
+
+    def size(config: ModelConfig) -> int:
+        with without_weights():
+            return sum(parameter.numel() for parameter in Transformer(config).parameters())
+
+    assert equal_to_nar(config, "") is config
+    assert config.num_blocks < ours.num_blocks
+    deep, equal = equal_to_nar(config, "depth"), equal_to_nar(config, "parameters")
+    assert deep.num_blocks == equal.num_blocks == ours.num_blocks
+    assert size(deep) < size(ours)
+    assert abs(size(equal) / size(ours) - 1) < 5e-4

@@ -252,3 +252,12 @@ def test_guidance_needs_something_to_lead_away_from() -> None:
     model = make_model("frames-full")
     with pytest.raises(ValueError, match="given frames"):
         generate(model, make_condition(model, 1), Sampling(guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_head_alone_samples_what_the_reference_does(row: int) -> None:
+    model = make_model("nar")
+    alone, condition = model.decided_by(row), make_condition(model, 3)
+    codes = generate(alone, condition, Sampling(guidance_scale=1.5), seed=3)
+    assert torch.equal(codes, reference_generate(alone, condition, Sampling(guidance_scale=1.5), 3))
+    assert not torch.equal(codes, generate(model, condition, Sampling(guidance_scale=1.5), seed=3))

@@ -661,6 +661,12 @@ class Transformer(nn.Module):
         other.layout = Layout.of(other.config).to(self.device)
         return other
 
+    def decided_by(self, row: int) -> Transformer:
+        """The same weights, shared and not copied, with one row of predictions (0: along the width) deciding alone."""
+        other, schedule = copy.copy(self), self.layout.schedule.decided_by(row)
+        other.layout = dataclasses.replace(self.layout, schedule=schedule, weight=schedule.weight.to(self.device))
+        return other
+
     @classmethod
     @checked
     def from_pretrained(

@@ -10,6 +10,7 @@ order, and, where a method needs them, learned special slots among them; or, wit
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -101,6 +102,12 @@ class Schedule:
     def slot_levels(self) -> Tensor:
         """(S,) the front after which each slot is fed: a slot sees those of its own level and of earlier ones."""
         return torch.repeat_interleave(torch.arange(len(self.slot_fronts)), torch.tensor(self.slot_fronts))
+
+    def decided_by(self, row: int) -> Schedule:
+        """The same order, with one row of predictions deciding alone wherever it predicts (paper, table 5)."""
+        own = torch.zeros_like(self.weight)
+        own[row] = 1.0
+        return dataclasses.replace(self, weight=torch.where(self.weight[row] > 0, own, self.weight))
 
     def coordinates(self, places: Tensor) -> Tensor:
         """Raster indices (...) to grid coordinates (..., axes)."""

@@ -118,6 +118,9 @@ def sample(
     grid: Annotated[
         str | None, typer.Option(metavar="HxW", help="Codes per axis. Default: what it was trained on.")
     ] = None,
+    heads: Annotated[
+        str, typer.Option(help="Who decides where heads overlap: mean, or horizontal, vertical, temporal alone.")
+    ] = "mean",
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
     device: shared.Device = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
@@ -150,9 +153,10 @@ def sample(
         lines = _lines(prompts_file) if prompts_file else []
         settings = settings_among(locals())
         with joined(device or "auto") as workers:
-            pipe = _pipeline(model, workers.device, dtype, text_encoder, grid)
+            pipe = _pipeline(model, workers.device, dtype, text_encoder, grid, heads)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
             how |= {"batch_size": batch_size, "settings": {"model": model, "dtype": dtype}}
+            how["settings"] |= {"heads": heads} if heads != "mean" else {}
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
     number = number or EACH
@@ -161,7 +165,7 @@ def sample(
     from nar.precision import usable_device
     from nar.sampling import settings_among
 
-    pipe = _pipeline(model, usable_device(device), dtype, text_encoder, grid)
+    pipe = _pipeline(model, usable_device(device), dtype, text_encoder, grid, heads)
     output = output or _free(model, ".gif" if pipe.makes_clips else ".png")
     _check_kind(pipe, output, fps, gif)
     prompts = [*(prompt or []), *(_lines(prompts_file) if prompts_file else [])]
@@ -192,6 +196,7 @@ def sample(
     seconds = perf_counter() - started
     how = {"model": model, **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)), **options}
     how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "dtype": dtype, "version": __version__}
+    how |= {"heads": heads}
     rate, ending = fps or pipe.frame_rate, "" if pipe.makes_clips else ".png"
     how |= {"frame_rate": rate} if pipe.makes_clips else {}
     records = [
@@ -211,11 +216,12 @@ def sample(
         echo(f"wrote {path}")
 
 
-def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, grid: str | None) -> Pipeline:
+def _pipeline(model: str, device: Any, dtype: str, text_encoder: str | None, grid: str | None, heads: str) -> Pipeline:
     from nar.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device=device, dtype=dtype, text_encoder=text_encoder)
-    return pipe if grid is None else pipe.at_grid(sizes(grid))
+    pipe = pipe if grid is None else pipe.at_grid(sizes(grid))
+    return pipe if heads == "mean" else pipe.with_heads(heads)
 
 
 def _check_kind(pipe: Pipeline, output: Path, fps: float | None, gif: bool) -> None:

@@ -167,6 +167,14 @@ def as_output(pixels: Sequence[Tensor], output_type: str) -> Any:
     return np.stack(arrays) if output_type == "np" else [_pillow(array) for array in arrays]
 
 
+def greyed(pixels: Tensor, hidden: Tensor) -> Tensor:
+    """Pixels (B, 3, [T,] H, W) that are mid-grey where the codes (B, *grid) are `hidden`."""
+    if not hidden.any():
+        return pixels
+    mask = hidden[:, None].float().to(pixels.device)
+    return pixels.masked_fill(torch.nn.functional.interpolate(mask, size=pixels.shape[2:]).bool(), 0.0)
+
+
 def _pillow(array: np.ndarray) -> Any:
     return list(map(Image.fromarray, array)) if array.ndim == 4 else Image.fromarray(array)
 

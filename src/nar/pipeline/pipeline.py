@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Never
 
@@ -28,8 +27,8 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
 from nar.pipeline.folder import moved, number_format, read, save, upload
-from nar.pipeline.output import OUTPUT_TYPES, Output, as_output
-from nar.pipeline.requests import Inputs, Request, known_codes, seeds_of
+from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
+from nar.pipeline.requests import HEADS, Inputs, Request, check_call, known_codes, row_of, seeds_of
 from nar.precision import PRECISIONS, usable_device
 from nar.progress import Progress
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
@@ -209,7 +208,20 @@ class Pipeline:
     @checked
     def at_grid(self, grid: tuple[int, ...]) -> Pipeline:
         """The same pipeline, weights shared, for pictures of another size; raises ValueError when the model can't."""
-        parts = self.model.at_grid(grid), self.tokenizer, self.class_names, self.sampling
+        return self._with(self.model.at_grid(grid))
+
+    @checked
+    def with_heads(self, heads: Annotated[str, OneOf(*HEADS)]) -> Pipeline:
+        """The same pipeline, weights shared, with one head deciding where several predict (the paper's table 5).
+
+        "mean" is as trained. What one head does not predict, horizontally the first column, the others do. Raises
+        ValueError where the model has no such head.
+        """
+        row = row_of(heads, self.model.layout.schedule)
+        return self._with(self.model.at_grid(self.config.grid) if row is None else self.model.decided_by(row))
+
+    def _with(self, model: Transformer) -> Pipeline:
+        parts = model, self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
         other.captions, other._folder, other._lock = self.captions, self._folder, self._lock
         return other
@@ -297,12 +309,7 @@ class Pipeline:
         habits.refuse(others, habits.CALL, signature(Pipeline.__call__).parameters)
         class_labels, prompt = self.inputs.meant(what, class_labels, prompt)
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-        if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-        if callback_on_front_end is not None and not callable(callback_on_front_end):
-            raise ValueError(f"callback_on_front_end must be a function, not {type(callback_on_front_end).__name__}")
+        check_call(output_type, batch_size, callback_on_front_end)
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )
@@ -493,7 +500,4 @@ class Pipeline:
             return codes
         partial = self.tokenizer is not None and self.tokenizer.shows_undecided
         pixels = self.decode(codes if partial else codes.clamp_min(0))
-        if (codes < 0).any() and not partial:
-            hidden = (codes < 0)[:, None].float().to(pixels.device)
-            pixels = pixels.masked_fill(torch.nn.functional.interpolate(hidden, size=pixels.shape[2:]).bool(), 0.0)
-        return as_output(list(pixels), output_type)
+        return as_output(list(pixels if partial else greyed(pixels, codes < 0)), output_type)

@@ -19,9 +19,12 @@ from torch import Tensor
 from nar.condition import NULL_CLASS
 from nar.media.clips import Frames, several
 from nar.model import ModelConfig
+from nar.order import Schedule
+from nar.pipeline.output import OUTPUT_TYPES
 from nar.storage.fields import suggestion
 from nar.text.captions import is_blank
 
+HEADS = ("mean", "horizontal", "vertical", "temporal")  # the mean, and rows of predictions in their order
 MOST_RESULTS = 100_000  # of a call, which returns all at once: pictures of 256x256 are 20 GB
 
 
@@ -149,6 +152,25 @@ class Inputs:
             raise ValueError("this model continues clips: give it frames")
         if config.num_classes and class_labels is None and not config.null_class:
             raise ValueError("this model has no null class: give it class labels too")
+
+
+def row_of(heads: str, schedule: Schedule) -> int | None:
+    """The row of predictions of a head, None for the mean of all; raises ValueError where there is no such head."""
+    rows, row = schedule.num_rows, HEADS.index(heads) - 1
+    if row >= rows or (row >= 0 and rows == 1):
+        there = f"heads {', '.join(HEADS[1 : rows + 1])}" if rows > 1 else "one prediction of each position"
+        raise ValueError(f"no {heads} head can decide: this model has {there}")
+    return row if row >= 0 else None
+
+
+def check_call(output_type: Any, batch_size: Any, callback: Any) -> None:
+    """Refuse arguments of a call that are not what they must be."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_front_end must be a function, not {type(callback).__name__}")
 
 
 def seeds_of(seed: Any, generator: torch.Generator | None, count: int) -> int | list[int]:

@@ -23,7 +23,7 @@ from nar.media.sheet import contact_sheet, film_strips
 from nar.model import ModelConfig, Transformer
 from nar.pipeline.continuation import Continuation, prefix_grid
 from nar.sampling import generate
-from nar.storage.folder import find_model
+from nar.storage.folder import find_model, without_weights
 from nar.text import TextEncoder, found
 from nar.tokenizer import load_tokenizer
 from nar.tokenizer.multiscale import MultiScaleTokenizer
@@ -273,7 +273,7 @@ class ModelTask(Task):
 def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transformer:
     """The model before training: new, or that of `recipe.init` at this grid and with these classes."""
     if not recipe.init:
-        return Transformer(dataclasses.replace(recipe.model, **sizes))
+        return Transformer(equal_to_nar(dataclasses.replace(recipe.model, **sizes), recipe.equal))
     model = Transformer.from_pretrained(find_model(recipe.init))
     if model.config.vocab_size != sizes["vocab_size"]:
         counts = f"{model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}"
@@ -331,6 +331,28 @@ def _with_holes(model: Transformer, sizes: dict[str, Any]) -> Transformer:
         last = model.classes.weight if model.config.num_classes else model.text(cast(Tensor, model.null_text))
         made.separator.copy_(last.mean(0))
     return made
+
+
+def equal_to_nar(config: ModelConfig, equal: str) -> ModelConfig:
+    """A model of another order as deep as NAR's of its sizes ("depth"), or also of as many parameters ("parameters").
+
+    NAR has a block and an output more for each further axis. They are made up for by layers, and by wider feed-forward
+    layers; what is left is less than one unit of width in each.
+    """
+    if not equal:
+        return config
+    ours = dataclasses.replace(config, schedule="manhattan", regions=(), head_depths=(), axis_heads=())
+    missing = ours.num_blocks - config.num_blocks
+    deep = dataclasses.replace(config, num_layers=config.num_layers + missing).complete()
+    if equal == "depth":
+        return deep
+    unit = 3 * deep.dim * deep.num_blocks
+    return dataclasses.replace(deep, hidden_dim=deep.hidden_dim + (_size(ours) - _size(deep)) // unit)
+
+
+def _size(config: ModelConfig) -> int:
+    with without_weights():
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
 
 def _merged(module: Transformer) -> Transformer:

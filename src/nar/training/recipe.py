@@ -74,6 +74,9 @@ class Recipe(Plan):
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
 
+    `equal` makes a model of another order as deep as NAR's of these sizes, or of as many parameters too; see
+    `nar.training.models.equal_to_nar`.
+
     With a `text_encoder` the model learns from captions instead of classes; `prompts` are what its previews show, by
     default captions that are held out. `given_frames` trains frame prediction: how many of its first frames a clip's
     condition may hold, one of these numbers for each sample, and none for a further share of `frame_dropout`.
@@ -105,6 +108,7 @@ class Recipe(Plan):
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=1000))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     prompts: tuple[str, ...] = ()
+    equal: Annotated[str, OneOf("", "depth", "parameters")] = ""
     dropout: Dropout = field(default_factory=Dropout)
     condition_dropout: Share = 0.1
     mixed_context: Share = 0.0
