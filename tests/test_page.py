@@ -107,11 +107,11 @@ def choose(page: Any, name: str, value: str) -> None:
     page.locator(f'label:has([name={name}][value="{value}"])').click()
 
 
-def generate(page: Any, number: int = 1) -> None:
+def generate(page: Any, number: int = 1, button: str = "#generate") -> None:
     """Press Generate, and wait for all results."""
     before = page.locator("#items li").count()
     page.fill("#n", str(number))
-    page.click("#generate")
+    page.click(button)
     page.wait_for_selector(f"#items li:nth-child({before + number})")
     page.wait_for_selector(f".tile:nth-child({number}) .result:not([hidden])")
     page.wait_for_selector(DONE, state="attached")
@@ -255,7 +255,7 @@ def test_what_is_painted_is_redrawn(visit: Callable[..., Any]) -> None:
     check_accessible(page)
     page.fill("#seed", "5")
     choose(page, "class_label", "bag")
-    generate(page)
+    generate(page, button="#redraw")
     changed = page.evaluate(
         """async () => {  // where the new picture differs from the old one
           const data = async (image) => {
@@ -336,6 +336,16 @@ def test_stop_frees_the_model(visit: Callable[..., Any], server: tuple[str, App]
     assert page.text_content("#progress") == "Stopped"
     wait_until(lambda: batcher.running + batcher.waiting == 0)
     assert page.is_enabled("#generate")
+    choose(page, "model", "clips")
+    page.click("#more summary")
+    page.fill("#num_frames", "400")
+    page.fill("#n", "2")
+    page.click("#generate")
+    page.wait_for_selector("#progress:has-text('front')")
+    page.keyboard.press("Escape")
+    assert page.text_content("#progress") == "Stopped"
+    jobs = server[1].videos.store.jobs
+    wait_until(lambda: all(job["status"] == "completed" for job in jobs()))
 
 
 def test_a_clip_plays_and_continues(visit: Callable[..., Any]) -> None:

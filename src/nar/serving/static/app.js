@@ -180,6 +180,7 @@ function followLink() {
     const other = Object.keys(told).find((name) => !known.includes(name));
     if (other) throw new Refused(`The link has a setting ${other}; known ones: ${known.join(", ")}.`);
     writeSettings({ n: 1, ...told });
+    history.replaceState(null, "", location.pathname + location.search); // a reload does not generate again
     if (at("settings").reportValidity()) generate(readSettings());
   });
 }
@@ -202,7 +203,8 @@ function showIdle() {
   tiles = [];
   at("growth").hidden = true;
   const tokens = card.grid.reduce((product, side) => product * side, 1);
-  at("progress").textContent = `${card.grid.join("×")} = ${tokens} codes in ${card.num_fronts} steps`;
+  const shape = card.grid.length > 1 ? `${card.grid.join("×")} = ` : "";
+  at("progress").textContent = `${shape}${tokens} codes in ${card.num_fronts} steps`;
   const tile = new Tile(card);
   at("tiles").replaceChildren(tile.element);
   at("tiles").dataset.count = 1;
@@ -214,7 +216,7 @@ async function generate(settings, given = {}) {
   if (run) run.controller.abort();
   const one = cards.find((other) => other.id === settings.model);
   const controller = new AbortController();
-  const current = { controller, fronts: new Map(), settings, given, card: one, began: performance.now(), isWaiting: true };
+  const current = { controller, fronts: new Map(), settings, given, card: one, began: performance.now(), times: [], isWaiting: true };
   run = current;
   tiles = Array.from({ length: settings.n }, () => new Tile(one, { free: given.cells ?? null }));
   at("tiles").replaceChildren(...tiles.map((tile) => tile.element));
@@ -223,7 +225,7 @@ async function generate(settings, given = {}) {
   current.tiles = tiles;
   at("growth").hidden = true;
   at("bar").hidden = at("stop").hidden = false;
-  at("generate").disabled = true;
+  at("generate").disabled = at("redraw").disabled = true;
   showError(null);
   announce("Generating");
   if (matchMedia("(max-width: 56rem)").matches) at("stage").scrollIntoView({ behavior: isStill() ? "auto" : "smooth" });
@@ -243,7 +245,7 @@ async function generate(settings, given = {}) {
     if (run === current) {
       run = null;
       at("bar").hidden = at("stop").hidden = true;
-      at("generate").disabled = false;
+      at("generate").disabled = at("redraw").disabled = false;
     }
   }
 }
@@ -328,6 +330,7 @@ async function makeClips(current) {
 async function keep(current, index, blob) {
   const { settings, given, card: one } = current;
   const seconds = (performance.now() - current.began) / 1000;
+  current.times.push(seconds);
   const item = { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, created: Date.now(), kind: one.kind, blob, settings, index, given, seconds };
   await shelf.add(item);
   showGallery();
@@ -384,7 +387,7 @@ async function showWait(current) {
 }
 
 function showDone(current) {
-  const seconds = ((performance.now() - current.began) / 1000).toFixed(1);
+  const seconds = Math.max(...current.times).toFixed(1); // without what it took to show them
   const { n, seed } = current.settings;
   const what = current.card.kind === "video" ? "clip" : "picture";
   const text = `${n} ${what}${n > 1 ? "s" : ""} in ${seconds} s`;

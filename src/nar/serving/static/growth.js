@@ -46,7 +46,9 @@ export class Tile {
 
   /** Take the picture after a front; it is shown when those before it have been. */
   async push(front, blob) {
-    const frame = { front, bitmap: blob && (await createImageBitmap(blob)) };
+    const { width, height } = this.canvas;
+    const smaller = this.width > width ? { resizeWidth: width, resizeHeight: height } : {}; // all fronts are kept
+    const frame = { front, bitmap: blob && (await createImageBitmap(blob, smaller)) };
     if (front < (this.frames.at(-1)?.front ?? -1)) return; // a slower one that was overtaken
     this.frames.push(frame);
     this.#play();
