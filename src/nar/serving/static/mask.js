@@ -8,6 +8,7 @@ const MOST_UNDO = 60;
 const SIDE = 768; // of the canvas in its own pixels
 const KEYS = { "[": "smaller", "]": "larger", b: "brush", e: "eraser", z: "undo", c: "clear", i: "invert" };
 const at = (id) => document.getElementById(id);
+const blank = (width, height) => Object.assign(document.createElement("canvas"), { width, height });
 
 export class MaskEditor {
   constructor() {
@@ -59,7 +60,7 @@ export class MaskEditor {
   blob() {
     const image = new ImageData(this.width, this.height);
     this.mask.forEach((isNew, place) => { image.data[4 * place + 3] = isNew ? 0 : 255; });
-    const canvas = Object.assign(document.createElement("canvas"), { width: this.width, height: this.height });
+    const canvas = blank(this.width, this.height);
     canvas.getContext("2d").putImageData(image, 0, 0);
     return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   }
@@ -205,16 +206,24 @@ export class MaskEditor {
       `Rectangle: column ${x}, row ${y}, ${width} by ${height} cells.`;
   }
 
-  /** What is painted as a canvas of the picture's size, in one colour. */
+  /** What is painted, as a canvas of stripes: one colour alone would be lost on a picture that has it. */
   #painted(color) {
-    const canvas = Object.assign(document.createElement("canvas"), { width: this.width, height: this.height });
-    const pen = canvas.getContext("2d");
+    const mask = blank(this.width, this.height);
     const image = new ImageData(this.width, this.height);
     this.mask.forEach((isNew, place) => { image.data[4 * place + 3] = 255 * isNew; });
-    pen.putImageData(image, 0, 0);
+    mask.getContext("2d").putImageData(image, 0, 0);
+    const stripes = blank(16, 16);
+    const line = stripes.getContext("2d");
+    [line.fillStyle, line.strokeStyle, line.lineWidth] = [color, "#fff", 4];
+    line.fillRect(0, 0, 16, 16);
+    line.stroke(new Path2D("M-4 4 4-4M-4 20 20-4M12 20 20 12"));
+    const canvas = blank(this.canvas.width, this.canvas.height);
+    const pen = canvas.getContext("2d");
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(mask, 0, 0, canvas.width, canvas.height);
     pen.globalCompositeOperation = "source-in";
-    pen.fillStyle = color;
-    pen.fillRect(0, 0, this.width, this.height);
+    pen.fillStyle = pen.createPattern(stripes, "repeat");
+    pen.fillRect(0, 0, canvas.width, canvas.height);
     return canvas;
   }
 
@@ -225,13 +234,14 @@ export class MaskEditor {
     const [wide, high] = [canvas.width / this.columns, canvas.height / this.rows];
     pen.imageSmoothingEnabled = false;
     pen.drawImage(this.picture, 0, 0, canvas.width, canvas.height);
-    pen.globalAlpha = 0.55;
-    pen.drawImage(this.#painted(accent), 0, 0, canvas.width, canvas.height);
+    pen.globalAlpha = 0.6;
+    pen.drawImage(this.#painted(accent), 0, 0);
     pen.globalAlpha = 1;
-    pen.lineWidth = 2;
-    pen.strokeStyle = accent;
-    for (const cell of this.cells()) {
-      pen.strokeRect((cell % this.columns) * wide + 1, Math.floor(cell / this.columns) * high + 1, wide - 2, high - 2);
+    for (const [color, line] of [["#fff", 4], [accent, 2]]) {
+      [pen.strokeStyle, pen.lineWidth] = [color, line];
+      for (const cell of this.cells()) {
+        pen.strokeRect((cell % this.columns) * wide + 2, Math.floor(cell / this.columns) * high + 2, wide - 4, high - 4);
+      }
     }
     const { x, y, width, height } = this.rectangle;
     for (const [color, dash] of [["#fff", []], ["#000", [8, 8]]]) { // seen on any picture
