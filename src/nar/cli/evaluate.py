@@ -189,6 +189,30 @@ def likelihood(
     _report(lambda: judge_likelihood(**_options(context)), json_file, "value", ROWS)
 
 
+@verbs.command(epilog="Example: nar eval edit fashion --real fashion-mnist -n 400 --samples completed")
+def edit(
+    context: typer.Context,
+    model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
+    real: Real,
+    split: Split = "test",
+    number: Annotated[int, Option("--number", "-n", min=4, help="Pictures, at most.")] = 400,
+    guidance_scale: Annotated[float, Option(help="Strength of guidance, 1.0 is off.")] = 1.0,
+    samples: Annotated[
+        str | None, Option(help="A folder for the completed pictures, a .npz a mask, and the true ones.")
+    ] = None,
+    seed: Seed = 0,
+    device: shared.Device = None,
+    dtype: Dtype = "float32",
+    json_file: Json = None,
+) -> None:
+    """How well a model fills five holes in held-out pictures: PSNR, its diversity, seams, bits per token."""
+    from nar.evaluation.edits import ROWS, judge_edits
+    from nar.media.masks import FIXED
+
+    rows = {f"{mask}: {key}": f"{mask}: {said}" for mask in FIXED for key, said in ROWS.items()}
+    _report(lambda: judge_edits(**_options(context)), json_file, "value", rows)
+
+
 @verbs.command(epilog="Example: nar eval captions --fake samples --clip clip-vit-base-patch32")
 def captions(
     context: typer.Context,

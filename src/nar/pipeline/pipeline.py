@@ -26,6 +26,7 @@ from nar.media.clips import Frames, as_array
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
+from nar.pipeline.edit import edit, kept, with_given
 from nar.pipeline.folder import moved, number_format, read, save, upload
 from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
 from nar.pipeline.requests import HEADS, Inputs, Request, check_call, known_codes, row_of, seeds_of
@@ -129,7 +130,7 @@ class Pipeline:
             "class_names": list(self.class_names),
             "sampling": dataclasses.asdict(self.sampling),
             **({"text_encoder": dataclasses.asdict(text)} if text is not None else {}),
-            **({"given_frames": list(self.continuation.counts)} if self.config.prefix_grid else {}),
+            **({"given_frames": list(self.continuation.counts)} if any(self.continuation.counts) else {}),
             **({"frame_rate": self._trained_rate} if self._trained_rate else {}),
         }
         save(folder, self.model, self.tokenizer, settings, source=self._folder, dtype=dtype)
@@ -347,6 +348,8 @@ class Pipeline:
         ]
         return Output(images, videos, names, [request.label for request in requests], seed, whole, self.frame_rate)
 
+    edit = edit
+
     def requests(
         self,
         class_labels: Sequence[str | int] | str | int | None = None,
@@ -409,8 +412,8 @@ class Pipeline:
         """The condition of requests, and the negative one where that is not simply the null condition."""
         config = self.model.config
         labels = torch.tensor([request.label for request in requests])
-        clips = [request.frames for request in requests]
-        prefix = self.continuation.condition(clips).prefix if config.prefix_grid else None
+        frames = [request.frames for request in requests]
+        prefix = with_given(self.continuation.condition(frames).prefix, requests) if config.prefix_grid else None
 
         def together(labels: Tensor, prompts: Sequence[str], null: Sequence[bool]) -> Condition:
             text = None
@@ -434,7 +437,7 @@ class Pipeline:
         condition, negative = self.condition(batch)
         if not any(request.is_guided for request in batch) and (config.num_classes or config.text_dim):
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # both sides would be the null condition
-        context = self.continuation.known(condition)
+        known, context = kept(known, batch), self.continuation.known(condition)
         if context is not None:
             known = context if known is None else torch.where(context >= 0, context, known.to(context.device))
         return condition, negative, sampling, known

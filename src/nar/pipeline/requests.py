@@ -29,6 +29,15 @@ MOST_RESULTS = 100_000  # of a call, which returns all at once: pictures of 256x
 
 
 @dataclass(frozen=True, eq=False)
+class Given:
+    """What a picture to edit gives: codes (*grid), which are `there` and no holes, and codes to keep, -1 where free."""
+
+    codes: Tensor
+    there: Tensor
+    known: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
     """What one picture or clip is conditioned on. `frames` are context frames, float -1..1 (3, T, H, W)."""
 
@@ -36,6 +45,7 @@ class Request:
     prompt: str = ""
     negative: str = ""
     frames: Tensor | None = None
+    given: Given | None = None
 
     @property
     def has_negative(self) -> bool:
@@ -105,16 +115,18 @@ class Inputs:
         *,
         read: Callable[[Frames], Tensor],
         number: int = 1,
+        nothing: bool = False,
     ) -> list[Request]:
-        """`number` requests for each of what is asked for; `read` opens context frames.
+        """`number` requests for each of what is asked for; `read` opens context frames. `nothing` need be asked for.
 
         Raises:
             ValueError: something that the model does not take or lacks, lists that do not go together, or more
                 results than a call returns.
         """
-        self._check_kinds(class_labels, prompt, negative_prompt, frames)
+        if not (nothing and class_labels is prompt is negative_prompt is frames is None and self.config.null_class):
+            self._check_kinds(class_labels, prompt, negative_prompt, frames)
         if class_labels is None and prompt is None and frames is None:
-            return [Request()] * _checked_number(1, number)  # clips from nothing
+            return [Request()] * _checked_number(1, number)  # from nothing
         columns: dict[str, list[Any]] = {}
         if class_labels is not None:
             columns["label"] = [self.label_index(label) for label in _listed(class_labels)]

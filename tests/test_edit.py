@@ -1,0 +1,222 @@
+"""Edits: what is outside of the mask comes back as it was, what the mask hides is not seen, and mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_model
+from nar import Pipeline, cli
+from nar.pipeline.edit import blended, prepare
+from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+
+RNG = np.random.default_rng(0)
+
+
+def picture(height: int = 8, width: int = 8) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 8x8 pixels, 4x4 codes of 32 and three classes, with a condition on holes."""
+    folder = tmp_path_factory.mktemp("edits")
+    torch.manual_seed(1)
+    sizes = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "latent_channels": 8, "norm_groups": 4}
+    ImageTokenizer(ImageTokenizerConfig(vocab_size=32, code_dim=4, **sizes)).save_pretrained(folder / "tokenizer")
+    model = make_model("edits", grid=(4, 4), prefix_grid=(4, 4), num_classes=3, vocab_size=32)
+    names = ("red apple", "pear", "plum")
+    model.save_pretrained(folder / "model", class_names=names, tokenizer=folder / "tokenizer")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder, device="cpu")
+
+
+def box_mask(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+    mask, (left, top, width, height) = np.zeros(shape, bool), box
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+@pytest.mark.parametrize("mode", ["fill", "replace"])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 7), (8, 30), (41, 33)])
+def test_what_is_outside_comes_back_byte_for_byte(pipe: Pipeline, mode: str, height: int, width: int) -> None:
+    given, box = picture(height, width), (2, 1, 3, 3)
+    made = pipe.edit(given, box=box, class_labels="pear", mode=mode, num_images_per_prompt=3, seed=1, output_type="np")
+    mask = box_mask((height, width), box)
+    assert made.images.shape == (3, height, width, 3)
+    assert made.names == ["pear"] * 3
+    assert (made.images[:, ~mask] == given[~mask]).all()
+    assert (made.images[:, mask] != given[mask]).any()
+    assert (made.images[0] != made.images[1]).any()
+    again = pipe.edit(given, mask=mask, class_labels="pear", mode=mode, seed=1, batch_size=1, output_type="np")
+    assert (again.images[0] == made.images[0]).all()  # number 0 of a seed, whatever is beside it
+
+
+@pytest.mark.parametrize("layout", ["holes", "plain"])
+@pytest.mark.parametrize("size", [(8, 8), (20, 13)])
+def test_what_the_mask_hides_has_no_part_in_a_filled_picture(
+    pipe: Pipeline, toy_folder: Path, layout: str, size: tuple[int, int]
+) -> None:
+    asked = pipe if layout == "holes" else Pipeline.from_pretrained(toy_folder, device="cpu")
+    given, mask = picture(*size), box_mask(size, (3, 2, 4, 3))
+    other = np.where(mask[..., None], picture(*size), given)
+    options: dict[str, Any] = {"mask": mask, "class_labels": 1, "seed": 0, "output_type": "np"}
+    assert (asked.edit(given, **options).images == asked.edit(other, **options).images).all()
+    if size == (8, 8) and layout == "holes":  # while replacing keeps codes that know of it
+        kept = [asked.edit(each, mode="replace", **options).codes for each in (given, other)]
+        assert not torch.equal(*kept)
+
+
+def test_replacing_keeps_the_codes_outside(pipe: Pipeline) -> None:
+    given = picture()
+    made = pipe.edit(given, box=(2, 2, 4, 4), class_labels=0, mode="replace", seed=0)
+    with torch.inference_mode():
+        own = pipe.tokenizer.encode(torch.from_numpy(given).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+    inside = torch.zeros(4, 4, dtype=torch.bool)
+    inside[1:3, 1:3] = True
+    assert torch.equal(made.codes[0][~inside], own[~inside])
+
+
+def test_a_model_that_edits_samples_from_nothing_too(pipe: Pipeline, tmp_path: Path) -> None:
+    made = pipe(class_labels=["pear", "plum"], seed=0)
+    assert len(made.images) == 2
+    pipe.save_pretrained(tmp_path / "copy")
+    again = Pipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    assert torch.equal(again(class_labels=["pear", "plum"], seed=0).codes, made.codes)
+    assert len(pipe.edit(picture(), box=(0, 0, 4, 4), num_images_per_prompt=2).images) == 2  # of no class
+    wide = pipe.at_grid((4, 8))
+    assert wide.edit(picture(8, 16), box=(8, 0, 8, 8), seed=0).images[0].size == (16, 8)
+
+
+def test_the_region_lies_around_the_mask(pipe: Pipeline) -> None:
+    canvas = prepare(picture(100, 80), None, (73, 93, 5, 6), pipe.pixel_shape)
+    left, top, width, height = canvas.region
+    assert (width, height) == (12, 12)  # twice what is covered
+    assert (left + width, top + height) == (80, 100)  # as far as the picture goes
+    assert canvas.pixels.shape == (1, 3, 8, 8)
+    whole = prepare(picture(8, 8), None, (0, 0, 1, 1), pipe.pixel_shape)
+    assert whole.region == (0, 0, 8, 8)
+    assert int(whole.hidden.sum()) == 1
+    tiny = prepare(picture(64, 64), box_mask((64, 64), (10, 10, 1, 1)), None, pipe.pixel_shape)
+    assert tiny.hidden.any()
+
+
+def test_blending_moves_what_is_made_to_what_is_seen_at_the_edge() -> None:
+    pixels, made = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)
+    hidden = torch.zeros(1, 16, 16, dtype=torch.bool)
+    hidden[:, :, 8:] = True
+    result = blended(made, pixels, hidden)[0, 0, 5]
+    assert result[8] == pytest.approx(0.1, abs=0.15)
+    assert result[15] == 0.5
+    assert (result[8:].diff() >= 0).all()
+
+
+def masks() -> dict[str, tuple[Any, str]]:
+    clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    return {
+        "size": (Image.new("L", (9, 8), 255), "the mask is 9x8 and the picture 8x8"),
+        "empty": (Image.new("L", (8, 8)), "covers nothing"),
+        "full": (Image.new("1", (8, 8), 1), "covers the whole picture"),
+        "alpha": (clear, "the mask has transparency"),
+        "array": (np.zeros((8, 8, 3)), r"or an array \(H, W\)"),
+        "none": (None, "say what is to be new"),
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+def test_masks_that_do_not_fit_are_refused(pipe: Pipeline, name: str) -> None:
+    mask, message = masks()[name]
+    with pytest.raises(ValueError, match=message):
+        pipe.edit(picture(), mask=mask, class_labels=0)
+
+
+def test_masks_in_every_form_say_the_same(pipe: Pipeline, tmp_path: Path) -> None:
+    mask = box_mask((8, 8), (2, 2, 3, 3))
+    grey = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    grey.save(tmp_path / "mask.png")
+    opaque = grey.convert("RGBA")
+    forms = [mask, mask.astype(np.uint8), np.where(mask, 255, 0), grey, grey.convert("P"), grey.convert("1"), opaque]
+    given = picture()
+    for form in (*forms, tmp_path / "mask.png"):
+        assert (prepare(given, form, None, pipe.pixel_shape).mask == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"box": (1, 2, 3)}, "box must be four whole numbers"),
+        ({"box": (20, 20, 4, 4)}, "covers nothing"),
+        ({"box": (0, 0, 2, 2), "mode": "erase"}, "mode must be one of fill, replace, not 'erase'"),
+        ({"box": (0, 0, 2, 2), "output_type": "codes"}, "output_type must be pil, np or pt"),
+        ({"box": (0, 0, 2, 2), "class_labels": "cherry"}, "unknown class 'cherry'"),
+        ({"box": (0, 0, 2, 2), "prompt": "a cherry"}, "takes no prompts"),
+    ],
+)
+def test_mistakes_are_named(pipe: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe.edit(picture(), **options)
+
+
+def test_clips_are_not_edited(clips_folder: Path) -> None:
+    with pytest.raises(ValueError, match="this model makes clips"):
+        Pipeline.from_pretrained(clips_folder, device="cpu").edit(picture(), box=(0, 0, 2, 2))
+
+
+def run(*arguments: object) -> int:
+    import sys
+
+    sys.argv = ["nar", *map(str, arguments)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command(folder: Path, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = picture(12, 10)
+    Image.fromarray(given).save(tmp_path / "in.png")
+    common = ["--image", tmp_path / "in.png", "--class-label", "pear"]
+    assert run("edit", folder, *common, "--box", "1,2,3,4", "-o", tmp_path / "out.png") == 0
+    made = np.asarray(Image.open(tmp_path / "out.png"))
+    outside = ~box_mask((12, 10), (1, 2, 3, 4))
+    assert (made[outside] == given[outside]).all()
+    sheet, several = tmp_path / "sheet.png", tmp_path / "several"
+    assert run("edit", folder, *common, "--box", "1,2,3,4", "-n", 3, "-o", several, "--sheet", sheet) == 0
+    assert len(list(several.glob("*.png"))) == 3
+    assert Image.open(sheet).width > 5 * 10
+    assert "not trained to edit" not in capsys.readouterr().err
+    assert run("edit", toy_folder, *common, "--box", "1,2,3,4", "-o", tmp_path / "known.png") == 0
+    assert "not trained to edit" in capsys.readouterr().err
+    assert run("edit", folder, *common, "--box", "1,2,3", "-o", tmp_path / "no.png") == 2
+    assert "--box '1,2,3' must be four whole numbers" in capsys.readouterr().err
+    assert run("edit", folder, *common, "-o", tmp_path / "no.png") == 2
+    assert "say what is to be new" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("layout", ["holes", "plain"])
+def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout: str) -> None:
+    real, report = tmp_path / "real", tmp_path / "report.json"
+    for name in ("red apple", "pear"):
+        (real / name).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(picture()).save(real / name / f"{index}.png")
+    model = folder if layout == "holes" else toy_folder
+    assert run("eval", "edit", model, "--real", real, "-n", 6, "--json", report, "--samples", tmp_path / "made") == 0
+    found = json.loads(report.read_text())
+    assert found["settings"]["num_real"] == 6
+    assert found["centre: psnr_mean"] > found["centre: psnr"]
+    assert ("right: bits_gain" in found) == (layout == "holes")
+    completed = np.load(tmp_path / "made" / "centre.npz")["arr_0"]
+    true = np.load(tmp_path / "made" / "real.npz")["arr_0"]
+    outside = ~box_mask((8, 8), (2, 2, 4, 4))
+    assert (completed[:, outside] == true[:, outside]).all()
