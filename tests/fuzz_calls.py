@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -352,3 +353,20 @@ def draw_call(draw: random.Random, world: Path) -> tuple[str, Callable[[Path], A
         return function(**arguments)
 
     return f"{name}(#{again % 10_000})", call
+
+
+def call_together(world: Path, draw: random.Random) -> list[tuple[str, BaseException]]:
+    """Call one pipeline from four threads at once; the errors of those with wrong arguments, by what was wrong.
+
+    Raises:
+        ValueError: the call whose arguments are right gives other pictures than alone.
+    """
+    pipe, given = _pipe("model")(world)
+    alone = pipe(**given).images
+    wrong: list[dict[str, Any]] = [{}, *({draw.choice(sorted(given)): draw.choice(VALUES)()} for _ in range(3))]
+    with ThreadPoolExecutor(len(wrong)) as pool:
+        calls = [pool.submit(pipe, **given | more) for more in wrong]
+    if not np.array_equal(calls[0].result().images, alone):
+        print("WRONG: other pictures beside other calls")
+    errors = [(str([*more]), call.exception()) for more, call in zip(wrong, calls, strict=True)]
+    return [(title, error) for title, error in errors if error is not None]

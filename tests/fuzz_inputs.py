@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import fuzz_calls
 import fuzz_damage
+import fuzz_http
 from fuzz_damage import WORDS, short
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
@@ -96,7 +97,8 @@ class Input(NamedTuple):
 def one(seed: int, index: int, world: Path, *, costly: bool = True) -> Input:
     """Input number `index` of a seed; with `costly` a few take seconds."""
     draw = random.Random(f"{seed}/{index}")
-    kind = draw.choices((_damaged_file, _option, _override, _output, _python), (40, 25, 10, 5, 25))[0]
+    kinds = (_damaged_file, _option, _override, _output, _python, _together, _threads, _http)
+    kind = draw.choices(kinds, (32, 20, 9, 5, 20, 8, 3, 3 * costly))[0]
     lines = [name for name in LINES if costly or name not in COSTLY]
     return kind(draw, world, lines)
 
@@ -364,6 +366,53 @@ def _python(draw: random.Random, world: Path, _: list[str]) -> Input:
         _say(f"returned {str(result)[:100]!r}")
 
     return Input(f"python {title.partition('(')[0]}", title, act)
+
+
+def _together(draw: random.Random, world: Path, names: list[str]) -> Input:
+    """A line that works, with two of its files damaged, or one of them and an option."""
+    name = draw.choice([name for name in names if len({*PLACES.findall(LINES[name])} - {"out"}) > 1])
+    items = draw.sample(sorted({*PLACES.findall(LINES[name])} - {"out"}), 2)
+    again = draw.getrandbits(64)
+    further = ["--batch-size", draw.choice(("1", "3", "1000000"))] if draw.random() < 0.3 else []
+    further = further if any("--batch-size" in parameter.opts for parameter in _options_of(name)) else []
+
+    def act(here: Path) -> None:
+        how = random.Random(again)
+        for item in items:
+            shutil.copytree(world / item, here / item, symlinks=True)
+            files = sorted(path for path in (here / item).rglob("*") if path.is_file())
+            file = how.choice(files)
+            print(f"damage: {file.relative_to(here)}: {fuzz_damage.damage(file, how)}", file=sys.stderr)
+        _run([*_filled(LINES[name], world, here, {*items}), *further])
+
+    return Input(f"files of {name.split()[0]}", f"{name}: {' and '.join(items)} damaged {' '.join(further)}", act)
+
+
+def _threads(draw: random.Random, world: Path, _: list[str]) -> Input:
+    """Four calls of one pipeline at the same time, all but one of them with a wrong argument."""
+    again = draw.getrandbits(64)
+
+    def act(_: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for title, error in fuzz_calls.call_together(world, random.Random(again)):
+                _say(f"damage: {title}: {type(error).__name__} {error}")
+                if not isinstance(error, EXPECTED):
+                    traceback.print_exception(error)
+                if wrong := not_ours(error):
+                    _say(f"WRONG: {wrong}")
+
+    return Input("python threads", f"threads #{again % 10_000}", act)
+
+
+def _http(draw: random.Random, world: Path, _: list[str]) -> Input:
+    """Requests to a server."""
+    again = draw.getrandbits(64)
+
+    def act(_: Path) -> None:
+        fuzz_http.attack(world, random.Random(again))
+
+    return Input("http", f"requests #{again % 10_000}", act)
 
 
 def _say(text: str) -> None:
