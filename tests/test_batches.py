@@ -42,8 +42,12 @@ def test_pieces_of_all_processes_make_the_batch_of_one(processes: int, accumulat
 
 
 def test_an_epoch_sees_every_sample_once_and_a_small_set_is_repeated() -> None:
-    seen = np.concatenate([batch_of(0, step, num_samples=35, batch_size=8).indices for step in range(4)])
-    assert len(set(seen)) == 32
+    epochs = [
+        np.concatenate([batch_of(0, step, num_samples=35, batch_size=8).indices for step in range(start, start + 4)])
+        for start in (0, 4, 8)
+    ]
+    assert [len(set(seen)) for seen in epochs] == [32, 32, 32]
+    assert not any(np.array_equal(one, other) for one, other in itertools.combinations(epochs, 2))
     few = batch_of(0, 0, num_samples=3, batch_size=8).indices
     assert len(few) == 8
     assert set(few) == {0, 1, 2}

@@ -41,6 +41,10 @@ FOUND = [
     ("eval --real {reference} --fake toy", "mu must be finite numbers"),
     ("eval --real {endless} --fake toy --cache {out}", "endless/1.png: is no file"),
     ("train toy run={out} tokenizer_path={model}/tokenizer text_encoder.source=nowhere", "nowhere is no text encoder"),
+    (
+        "convert --kind nar-c2i {numbered} -o {out}",
+        "holds no weights under model, module, state_dict or ema; it holds 1",
+    ),
     ("train toy run={out} tokenizer_recipe=toy", "tokenizer_recipe toy trains a model; give the recipe of a tokenizer"),
     ("eval composed {nested}", "metadata.jsonl is not valid JSON (nested too deeply)"),
 ]
@@ -82,6 +86,8 @@ def test_what_was_found_is_answered(
     (tmp_path / "nested/00000/metadata.jsonl").write_text("[" * 200_000)
     np.savez(tmp_path / "reference.npz", mu=np.full(1280, np.nan), sigma=np.eye(1280))
     places = {name: tmp_path / name for name in ("out", "nan", "codes", "endless", "nested")}
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbered.pt")
+    places["numbered"] = tmp_path / "numbered.pt"
     words = line.format(model=toy_folder, reference=tmp_path / "reference.npz", **places).split()
     monkeypatch.setattr(sys, "argv", ["nar", *words])
     with pytest.raises(SystemExit) as stopped:

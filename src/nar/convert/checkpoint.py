@@ -159,7 +159,9 @@ def _unwrap(tree: Any, weights: str, path: Path) -> tuple[dict[str, Tensor], dic
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    """Whether a value is tensors by their names."""
+    pairs = value.items() if isinstance(value, dict) else ()
+    return bool(pairs) and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in pairs)
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
