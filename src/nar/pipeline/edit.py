@@ -61,20 +61,6 @@ class Canvas:
     pixels: Tensor
     hidden: Tensor
 
-    def given(self, tokenizer: Tokenizer, grid: tuple[int, ...], mode: str, *, holes: bool) -> Given:
-        """The codes that a model is given: of a picture to "fill" those of what is left of it, blanked before it is
-        encoded; of one to "replace" a part of its own, and outside of the mask they are kept.
-
-        `holes` says that the model has a condition on them; others keep the codes outside of the mask in both modes.
-        """
-        device = next(tokenizer.parameters()).device
-        seen = blanked(self.pixels, self.hidden) if mode == "fill" else self.pixels
-        with torch.inference_mode():
-            codes = tokenizer.encode(seen.to(device))[0].cpu()
-        hole = touched(self.hidden, grid)[0]
-        known = codes.masked_fill(hole, -1)
-        return Given(codes.masked_fill(hole, 0), ~hole, None if holes and mode == "fill" else known)
-
     def pasted(self, made: Tensor, *, blend: bool = True) -> np.ndarray:
         """The picture (H, W, 3) uint8 with what is `made` (3, h, w) of the region, in the mask; the rest as it was.
 
@@ -144,6 +130,24 @@ def blended(made: Tensor, pixels: Tensor, hidden: Tensor, *, width: int = 2) -> 
     share = near(visible)
     difference = near((pixels - made) * visible) / share.clamp_min(1e-6)
     return (made + difference * (2 * share).clamp(max=1.0)).clamp(-1, 1)
+
+
+def codes_given(
+    tokenizer: Tokenizer, pixels: Tensor, hidden: Tensor, grid: tuple[int, ...], mode: str = "fill", *, holes: bool
+) -> Given:
+    """The codes that a model is given of pixels (1, 3, h, w) with `hidden` ones (1, h, w).
+
+    In mode "fill" they are those of what is left of the picture, which is blanked before it is encoded; in "replace"
+    its own, and those around the mask are kept.
+
+    `holes` says that the model has a condition on them; others keep the codes outside of the mask in both modes.
+    """
+    seen = blanked(pixels, hidden) if mode == "fill" else pixels
+    with torch.inference_mode():
+        codes = tokenizer.encode(seen.to(next(tokenizer.parameters()).device))[0].cpu()
+    hole = touched(hidden, grid)[0]
+    known = codes.masked_fill(hole, -1)
+    return Given(codes.masked_fill(hole, 0), ~hole, None if holes and mode == "fill" else known)
 
 
 def with_given(prefix: PrefixCodes | None, requests: Sequence[Request]) -> PrefixCodes | None:
@@ -222,7 +226,9 @@ def edit(
     self._check_guidance(sampling, asked)
     seed = seeds_of(seed, generator, len(asked))
     canvas = prepare(image, mask, box, self.pixel_shape)
-    given = canvas.given(self.tokenizer, self.config.grid, mode, holes=self.continuation.has_holes)
+    given = codes_given(
+        self.tokenizer, canvas.pixels, canvas.hidden, self.config.grid, mode, holes=self.continuation.has_holes
+    )
     requests: list[Request] = [dataclasses.replace(request, given=given) for request in asked]
     count = len(requests)
     seeds, indices = ([seed] * count, range(count)) if isinstance(seed, int) else (seed, [0] * count)

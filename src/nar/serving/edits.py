@@ -20,6 +20,8 @@ from torch import Tensor
 from nar.media.pictures import num_frames, opened, to_rgb, upright_rgb
 from nar.media.pixels import as_pixels
 from nar.pipeline import Pipeline
+from nar.pipeline.edit import codes_given
+from nar.pipeline.requests import Given
 from nar.serving.protocol import Refusal
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -40,10 +42,10 @@ CLIPS: dict[str, Callable[[bytes], bool]] = {
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """`known` codes (*grid), -1 where they are sampled; `given` pixels at the model's size, and `mask`, an 8-bit
+    """The `codes` that a model is given of a picture, its `given` pixels at the model's size, and `mask`, an 8-bit
     picture that is 255 where pixels are new."""
 
-    known: Tensor
+    codes: Given
     given: Image.Image
     mask: Image.Image
 
@@ -83,12 +85,9 @@ def prepare(pipeline: Pipeline, image: bytes, mask: bytes | None) -> Edit:
         raise Refusal(400, "the mask frees nothing: make transparent (alpha 0) what is to be redrawn", param="mask")
     opaque = picture.convert("RGB") if mask is None else to_rgb(picture)
     given = opaque.resize((width, height), Image.Resampling.LANCZOS) if opaque.size != (width, height) else opaque
-    pixels = as_pixels(np.array(given)[None])
-    pixels = pixels.masked_fill(torch.from_numpy(new), 0.0)
-    with torch.inference_mode():
-        codes = pipeline.tokenizer.encode(pixels.to(pipeline.model.device))[0].cpu()
-    known = codes.masked_fill(torch.from_numpy(free), -1)
-    return Edit(known, given, Image.fromarray(np.where(new, 255, 0).astype(np.uint8)))
+    pixels, hidden = as_pixels(np.array(given)[None]), torch.from_numpy(new)[None]
+    codes = codes_given(pipeline.tokenizer, pixels, hidden, pipeline.config.grid, holes=pipeline.continuation.has_holes)
+    return Edit(codes, given, Image.fromarray(np.where(new, 255, 0).astype(np.uint8)))
 
 
 def read_frames(pipeline: Pipeline, file: bytes) -> Tensor:

@@ -212,10 +212,9 @@ class Served:
         if asked.partial_images > self.num_fronts:
             said = f"partial_images {asked.partial_images}: at most {self.num_fronts}, one a front"
             raise Refusal(400, said, param="partial_images")
-        known = None if edit is None else edit.known.expand(asked.n, *edit.known.shape)
         fronts = partial_fronts(self.front_ends(), asked.partial_images) if asked.partial_images else []
-        requests = [self.request(asked)] * asked.n
-        work = self._work(asked, requests, key, known=known, partial_fronts={0, *fronts})
+        request = dataclasses.replace(self.request(asked), given=None if edit is None else edit.codes)
+        work = self._work(asked, [request] * asked.n, key, partial_fronts={0, *fronts})
 
         def encode(codes: Tensor, undecided: bool) -> bytes:
             picture = self.picture(codes, undecided=undecided)
