@@ -185,6 +185,16 @@ def test_a_link_generates_the_same(visit: Callable[..., Any]) -> None:
     page.wait_for_selector("#items li:nth-child(4)")
     page.wait_for_selector(DONE, state="attached")
     assert pixels(page, ".tile:nth-child(2) img") == pixels(other, ".tile:nth-child(2) img")
+    page.click("#items button")
+    page.click("#delete")
+    page.wait_for_selector("#items li:nth-child(4)", state="detached")
+    page.click("#close")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#empty")
+    page.wait_for_selector("#items li", state="detached")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#items li").count() == 0
 
 
 @pytest.mark.parametrize(
@@ -273,6 +283,12 @@ def test_what_is_painted_is_redrawn(visit: Callable[..., Any]) -> None:
     places = [(place // 32, place % 32) for place, is_other in enumerate(changed) if is_other]
     assert len(places) > 50
     assert all(row >= 16 and column >= 16 for row, column in places)
+    page.click("#items button")
+    assert page.is_hidden("#link")  # the picture that was edited is not in it
+    page.click("#again")
+    page.wait_for_selector("#items li:nth-child(3)")
+    page.wait_for_selector(DONE, state="attached")
+    assert pixels(page, "#items li:nth-child(1) img") == pixels(page, "#items li:nth-child(2) img")
     page.click("#leave")
     assert page.text_content("#generate") == "Generate"
 
@@ -383,6 +399,30 @@ def test_the_server_s_errors_are_shown(visit: Callable[..., Any]) -> None:
     check_accessible(page)
 
 
+def test_many_classes_are_typed(visit: Callable[..., Any], server: tuple[str, App]) -> None:
+    page = visit()
+    card = server[1].models["fashion"].card()
+    names = [*card["class_names"], *(f"thing {number}" for number in range(990))]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{**card, "class_names": names}]}))
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    page.fill("input[name=class_label]", "sandal")
+    generate(page)
+    assert page.get_attribute(".tile img", "alt") == "sandal"
+    check_accessible(page)
+
+
+def test_a_broken_connection_is_said(visit: Callable[..., Any]) -> None:
+    page = visit(allowed="ERR_FAILED")
+    page.route("**/generations", lambda route: route.abort())
+    page.click("#generate")
+    page.wait_for_selector("#error:has-text('can\\'t be reached')")
+    page.route("**/generations", lambda route: route.fulfill(content_type="text/event-stream", body=": accepted\n\n"))
+    page.click("#generate")
+    page.wait_for_selector("#error:has-text('before its last picture')")
+    assert page.is_enabled("#generate")
+
+
 def test_a_full_server_is_asked_again(visit: Callable[..., Any]) -> None:
     page = visit(allowed="status of 503")
     tries = []
@@ -405,6 +445,10 @@ def test_a_full_server_is_asked_again(visit: Callable[..., Any]) -> None:
 def test_a_key_is_asked_for(visit: Callable[..., Any], toy_folder: Path) -> None:
     with serving([Served.load(f"toy={toy_folder}")], keys=["secret"]) as (url, _):
         page = visit("", url=url, allowed="status of 401", ready="#key-dialog[open]")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#error:has-text('a key is needed')")
+        page.reload()
+        page.wait_for_selector("#key-dialog[open]")
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
         page.wait_for_selector("#key-dialog[open]")

@@ -58,9 +58,12 @@ async function withKey(action) {
       return await action();
     } catch (error) {
       if (!(error instanceof Refused) || error.status !== 401) throw error;
+      const dialog = at("key-dialog");
       at("key-error").textContent = error.message;
-      at("key-dialog").showModal();
-      await new Promise((resolve) => at("key-dialog").addEventListener("close", resolve, { once: true }));
+      dialog.returnValue = "";
+      if (!dialog.open) dialog.showModal();
+      await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+      if (dialog.returnValue !== "given") throw error; // closed without an answer
       useKey(at("key").value);
     }
   }
@@ -95,6 +98,7 @@ function chooseModel(id) {
   showClasses();
   resetSettings();
   leaveSource();
+  if (!run) at("generate").disabled = false;
   if (!run && isOther) showIdle();
 }
 
@@ -236,9 +240,9 @@ async function generate(settings, given = {}) {
     if (run === current) showDone(current);
   } catch (error) {
     if (run === current) at("progress").textContent = error.name === "AbortError" ? "Stopped" : "Failed";
+    if (error.name === "AbortError") announce("Stopped");
+    else showError(error.message);
     if (error.name !== "AbortError" && !(error instanceof Refused)) throw error;
-    if (error.name !== "AbortError") showError(error.message);
-    else announce("Stopped");
   } finally {
     clearInterval(clock);
     controller.abort();
@@ -351,7 +355,7 @@ function mediaOf(item) {
   return video;
 }
 
-const addresses = new WeakMap(); // of blobs: one address each, as long as its item lives
+const addresses = new WeakMap(); // of items: one each, which stays when an item is deleted that is still shown
 
 function addressOf(item) {
   if (!addresses.has(item)) addresses.set(item, URL.createObjectURL(item.blob));
@@ -467,9 +471,10 @@ async function view(item) {
   const name = described(settings).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
   at("download").download = `${settings.model}-${name}-${settings.seed}${settings.n > 1 ? `-${item.index + 1}` : ""}.${item.kind === "image" ? "png" : "mp4"}`;
   if (!at("viewer").open) at("viewer").showModal();
-  const file = item.kind === "image" ? await withSettings(item.blob, { ...settings, index: item.index }) : item.blob;
   URL.revokeObjectURL(at("download").href);
-  at("download").href = URL.createObjectURL(file);
+  at("download").removeAttribute("href");
+  const file = item.kind === "image" ? await withSettings(item.blob, { ...settings, index: item.index }) : item.blob;
+  if (viewed === item) at("download").href = URL.createObjectURL(file);
 }
 
 /** Close what is shown in large, and do something with it. */
@@ -481,7 +486,6 @@ function leaveViewer(action) {
 async function remove(item) {
   const place = shelf.items.indexOf(item);
   await shelf.remove(item);
-  URL.revokeObjectURL(addresses.get(item));
   showGallery();
   const other = shelf.items[Math.min(place, shelf.items.length - 1)];
   if (other) view(other);
@@ -569,11 +573,14 @@ function listen() {
     if (file) attempt(() => openFile(file));
     at("file").value = ""; // so that the same one can be opened again
   });
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("dragover", (event) => {
+    if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // text goes into fields as ever
+  });
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     const [file] = event.dataTransfer.files;
-    if (file) attempt(() => openFile(file));
+    if (!file) return;
+    event.preventDefault();
+    attempt(() => openFile(file));
   });
 
   at("front").addEventListener("input", () => showFront(Number(at("front").value)));

@@ -84,7 +84,7 @@ export class Tile {
   async #catchUp() {
     while (this.isBehind) {
       const frame = this.frames[++this.shown];
-      if (isStill()) continue;
+      if (isStill() || document.hidden) continue; // timers of a hidden page are slow, and nobody looks
       this.draw(frame.front, frame.bitmap);
       await oneFrame();
     }
