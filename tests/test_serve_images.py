@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from nar import Pipeline
-from nar.serving.app import App
+from nar.serving.app import CONTENT_POLICY, STATIC, App
 from nar.serving.models import Served
 from nar.serving.protocol import partial_fronts
 from serving_tools import serving, wait_until
@@ -422,3 +423,17 @@ def test_two_images_are_refused(client: openai.OpenAI) -> None:
         client.images.edit(image=[png(EDIT), png(EDIT)], mask=mask_of(slice(0, 2), slice(0, 2)), prompt="pear")
     one = client.images.edit(image=[png(EDIT)], mask=mask_of(slice(0, 2), slice(0, 2)), prompt="pear")
     assert len(one.data) == 1
+
+
+def test_the_page_needs_nothing_from_elsewhere(url: str) -> None:
+    paths = {path.name: path.read_text(encoding="utf-8") for path in STATIC.iterdir()}
+    for name, text in paths.items():
+        answer = httpx2.get(f"{url}/{'' if name == 'index.html' else name}")
+        assert answer.text == text
+        assert answer.headers["content-security-policy"] == CONTENT_POLICY
+        others = re.findall(r"https?:(?!//www\.w3\.org/2000/svg)[^\s\"']*", text)
+        assert others == [], name
+        named = re.findall(r"""(?:src|href|from)[= ]"(?:\./)?([^"]+)\"""", text)
+        assert set(named) <= set(paths), name
+    script = httpx2.get(f"{url}/app.js")
+    assert script.headers["content-type"].startswith("text/javascript")  # others are not run
