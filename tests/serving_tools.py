@@ -14,10 +14,10 @@ from nar.serving.server import Server, bound
 
 
 @contextmanager
-def serving(models: Sequence[Served], **options: Any) -> Iterator[tuple[str, App]]:
+def serving(models: Sequence[Served], *, header_seconds: float = 30.0, **options: Any) -> Iterator[tuple[str, App]]:
     """Serve models until the block ends; gives the address and the app."""
     app = App(models, **options)
-    server = Server(app, log_level="warning")
+    server = Server(app, log_level="warning", header_seconds=header_seconds)
     socket = bound("127.0.0.1", 0)
     thread = threading.Thread(target=server.run_on, args=(socket,), daemon=True)
     thread.start()

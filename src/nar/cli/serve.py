@@ -81,7 +81,6 @@ def serve(
         store = Store(videos or Path(f"~/.cache/nar/videos-{port}").expanduser(), keep_seconds=3600 * keep_hours)
     server = App(served, keys=api_key or (), store=store)
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    echo(f"http://{shown}:{port}")
-    Server(server, drain_seconds=drain_seconds).run_on(socket)
+    Server(server, drain_seconds=drain_seconds, on_start=lambda: echo(f"http://{shown}:{port}")).run_on(socket)
     for one in served:
         one.close()

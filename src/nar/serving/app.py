@@ -168,6 +168,9 @@ class _Answer:
         except Refusal as error:
             self.watch.end(outcome_of(error))
             raise
+        except Exception:
+            self.watch.end("error")
+            raise
         except BaseException:
             self.watch.end("cancelled")
             raise

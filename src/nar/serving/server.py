@@ -5,7 +5,9 @@ Knows uvicorn; does not know routes or models.
 
 from __future__ import annotations
 
+import copy
 import socket
+from collections.abc import Callable
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -38,22 +40,37 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Runs an app until a signal; then no new work is taken, and what runs has `drain_seconds` to end.
 
-    A second signal ends it at once.
+    A second signal ends it at once. `on_start` is called when it answers.
     """
 
     def __init__(
-        self, app: App, *, drain_seconds: float = 30.0, header_seconds: float = HEADER_SECONDS, **options: Any
+        self,
+        app: App,
+        *,
+        drain_seconds: float = 30.0,
+        header_seconds: float = HEADER_SECONDS,
+        on_start: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
-        config = uvicorn.Config(app.asgi, ws="none", timeout_graceful_shutdown=2, server_header=False, **options)
+        logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # a pipe that only the address is read from fills up
+        options = {"log_config": logs, "timeout_graceful_shutdown": 2, "server_header": False, **options}
+        config = uvicorn.Config(app.asgi, ws="none", **options)
         super().__init__(config)
         self._app, self._drain_seconds, self._header_seconds = app, drain_seconds, header_seconds
-        self._ending = False
+        self._on_start, self._ending = on_start, False
         self._end = 0.0
         self._idle_since: dict[Any, float] = {}
 
     def run_on(self, bound_socket: socket.socket) -> None:
         """Serve until a signal comes."""
         self.run([bound_socket])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 uvicorn's signature
         """Begin to end; a handler of signals."""
