@@ -8,9 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import httpx2
+
 from nar.serving.app import App
 from nar.serving.models import Served
 from nar.serving.server import Server, bound
+
+http = httpx2.Client(timeout=120)
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def serving(models: Sequence[Served], *, header_seconds: float = 30.0, **options
             served.close()
 
 
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
     """Wait until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():

@@ -16,7 +16,7 @@ import pytest
 from conftest import load_script
 from nar.serving.app import App
 from nar.serving.models import Served
-from serving_tools import serving, wait_until
+from serving_tools import http, serving, wait_until
 
 
 @pytest.mark.slow
@@ -51,12 +51,12 @@ def test_a_poisoned_request_fails_alone(toy_folder: Path, monkeypatch: pytest.Mo
     with serving([served]) as (url, _):
         statuses = []
         for _ in range(3):
-            answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "pear"})
+            answer = http.post(f"{url}/v1/images/generations", json={"prompt": "pear"})
             statuses.append(answer.status_code)
             assert "secret" not in answer.text
         assert statuses == [200, 500, 200]
         made = 1
-        with httpx2.stream("POST", f"{url}/v1/images/generations", json={"prompt": "pear", "stream": True}) as answer:
+        with http.stream("POST", f"{url}/v1/images/generations", json={"prompt": "pear", "stream": True}) as answer:
             text = "".join(answer.iter_text())
         assert "event: error" in text
         assert '"code": "internal_error"' in text
@@ -70,7 +70,7 @@ def test_connections_that_say_nothing_are_closed(toy_folder: Path) -> None:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
         for connection in silent:
             connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHo")
-        assert httpx2.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/health").status_code == 200
         for connection in silent:
             connection.settimeout(10)
             with suppress(ConnectionResetError):
@@ -102,7 +102,7 @@ def test_a_slow_reader_holds_no_pictures(toy_folder: Path) -> None:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         connection.recv(1)
         wait_until(lambda: served.batcher.running + served.batcher.waiting == 0)
-        assert httpx2.post(f"{url}/v1/images/generations", json={"prompt": "pear"}).status_code == 200
+        assert http.post(f"{url}/v1/images/generations", json={"prompt": "pear"}).status_code == 200
         connection.close()
 
 
@@ -142,5 +142,5 @@ def test_a_full_house_of_models_is_one_app(toy_folder: Path) -> None:
         found = set()
         for name in ("a", "b", "c"):
             body = {"prompt": "pear", "model": name, "seed": 3}
-            found.add(httpx2.post(f"{url}/v1/images/generations", json=body).json()["data"][0]["b64_json"])
+            found.add(http.post(f"{url}/v1/images/generations", json=body).json()["data"][0]["b64_json"])
         assert len(found) == 1

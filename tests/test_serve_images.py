@@ -21,7 +21,7 @@ from nar import Pipeline
 from nar.serving.app import CONTENT_POLICY, STATIC, App
 from nar.serving.models import Served
 from nar.serving.protocol import partial_fronts
-from serving_tools import serving, wait_until
+from serving_tools import http, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def is_openai_error(answer: httpx2.Response) -> bool:
     ],
 )
 def test_framework_errors_have_openais_form(url: str, method: str, path: str, status: int) -> None:
-    answer = httpx2.request(method, url + path)
+    answer = http.request(method, url + path)
     assert answer.status_code == status
     assert is_openai_error(answer)
     assert answer.headers["x-request-id"]
@@ -231,13 +231,13 @@ def test_framework_errors_have_openais_form(url: str, method: str, path: str, st
     ],
 )
 def test_bodies_that_are_nothing(url: str, body: bytes, kind: str, status: int) -> None:
-    answer = httpx2.post(f"{url}/v1/images/generations", content=body, headers={"content-type": kind})
+    answer = http.post(f"{url}/v1/images/generations", content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text
     assert is_openai_error(answer)
 
 
 def test_bodies_without_a_length_are_limited_too(url: str) -> None:
-    answer = httpx2.post(
+    answer = http.post(
         f"{url}/v1/images/generations",
         content=iter([b" " * 2**18] * 5),
         headers={"content-type": "application/json"},
@@ -248,7 +248,7 @@ def test_bodies_without_a_length_are_limited_too(url: str) -> None:
 
 def test_null_is_the_default(url: str) -> None:
     body = {"prompt": "pear", "n": None, "seed": None, "style": None, "model": None, "quality": "auto"}
-    assert httpx2.post(f"{url}/v1/images/generations", json=body).status_code == 200
+    assert http.post(f"{url}/v1/images/generations", json=body).status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_work(server: tuple[str, App]) -> None:
@@ -257,24 +257,24 @@ def test_a_client_that_leaves_frees_its_work(server: tuple[str, App]) -> None:
     body = {"prompt": "pear", "n": 10}
     batcher = app.models["toy"].batcher
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{url}/v1/images/generations", json=body, timeout=0.02)
+        http.post(f"{url}/v1/images/generations", json=body, timeout=0.02)
     wait_until(lambda: batcher.running + batcher.waiting == 0)
-    wait_until(lambda: 'outcome="cancelled",route="image_generation"' in httpx2.get(f"{url}/metrics").text)
+    wait_until(lambda: 'outcome="cancelled",route="image_generation"' in http.get(f"{url}/metrics").text)
 
 
 def test_a_stream_that_is_closed_frees_its_work(server: tuple[str, App]) -> None:
     url, app = server
     batcher = app.models["toy"].batcher
     body = {"prompt": "pear", "n": 10, "stream": True, "partial_images": 6}
-    with httpx2.stream("POST", f"{url}/v1/images/generations", json=body) as answer:
+    with http.stream("POST", f"{url}/v1/images/generations", json=body) as answer:
         next(answer.iter_lines())
     wait_until(lambda: batcher.running + batcher.waiting == 0)
 
 
 def test_health_and_metrics(url: str, client: openai.OpenAI) -> None:
     client.images.generate(prompt="pear")
-    assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
-    text = httpx2.get(f"{url}/metrics").text
+    assert http.get(f"{url}/health").json() == {"status": "ok"}
+    text = http.get(f"{url}/metrics").text
     assert 'nar_requests_total{outcome="ok",route="image_generation"}' in text
     assert 'nar_cache_slots{model="toy"} 4.0' in text
     assert 'nar_requests_waiting{model="words"} 0.0' in text
@@ -332,8 +332,8 @@ def test_keys(toy_folder: Path) -> None:
         with pytest.raises(openai.AuthenticationError) as refused:
             client.images.generate(prompt="pear")
         assert refused.value.code == "invalid_api_key"
-        assert httpx2.get(f"{url}/v1/models").status_code == 401
-        assert httpx2.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/v1/models").status_code == 401
+        assert http.get(f"{url}/health").status_code == 200
 
 
 def test_one_name_twice_is_refused(toy_folder: Path) -> None:
@@ -346,10 +346,10 @@ def test_one_name_twice_is_refused(toy_folder: Path) -> None:
 def test_draining(toy_folder: Path) -> None:
     with serving([Served.load(f"toy={toy_folder}")]) as (url, app):
         app.is_draining = True
-        answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "pear"})
+        answer = http.post(f"{url}/v1/images/generations", json={"prompt": "pear"})
         assert answer.status_code == 503
         assert answer.headers["retry-after-ms"]
-        assert httpx2.get(f"{url}/health").status_code == 503
+        assert http.get(f"{url}/health").status_code == 503
 
 
 EDIT = np.full((8, 8, 3), 200, np.uint8)
@@ -406,7 +406,7 @@ def test_what_is_under_the_mask_is_not_seen(client: openai.OpenAI) -> None:
 )
 def test_edits_that_are_refused(url: str, files: dict[str, bytes], said: str) -> None:
     parts = {name: (name, content, "application/octet-stream") for name, content in files.items()}
-    answer = httpx2.post(f"{url}/v1/images/edits", files=parts, data={"prompt": "pear"})
+    answer = http.post(f"{url}/v1/images/edits", files=parts, data={"prompt": "pear"})
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import openai
 import pytest
@@ -26,7 +25,7 @@ from nar.media.clips import as_array, save_clip
 from nar.serving.app import App
 from nar.serving.jobs import CLAIM, Store
 from nar.serving.models import Served
-from serving_tools import serving, wait_until
+from serving_tools import http, serving, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's methods for videos
 
@@ -104,7 +103,7 @@ def test_json_with_a_data_url(url: str, client: openai.OpenAI) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, "png")
     reference = {"image_url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}
-    answer = httpx2.post(f"{url}/v1/videos", json={"prompt": "pear", "input_reference": reference})
+    answer = http.post(f"{url}/v1/videos", json={"prompt": "pear", "input_reference": reference})
     assert answer.status_code == 200, answer.text
     wait_until(lambda: client.videos.retrieve(answer.json()["id"]).status == "completed")
 
@@ -151,7 +150,7 @@ def test_a_job_that_is_deleted_frees_its_slot(client: openai.OpenAI, server: tup
     ],
 )
 def test_refusals(url: str, fields: dict[str, Any], said: str) -> None:
-    answer = httpx2.post(f"{url}/v1/videos", data={"prompt": "pear", **fields})
+    answer = http.post(f"{url}/v1/videos", data={"prompt": "pear", **fields})
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
 
@@ -159,7 +158,7 @@ def test_refusals(url: str, fields: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("file", [b"", b"#EXTM3U\n/etc/passwd", b"GIF89a", b"\x00\x00\x00\x20ftypisom", b"\x89PNG"])
 def test_references_that_are_nothing(url: str, file: bytes) -> None:
     """Playlists, which would have other files read, among them."""
-    answer = httpx2.post(f"{url}/v1/videos", data={"prompt": "pear"}, files={"input_reference": ("x.mp4", file)})
+    answer = http.post(f"{url}/v1/videos", data={"prompt": "pear"}, files={"input_reference": ("x.mp4", file)})
     assert answer.status_code == 400, answer.text
     assert "input_reference" in answer.json()["error"]["message"]
     assert "/tmp" not in answer.text
@@ -168,19 +167,19 @@ def test_references_that_are_nothing(url: str, file: bytes) -> None:
 @pytest.mark.parametrize("number", ["video_1", "..", "%2e%2e%2fetc", "video_/../x", "video_" + "0" * 5000])
 def test_jobs_that_are_not_there(url: str, number: str) -> None:
     for path in (f"/v1/videos/{number}", f"/v1/videos/{number}/content"):
-        answer = httpx2.get(url + path)
+        answer = http.get(url + path)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"
-    assert httpx2.delete(f"{url}/v1/videos/{number}").status_code in (404, 405)
+    assert http.delete(f"{url}/v1/videos/{number}").status_code in (404, 405)
 
 
 def test_ranges(url: str, client: openai.OpenAI) -> None:
     job = client.videos.create_and_poll(prompt="pear")
-    whole = httpx2.get(f"{url}/v1/videos/{job.id}/content")
-    part = httpx2.get(f"{url}/v1/videos/{job.id}/content", headers={"range": "bytes=10-19"})
+    whole = http.get(f"{url}/v1/videos/{job.id}/content")
+    part = http.get(f"{url}/v1/videos/{job.id}/content", headers={"range": "bytes=10-19"})
     assert (whole.headers["content-type"], part.status_code) == ("video/mp4", 206)
     assert part.content == whole.content[10:20]
-    assert httpx2.get(f"{url}/v1/videos/{job.id}/content?variant=x").status_code == 400
+    assert http.get(f"{url}/v1/videos/{job.id}/content?variant=x").status_code == 400
 
 
 def test_jobs_belong_to_their_key(clips_folder: Path, tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_a_full_disk_is_said(server: tuple[str, App], url: str, monkeypatch: pyt
     videos = server[1].videos
     assert videos is not None
     monkeypatch.setattr(videos.store, "create", full)
-    answer = httpx2.post(f"{url}/v1/videos", data={"prompt": "pear"})
+    answer = http.post(f"{url}/v1/videos", data={"prompt": "pear"})
     assert answer.status_code == 507
     assert "disk" in answer.json()["error"]["message"]
 
@@ -299,20 +298,20 @@ def test_jobs_survive_a_kill_and_the_server_ends_when_told(clips_folder: Path, t
     process, url = started(arguments, tmp_path)
     try:
         body = {"prompt": "pear", "seed": 4, "num_frames": 61}
-        number = httpx2.post(f"{url}/v1/videos", json=body).json()["id"]
-        wait_until(lambda: httpx2.get(f"{url}/v1/videos/{number}").json()["status"] == "in_progress")
+        number = http.post(f"{url}/v1/videos", json=body).json()["id"]
+        wait_until(lambda: http.get(f"{url}/v1/videos/{number}").json()["status"] == "in_progress")
     finally:
         process.kill()
         process.wait()
     process, url = started(arguments, tmp_path)
     try:
-        wait_until(lambda: httpx2.get(f"{url}/v1/videos/{number}").json()["status"] == "completed", 60)
-        sheet = httpx2.get(f"{url}/v1/videos/{number}/content?variant=thumbnail").content
+        wait_until(lambda: http.get(f"{url}/v1/videos/{number}").json()["status"] == "completed", 60)
+        sheet = http.get(f"{url}/v1/videos/{number}/content?variant=thumbnail").content
         expected = Pipeline.from_pretrained(clips_folder)(prompt="pear", seed=4, num_frames=61, output_type="np")
         first = np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB"))
         assert np.array_equal(first, expected.videos[0][0])
-        later = httpx2.post(f"{url}/v1/videos", json=body).json()["id"]
-        wait_until(lambda: httpx2.get(f"{url}/v1/videos/{later}").json()["status"] == "in_progress")
+        later = http.post(f"{url}/v1/videos", json=body).json()["id"]
+        wait_until(lambda: http.get(f"{url}/v1/videos/{later}").json()["status"] == "in_progress")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (tmp_path / "log").read_text()
         job = Store(tmp_path / "jobs").get(later)
