@@ -18,6 +18,7 @@ import torch
 
 from conftest import LAYOUTS, make_condition, make_model
 from nar import Pipeline, Sampling, Transformer, generate
+from nar.condition import Condition
 from nar.precision import convert
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Ticket, Work, slot_bytes
 from nar.serving.engines import Cohort, Flight, Row
@@ -398,9 +399,17 @@ def rows_of(model: Transformer, count: int) -> list[Row]:
     guided = [1.0, 1.7, 3.0] if model.config.num_classes or model.config.text_dim else [1.0]
     known = torch.full((1, *model.config.grid), -1)
     known.view(-1)[1:3] = 5
+
+    def of(number: int) -> Condition:
+        own = condition.rows(slice(number, number + 1))
+        if own.prefix is None or number % 2:
+            return own
+        seen = torch.arange(own.prefix.codes.numel()).view_as(own.prefix.codes) % 3 != number % 3
+        return replace(own, prefix=replace(own.prefix, mask=seen))
+
     return [
         Row(
-            condition.rows(slice(number, number + 1)),
+            of(number),
             condition.rows(slice(0, 1)) if number % 5 == 4 else None,
             Sampling(
                 chance.choice(guided), chance.choice([None, 3]), temperature=chance.choice([0.0, 1.0]), top_k=number % 3

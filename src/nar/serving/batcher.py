@@ -30,6 +30,7 @@ MOST_SLOTS = {"cpu": 8, "cuda": 64}  # where more rows bring little and make eve
 MEMORY_BYTES = 2**31  # of keys and values: 50 guided pictures of NAR-B in float32
 WAITING_PER_SLOT = 4
 SMOOTHING = 0.1  # of the mean time of a front: the last ten or so
+UNKNOWN_SECONDS = 1.0  # to come again after, before any front was timed
 TICK_SECONDS = 0.5  # how often waiting threads look at deadlines
 STALLED_SECONDS = 60.0  # without a front while there is work: `is_alive` says no
 
@@ -319,10 +320,10 @@ class Batcher:
         own = sum(result.ticket.work.key == work.key for result in queued) + len(work.requests)
         if late > self.max_waiting:
             message = f"{len(queued)} results are waiting for {self.slots} slots, at most {self.max_waiting} may"
-            raise Refused("overloaded", message, self.predicted_wait())
+            raise Refused("overloaded", message, self.predicted_wait() or UNKNOWN_SECONDS)
         if min(late, own) > self.max_waiting_per_key:
             message = f"{own} results of this key would be waiting, at most {self.max_waiting_per_key} may"
-            raise Refused("limit", message, self.predicted_wait())
+            raise Refused("limit", message, self.predicted_wait() or UNKNOWN_SECONDS)
         if work.deadline_seconds is not None and (wait := self.predicted_wait(work)) > work.deadline_seconds:
             message = f"it would take {wait:.1f} s, the deadline is after {work.deadline_seconds:g} s"
             raise Refused("deadline", message, wait - work.deadline_seconds)
