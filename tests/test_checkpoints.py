@@ -218,6 +218,17 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert training["heldout"] == {"loss": 1.0}
 
 
+def test_a_checkpoint_is_written_where_the_loss_is_lowest_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, num_images=10 * 32, keep_last=10, checkpoint_every=1000, preview_every=2)
+    scores = iter([3.0, 1.0, 2.0, 0.5, 0.7])
+    monkeypatch.setattr(ModelTask, "evaluate", lambda *_: {"loss": next(scores)})
+    run_recipe(str(path), [f"run={tmp_path / 'run'}"])
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [f"step-{step:09d}" for step in (2, 4, 8, 10)]
+
+
 def test_other_settings_are_shown_and_need_override(tmp_path: Path) -> None:
     path = recipe(tmp_path, num_images=64)
     run_recipe(str(path), [f"run={tmp_path / 'run'}"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar.storage.fields import OneOf, Range, check, checked, from_dict, kinds
+from nar.storage.fields import OneOf, Range, check, checked, filled, from_dict, kinds
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def test_python_is_checked_alike() -> None:
         Group(sizes=(0,))
     with pytest.raises(ValueError, match=r"group must be of type Group, not \{\}"):
         Settings(1, group={})  # type: ignore[arg-type]
+
+
+def test_a_record_is_filled_with_what_came_later_in_groups_too() -> None:
+    defaults = {"a": 0, "b": 3, "group": {"x": 0, "y": 4}}
+    assert filled({"a": 1, "group": {"x": 2}}, defaults) == {"a": 1, "b": 3, "group": {"x": 2, "y": 4}}
 
 
 def test_names_are_dotted() -> None:

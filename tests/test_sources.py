@@ -17,6 +17,7 @@ from nar.data import builtin
 from nar.data.builtin import FASHION_MNIST_CLASSES
 from nar.data.open import load_pictures, open_source
 from nar.data.source import Pictures
+from nar.data.split import held_out
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -265,3 +266,10 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install nar-gen\[train\]"):
         load_pictures(tmp_path / "a.parquet", size=8)
+
+
+def test_about_the_share_is_held_out_and_stays_so_when_others_come() -> None:
+    keys = [f"drawing {number}" for number in range(2000)]
+    out = held_out(keys, 0.05)
+    assert 60 < out.sum() < 140
+    assert np.array_equal(held_out(keys[:1500], 0.05), out[:1500])
