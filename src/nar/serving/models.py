@@ -33,7 +33,7 @@ from nar.serving.protocol import Clip, Generation, Pictures, Refusal, partial_fr
 from nar.storage.folder import CONFIG, find_model
 
 MOST_WEBP = 16_383  # pixels of a side that the format holds
-_EXACT = ("float32", "float16")  # formats in which a picture's bits do not depend on its neighbours (on a CPU)
+_EXACT = ("float32", "float16", "int8")  # formats in which a picture's bits do not depend on its neighbours (on a CPU)
 
 
 @dataclass(frozen=True)
