@@ -24,6 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -229,7 +230,7 @@ async def videos(run: Run, count: int) -> dict[str, int]:
         for _ in range(MOST_TRIES):
             try:
                 return await asyncio.to_thread(call, path, body)
-            except (OSError, ValueError, EOFError):
+            except (OSError, ValueError, HTTPException):
                 await asyncio.sleep(0.3)
         raise RuntimeError(f"{path} is never answered")
 
@@ -293,7 +294,9 @@ async def _faults(
                 await act(number)
             done += 1
             if done % max(1, requests // 20) == 0:
-                sys.stderr.write(f"{done} of {requests}, {round(monotonic() - begun)} s\n")
+                sys.stderr.write(
+                    f"{done} of {requests}, {round(monotonic() - begun)} s: {run.lost} lost, {run.wrong} wrong\n"
+                )
 
     async def trouble() -> None:
         """Stops and kills in the first half; then memory is watched in a process that lives to the end."""
