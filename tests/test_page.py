@@ -202,6 +202,7 @@ def test_a_link_generates_the_same(visit: Callable[..., Any]) -> None:
     [
         ("#seed=1&temprature=2", "The link has a setting temprature"),
         ("#seed=1&class_label=spaceship", "fashion has no class spaceship"),
+        ("#seed=1&prompt=boot", "fashion takes no prompt"),
         ("#seed=1&model=dalle", "The model dalle is not on this server"),
     ],
 )

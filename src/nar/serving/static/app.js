@@ -1,37 +1,26 @@
 /** The page: settings, pictures that grow, the gallery, and one result in large.
  *
- * Uses the public routes of its server and nothing else. Routes are in server.js, growing pictures in growth.js, the
- * mask in mask.js, what is kept in shelf.js; here is what happens when something is clicked.
+ * Uses the public routes of its server and nothing else. Routes are in server.js, the form in settings.js, growing
+ * pictures in growth.js, the mask in mask.js, what is kept in shelf.js; here is what happens when something is clicked.
  */
 
+import { at, make } from "./elements.js";
 import { Tile, isStill, oneFrame } from "./growth.js";
 import { MaskEditor } from "./mask.js";
 import { Refused, ask, events, numWaiting, pause, useKey } from "./server.js";
+import { chooseModel, linkTo, modelOf, models, offerModels, randomSeed, readLink, readSettings, resetSettings, writeSettings } from "./settings.js";
 import { Shelf, fromBase64, settingsIn, withSettings } from "./shelf.js";
 
-const MOST_CHIPS = 24; // classes beyond are found by typing
 const MOST_SEED = 2 ** 32;
 const MOST_TRIES = 30; // of a request that is refused for now
-const NUMBERS = ["guidance_scale", "temperature", "top_k", "top_p"]; // settings that every model has
-const WORDS = ["prompt", "negative_prompt"];
 
-const at = (id) => document.getElementById(id);
 const shelf = new Shelf();
 const editor = new MaskEditor();
-let cards = []; // what /v1/models says of each model
-let card; // of the model that is chosen
 let source = null; // {blob} of what is continued, {blob, canvas} of what is edited
 let run = null; // {stop, tiles} while something is generated
 let tiles = []; // of the last run
 let viewed = null; // the item that is shown in large
 let recalled = -1; // which of the earlier prompts is in the field
-
-/** Make an element with properties and children. */
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 
 /** Say something to who can't see it; the eyes have the bar. */
 function announce(text) {
@@ -43,8 +32,6 @@ function showError(message) {
   at("error").hidden = !message;
   if (message) at("error").scrollIntoView({ block: "nearest" });
 }
-
-const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 /** A result in words: the prompt, the class, or both. */
 function described(settings) {
@@ -69,121 +56,21 @@ async function withKey(action) {
   }
 }
 
-// Settings
-
-/** Show a card for each model, and choose the first. */
-async function loadModels() {
-  cards = (await withKey(async () => (await ask("v1/models")).json())).data;
-  const choices = cards.map((one) => {
-    const steps = `${one.kind === "video" ? "clips" : "pictures"}, ${one.size.replace("x", "×")}, ${one.num_fronts} steps`;
-    const radio = make("input", { type: "radio", name: "model", value: one.id });
-    radio.addEventListener("change", () => chooseModel(one.id));
-    return make("label", {}, radio, make("span", {}, make("strong", { textContent: one.id }), make("small", { textContent: steps })));
-  });
-  at("models").append(...choices);
-  chooseModel(cards[0].id);
-}
-
-/** Show the fields that a model takes, with its own settings. */
-function chooseModel(id) {
-  const isOther = card?.id !== id;
-  card = cards.find((one) => one.id === id);
-  document.querySelector(`[name=model][value="${CSS.escape(id)}"]`).checked = true;
-  at("words").hidden = !card.takes.includes("prompt");
-  at("without").hidden = !card.takes.includes("negative_prompt");
-  at("length").hidden = card.kind !== "video";
-  at("num_frames").value = card.num_frames ?? "";
-  at("files").hidden = !card.takes.includes("image") && !card.takes.includes("input_reference");
-  at("file-label").textContent = card.takes.includes("image") ? "Edit a picture of yours" : "Continue a picture or clip of yours";
-  showClasses();
-  resetSettings();
+/** The chosen model is another one, or its settings are its own again. */
+function modelChosen(isOther) {
+  at("file-label").textContent = models.chosen.takes.includes("image") ? "Edit a picture of yours" : "Continue a picture or clip of yours";
   leaveSource();
-  if (!run) at("generate").disabled = false;
-  if (!run && isOther) showIdle();
-}
-
-function resetSettings() {
-  for (const name of NUMBERS) at(name).value = card.defaults[name];
-  at("guidance_range").value = card.defaults.guidance_scale;
-}
-
-/** Classes as chips, or where they are many as a field that knows them. */
-function showClasses() {
-  const box = at("classes");
-  box.hidden = !card.takes.includes("class_label");
-  box.replaceChildren(make("legend", { textContent: "Class" }));
-  if (box.hidden) return;
-  const names = card.class_names;
-  box.classList.toggle("chips", names.length > 0 && names.length <= MOST_CHIPS);
-  if (names.length && names.length <= MOST_CHIPS) {
-    for (const [place, name] of ["", ...names].entries()) {
-      const radio = make("input", { type: "radio", name: "class_label", value: name, checked: place === 0 });
-      box.append(make("label", {}, radio, make("span", { textContent: name || "any" })));
-    }
-    return;
-  }
-  const field = make("input", { name: "class_label", placeholder: `a name, or 0 to ${card.num_classes - 1}` });
-  field.setAttribute("list", "class-names");
-  field.setAttribute("aria-label", "Class");
-  box.append(field, make("datalist", { id: "class-names" }, ...names.map((value) => make("option", { value }))));
-}
-
-function classLabel() {
-  return (document.querySelector("[name=class_label]:checked") ?? document.querySelector("input[name=class_label]:not([type=radio])"))?.value ?? "";
-}
-
-/** What the form asks for, as the fields of a request. A seed that is not kept is a new one. */
-function readSettings() {
-  const settings = { model: card.id };
-  for (const name of WORDS) if (card.takes.includes(name) && at(name).value.trim()) settings[name] = at(name).value.trim();
-  if (classLabel()) settings.class_label = classLabel();
-  for (const name of NUMBERS) settings[name] = Number(at(name).value);
-  if (!at("keep").checked || at("seed").value === "") at("seed").value = randomSeed();
-  settings.seed = Number(at("seed").value);
-  settings.n = Number(at("n").value);
-  if (card.kind === "video" && at("num_frames").value) settings.num_frames = Number(at("num_frames").value);
-  return settings;
-}
-
-/** Fill the form with the fields of a request, its seed kept. Raises Refused when its model is not here. */
-function writeSettings(settings) {
-  if (settings.model && !cards.some((one) => one.id === settings.model)) {
-    throw new Refused(`The model ${settings.model} is not on this server; models here: ${cards.map((one) => one.id).join(", ")}.`);
-  }
-  chooseModel(settings.model ?? card.id);
-  for (const name of WORDS) at(name).value = settings[name] ?? "";
-  for (const name of [...NUMBERS, "n", "num_frames"]) if (settings[name] !== undefined) at(name).value = settings[name];
-  at("guidance_range").value = at("guidance_scale").value;
-  writeClass(String(settings.class_label ?? ""));
-  at("seed").value = settings.seed ?? "";
-  at("keep").checked = settings.seed !== undefined;
-}
-
-/** Choose a class by its name or number. */
-function writeClass(label) {
-  const fields = [...document.querySelectorAll("[name=class_label]")];
-  const name = card.class_names[label] ?? label; // "3" is the fourth
-  const field = fields.find((one) => one.type !== "radio" || one.value === name);
-  if (field) [field.checked, field.value] = [true, name];
-  else if (label) throw new Refused(`${card.id} has no class ${label}${fields.length ? `; classes: ${card.class_names.join(", ")}` : ""}.`);
-}
-
-/** An address that generates the same: what differs from the model's own settings stands in it. */
-function linkTo(settings) {
-  const own = cards.find((one) => one.id === settings.model);
-  const told = Object.entries(settings).filter(([name, value]) => value !== own?.defaults[name] && value !== own?.[name]);
-  return `${location.origin}${location.pathname}${location.search}#${new URLSearchParams(told)}`;
+  if (run) return;
+  at("generate").disabled = false;
+  if (isOther) showIdle();
 }
 
 /** Generate what the address asks for, if it names a seed. */
 function followLink() {
-  const told = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  if (told.seed === undefined) return;
   attempt(() => {
-    const known = ["model", ...WORDS, "class_label", ...NUMBERS, "seed", "n", "num_frames"];
-    const other = Object.keys(told).find((name) => !known.includes(name));
-    if (other) throw new Refused(`The link has a setting ${other}; known ones: ${known.join(", ")}.`);
-    writeSettings({ n: 1, ...told });
+    const settings = readLink(location.hash);
+    if (!settings) return;
+    writeSettings(settings);
     history.replaceState(null, "", location.pathname + location.search); // a reload does not generate again
     if (at("settings").reportValidity()) generate(readSettings());
   });
@@ -206,10 +93,10 @@ async function attempt(action) {
 function showIdle() {
   tiles = [];
   at("growth").hidden = true;
-  const tokens = card.grid.reduce((product, side) => product * side, 1);
-  const shape = card.grid.length > 1 ? `${card.grid.join("×")} = ` : "";
-  at("progress").textContent = `${shape}${tokens} codes in ${card.num_fronts} steps`;
-  const tile = new Tile(card);
+  const tokens = models.chosen.grid.reduce((product, side) => product * side, 1);
+  const shape = models.chosen.grid.length > 1 ? `${models.chosen.grid.join("×")} = ` : "";
+  at("progress").textContent = `${shape}${tokens} codes in ${models.chosen.num_fronts} steps`;
+  const tile = new Tile(models.chosen);
   at("tiles").replaceChildren(tile.element);
   at("tiles").dataset.count = 1;
   tile.draw(-1, null);
@@ -218,7 +105,7 @@ function showIdle() {
 /** Generate what `settings` ask for; `given` is {image, mask, cells} of an edit or {reference} of a clip to continue. */
 async function generate(settings, given = {}) {
   if (run) run.controller.abort();
-  const one = cards.find((other) => other.id === settings.model);
+  const one = modelOf(settings.model);
   const controller = new AbortController();
   const current = { controller, fronts: new Map(), settings, given, card: one, began: performance.now(), times: [], isWaiting: true };
   run = current;
@@ -450,7 +337,7 @@ function entryOf(item) {
 async function view(item) {
   viewed = item;
   const { settings, given } = item;
-  const one = cards.find((other) => other.id === settings.model);
+  const one = modelOf(settings.model);
   const place = shelf.items.indexOf(item);
   at("viewer-title").textContent = described(settings);
   at("viewer-status").textContent = one ? "" : `The model ${settings.model} is not on this server.`;
@@ -494,28 +381,28 @@ async function remove(item) {
 
 // Editing and continuing
 
-const clipModel = () => [card, ...cards].find((one) => one?.takes.includes("input_reference"));
+const clipModel = () => [models.chosen, ...models.all].find((one) => one?.takes.includes("input_reference"));
 
 /** Take a picture to edit, or a picture or clip to continue, as the chosen model can. */
 async function openSource(blob) {
   showError(null);
-  if (card.takes.includes("image")) {
+  if (models.chosen.takes.includes("image")) {
     const bitmap = await createImageBitmap(blob).catch(() => {
       throw new Refused("This file is no picture that the browser can read: PNG, JPEG or WebP.");
     });
-    const [width, height] = card.size.split("x").map(Number);
+    const [width, height] = models.chosen.size.split("x").map(Number);
     const canvas = make("canvas", { width, height });
     const scale = Math.max(width / bitmap.width, height / bitmap.height); // what is longer is cut at both ends
     const pen = canvas.getContext("2d");
     pen.imageSmoothingQuality = "high";
     pen.drawImage(bitmap, (width - bitmap.width * scale) / 2, (height - bitmap.height * scale) / 2, bitmap.width * scale, bitmap.height * scale);
     source = { canvas, blob: await new Promise((resolve) => canvas.toBlob(resolve, "image/png")) };
-    editor.open(canvas, card);
+    editor.open(canvas, models.chosen);
     at("editor").hidden = false;
     at("generate").textContent = "Redraw what is painted";
     at("mask").focus();
     at("editor").scrollIntoView({ block: "start", behavior: isStill() ? "auto" : "smooth" });
-  } else if (card.takes.includes("input_reference")) {
+  } else if (models.chosen.takes.includes("input_reference")) {
     source = { blob };
     const image = at("source").querySelector("img");
     URL.revokeObjectURL(image.src);
@@ -523,7 +410,7 @@ async function openSource(blob) {
     if (!image.hidden) image.src = URL.createObjectURL(blob);
     at("source").querySelector("span").textContent = blob.type.startsWith("image/") ? "continues this picture" : "continues a clip";
     at("source").hidden = false;
-  } else throw new Refused(`${card.id} neither edits nor continues pictures.`);
+  } else throw new Refused(`${models.chosen.id} neither edits nor continues pictures.`);
 }
 
 function leaveSource() {
@@ -544,7 +431,7 @@ async function readSource() {
 /** A file that was chosen or dropped. A picture from here brings its settings. */
 async function openFile(file) {
   const settings = await settingsIn(file);
-  if (settings?.model && cards.some((one) => one.id === settings.model)) {
+  if (settings && modelOf(settings.model)) {
     writeSettings(settings);
     announce("The settings of this picture are in the form.");
   }
@@ -595,7 +482,7 @@ function listen() {
   on("use", () => leaveViewer((item) => writeSettings(item.settings)));
   on("edit", () => leaveViewer((item) => { writeSettings(item.settings); return openSource(item.blob); }));
   on("extend", () => leaveViewer((item) => {
-    if (!card.takes.includes("input_reference")) chooseModel(clipModel().id);
+    if (!models.chosen.takes.includes("input_reference")) chooseModel(clipModel().id);
     return openSource(item.blob);
   }));
   on("delete", () => remove(viewed));
@@ -641,7 +528,7 @@ function chooseTheme() {
   const show = (theme) => {
     document.documentElement.dataset.theme = theme;
     at("theme").textContent = `Theme: ${theme}`;
-    if (card && !tiles.length) showIdle(); // dots have the theme's colour
+    if (models.chosen && !tiles.length) showIdle(); // dots have the theme's colour
   };
   show(localStorage.getItem("nar.theme") ?? "auto");
   at("theme").addEventListener("click", () => {
@@ -654,7 +541,8 @@ function chooseTheme() {
 chooseTheme();
 listen();
 await attempt(async () => {
-  await Promise.all([loadModels(), shelf.open()]);
+  const listed = withKey(async () => (await ask("v1/models")).json());
+  offerModels((await Promise.all([listed, shelf.open()]))[0].data, modelChosen);
   showGallery();
   followLink();
 });

@@ -3,6 +3,8 @@
  * Knows canvases and the fronts of a model's card; does not know requests.
  */
 
+import { make } from "./elements.js";
+
 const FRAME_MILLISECONDS = 45; // between two fronts: small models are done before the eye has seen any
 const SIDE = 512; // of the canvas in its own pixels
 const REDUCED = matchMedia("(prefers-reduced-motion: reduce)");
@@ -31,16 +33,13 @@ export class Tile {
     this.shown = -1;
     this.frontOf = new Map(card.fronts.flatMap((cells, front) => cells.map((cell) => [cell, front])));
     [this.width, this.height] = card.size.split("x").map(Number);
-    this.element = document.createElement("figure");
-    this.element.className = "tile";
-    this.canvas = document.createElement("canvas");
-    this.canvas.setAttribute("aria-hidden", "true");
+    this.canvas = make("canvas", { ariaHidden: "true" });
+    this.element = make("figure", { className: "tile" }, this.canvas);
     const planes = planesOf(card.grid);
     const across = Math.ceil(Math.sqrt(planes.length || 1));
     this.planes = planes.map((plane, place) => ({ ...plane, x: place % across, y: Math.floor(place / across), across }));
     this.canvas.width = SIDE;
     this.canvas.height = Math.round((SIDE * this.height) / this.width);
-    this.element.append(this.canvas);
     this.draw(-1, null);
   }
 

@@ -4,11 +4,12 @@
  * know what is done with the mask.
  */
 
+import { at, make } from "./elements.js";
+
 const MOST_UNDO = 60;
 const SIDE = 768; // of the canvas in its own pixels
 const KEYS = { "[": "smaller", "]": "larger", b: "brush", e: "eraser", z: "undo", c: "clear", i: "invert" };
-const at = (id) => document.getElementById(id);
-const blank = (width, height) => Object.assign(document.createElement("canvas"), { width, height });
+const blank = (width, height) => make("canvas", { width, height });
 
 export class MaskEditor {
   constructor() {
