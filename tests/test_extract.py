@@ -408,3 +408,15 @@ def test_codes_are_read_fast(tmp_path: Path, tokenizer: Path) -> None:
     rate = len(big) / (time.perf_counter() - began)
     print(f"{rate:,.0f} samples/s")
     assert rate > 20_000
+
+
+def test_codes_of_several_shards_are_read_in_any_order(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "SHARD_SIZE", 3)
+    source = open_source(noise(tmp_path / "pictures", 10, size=8), size=8)
+    codes = Codes.open(extraction.extract(tokenizer, source, tmp_path / "codes", size=8))
+    each = [codes.read(np.array([row]))[0] for row in range(10)]
+    assert len({row.tobytes() for row in each}) > 5
+    picked = np.array([9, 0, 4, 4, 8, 1, 3, 9])
+    np.testing.assert_array_equal(codes.read(picked), np.stack([each[row] for row in picked]))

@@ -17,7 +17,7 @@ from nar.data import builtin
 from nar.data.builtin import FASHION_MNIST_CLASSES
 from nar.data.open import load_pictures, open_source
 from nar.data.source import Pictures
-from nar.data.split import held_out
+from nar.data.split import held_out, held_out_pairs
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -273,3 +273,11 @@ def test_about_the_share_is_held_out_and_stays_so_when_others_come() -> None:
     out = held_out(keys, 0.05)
     assert 60 < out.sum() < 140
     assert np.array_equal(held_out(keys[:1500], 0.05), out[:1500])
+
+
+def test_pairs_are_held_out_of_every_style() -> None:
+    groups, styles = [f"thing {number // 2}" for number in range(80)], ["flat", "noto"] * 40
+    out = held_out_pairs(groups, styles, 20)
+    assert out.sum() == 20
+    assert len({group for group, is_out in zip(groups, out, strict=True) if is_out}) == 20
+    assert 4 < sum(is_out and style == "flat" for style, is_out in zip(styles, out, strict=True)) < 16
