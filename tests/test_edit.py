@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,15 @@ def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout
     true = np.load(tmp_path / "made" / "real.npz")["arr_0"]
     outside = ~box_mask((8, 8), (2, 2, 4, 4))
     assert (completed[:, outside] == true[:, outside]).all()
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/editing.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", page, re.S)[0]
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert len(found["out"]) == 4
+    given, box = np.asarray(found["shirt"]), box_mask((32, 32), (8, 8, 16, 16))
+    assert all((np.asarray(made)[~box] == given[~box]).all() for made in found["out"].images)
+    assert (tmp_path / "edited.png").is_file()
