@@ -161,14 +161,18 @@ def with_given(prefix: PrefixCodes | None, requests: Sequence[Request]) -> Prefi
     return PrefixCodes(codes, mask)
 
 
-def kept(known: Tensor | None, requests: Sequence[Request]) -> Tensor | None:
-    """The codes (B, *grid) to keep, -1 where free: `known`, and those that requests are given to keep."""
+def kept(known: Tensor | None, requests: Sequence[Request], context: Tensor | None) -> Tensor | None:
+    """The codes (B, *grid) to keep, -1 where free: those of `context` frames, those that requests are given to keep,
+    and `known`, in this order."""
     rows = [None if request.given is None else request.given.known for request in requests]
-    if all(row is None for row in rows):
-        return known
-    free = torch.full_like(next(row for row in rows if row is not None), -1)
-    own = torch.stack([free if row is None else row for row in rows])
-    return own if known is None else torch.where(own >= 0, own, known.to(own.device))
+    own = None
+    if any(row is not None for row in rows):
+        free = torch.full_like(next(row for row in rows if row is not None), -1)
+        own = torch.stack([free if row is None else row for row in rows])
+    for more in (own, context):
+        if more is not None:
+            known = more if known is None else torch.where(more >= 0, more, known.to(more.device))
+    return known
 
 
 def edit(
@@ -238,7 +242,7 @@ def edit(
         sampled = self._codes(requests[rows], indices[rows], sampling, seed=seeds[rows], known=None, callback=None)
         made += [canvas.pasted(pixels, blend=blend) for pixels in self.decode(sampled, exact=True)]
         codes.append(sampled)
-    names = [request.prompt or (self.label_name(request.label) if request.label >= 0 else "") for request in requests]
+    names = [request.named(self.label_name) for request in requests]
     images: Any = as_output(list(as_pixels(np.stack(made))), output_type)
     return Output(images, None, names, [request.label for request in requests], seed, torch.cat(codes))
 

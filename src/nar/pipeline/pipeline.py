@@ -343,9 +343,7 @@ class Pipeline:
         whole = torch.cat(codes)
         output = whole if output_type == "codes" else as_output(pixels, output_type)
         images, videos = (None, output) if self.makes_clips else (output, None)
-        names = [
-            request.prompt or (self.label_name(request.label) if request.label >= 0 else "") for request in requests
-        ]
+        names = [request.named(self.label_name) for request in requests]
         return Output(images, videos, names, [request.label for request in requests], seed, whole, self.frame_rate)
 
     edit = edit
@@ -433,14 +431,10 @@ class Pipeline:
         self, batch: Sequence[Request], sampling: Sampling, known: Tensor | None
     ) -> tuple[Condition, Condition | None, Sampling, Tensor | None]:
         """What a pass of the model over requests takes: conditions as in `condition`, settings, and codes to keep."""
-        config = self.model.config
         condition, negative = self.condition(batch)
-        if not any(request.is_guided for request in batch) and (config.num_classes or config.text_dim):
+        if not any(request.is_guided for request in batch) and (self.config.num_classes or self.config.text_dim):
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # both sides would be the null condition
-        known, context = kept(known, batch), self.continuation.known(condition)
-        if context is not None:
-            known = context if known is None else torch.where(context >= 0, context, known.to(context.device))
-        return condition, negative, sampling, known
+        return condition, negative, sampling, kept(known, batch, self.continuation.known(condition))
 
     def _codes(
         self,

@@ -47,6 +47,10 @@ class Request:
     frames: Tensor | None = None
     given: Given | None = None
 
+    def named(self, label_name: Callable[[int], str]) -> str:
+        """Its prompt, or else the name of its class."""
+        return self.prompt or (label_name(self.label) if self.label >= 0 else "")
+
     @property
     def has_negative(self) -> bool:
         """Whether guidance compares with words in place of the null condition."""

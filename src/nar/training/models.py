@@ -261,7 +261,7 @@ class ModelTask(Task):
         data, further = self.recipe.data, dict[str, Any]()
         if self.text is not None:
             further["text_encoder"] = dataclasses.asdict(self.text.config)
-        if self.continuation.prefix:
+        if any(self.continuation.counts):
             further["given_frames"] = list(self.continuation.counts)
         if data.frame_rate:
             further["frame_rate"] = data.frame_rate / data.stride
