@@ -159,7 +159,7 @@ def test_a_full_queue_refuses_before_anything_is_done(
     original, prepared = toy.prepared, list[object]()
     monkeypatch.setattr(toy, "prepared", lambda *arguments: prepared.append(arguments) or original(*arguments))
     calls = [Call(batcher, one(toy, key=key)) for key in "aab"]
-    while batcher.front_seconds == 0 or len(prepared) < 3:
+    while batcher.front_seconds == 0 or len(prepared) < 3 or batcher.running < 2:
         time.sleep(0.01)
     late = one(toy, key="c")
     tracemalloc.start()

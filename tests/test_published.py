@@ -377,7 +377,7 @@ def test_the_documented_lines_run(downloads: Path, tmp_path: Path, monkeypatch: 
     assert names["future"][:5] == names["clip"][:5]
     assert len(names["future"]) == 6
     options = ("--text-encoder", "google/flan-t5-xl", "--prompt", "a red apple", "-n", 1)
-    assert "1 pictures" in succeed("sample", "models/nar-t2i", *options, "-o", "apple.png")
+    assert "1 picture in" in succeed("sample", "models/nar-t2i", *options, "-o", "apple.png")
 
 
 def test_documented_presets_exist() -> None:
@@ -416,7 +416,7 @@ def test_full_size_class_model_from_files_to_a_256_pixel_picture(
     with Image.open(tmp_path / "x.png") as sheet:  # with a margin and the label
         assert 256 < sheet.width < 300
         assert 256 < sheet.height < 300
-    assert "1 pictures" in measured["sample"][0]
+    assert "1 picture in" in measured["sample"][0]
     assert "31 steps" in measured["sample"][0]
     assert read_config(model)["model"]["num_heads"] == 12
     assert sum(parameter.numel() for parameter in load_tokenizer(vq).parameters()) == 71_883_403

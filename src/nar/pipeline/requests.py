@@ -93,8 +93,8 @@ class Inputs:
         raise ValueError(f"unknown class {text!r}{suggestion(text.lower(), names)}; classes: {listed}")
 
     def meant(self, what: Any, class_labels: Any, prompt: Any) -> tuple[Any, Any]:
-        """The class labels and prompts of a call whose first argument is `what`: prompts where the model reads words
-        and all of it is text, else class labels.
+        """The class labels and prompts of a call whose first argument is `what`: prompts where the model reads words,
+        all of it is text and there are no others, else class labels.
 
         Raises:
             ValueError: the same is given twice.
@@ -103,9 +103,10 @@ class Inputs:
             return class_labels, prompt
         listed = _listed(what)
         if self.config.text_dim and all(isinstance(one, str) for one in listed):
-            if prompt is not None:
+            if prompt is None:
+                return class_labels, listed
+            if not self.config.num_classes:
                 raise ValueError("the first argument is the prompt: leave prompt= out")
-            return class_labels, listed
         if class_labels is not None:
             raise ValueError("the first argument is the class labels: leave class_labels= out")
         return listed, prompt
