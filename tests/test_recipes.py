@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from nar.data.open import load_pictures
 from nar.data.split import families, held_out
 from nar.model import ModelConfig, Transformer
 from nar.storage.config import load, recipe_names
+from nar.storage.described import described
 from nar.storage.folder import without_weights
 from nar.storage.presets import PRESETS
 from nar.training import tasks
@@ -371,3 +373,48 @@ def test_orders_are_compared_at_equal_depth_or_size(name: str) -> None:
     assert deep.num_blocks == equal.num_blocks == ours.num_blocks
     assert size(deep) < size(ours)
     assert abs(size(equal) / size(ours) - 1) < 5e-4
+
+
+def test_the_page_of_keys_is_current() -> None:
+    path = Path(__file__).parents[1] / "scripts/write_recipe_keys.py"
+    spec = importlib.util.spec_from_file_location("write_recipe_keys", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/write_recipe_keys.py"
+    assert [key.name for key in described(Recipe) if not key.meaning] == [], "their docstrings say nothing of these"
+
+
+def test_info_of_recipes_and_data(tmp_path: Path) -> None:
+    said = nar("info", "my-pictures")
+    assert re.search(r"^data +needs your own: data=FOLDER$", said, re.MULTILINE)
+    assert re.search(r"^batch_size +32$", said, re.MULTILINE)
+    assert re.search(r"^learns from +classes, pictures or clips$", said, re.MULTILINE)
+    listed = nar("info")
+    assert re.search(r"^  my-clips +Your own clips", listed, re.MULTILINE)
+    assert re.search(r"^  fashion ", listed, re.MULTILINE)
+    folder = own_folder(tmp_path / "data")
+    found = nar("info", folder)
+    assert re.search(r"^pictures +24$", found, re.MULTILINE)
+    assert re.search(r"^classes +cats, dogs$", found, re.MULTILINE)
+    assert f"nar train my-pictures data={folder} run=runs/mine" in found
+
+
+def test_own_clips_in_one_command(tmp_path: Path) -> None:
+    """As docs/training.md says: a folder of animations, one command that trains and one that samples."""
+    for index in range(12):
+        path = tmp_path / "data" / ("up" if index % 2 else "down") / f"{index}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = [Image.new("RGB", (40, 32), (20 * index, 15 * step, 90)) for step in range(17)]
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    assert "nar train my-clips" in nar("info", tmp_path / "data")
+    small = ["tokenizer_recipe.steps=1", "tokenizer_recipe.batch_size=2", "causal_tokenizer.channels=8", "steps=1"]
+    small += ["data.size=32", "batch_size=4", "model.dim=32", "model.num_layers=1", "optim.warmup_images=0"]
+    run = tmp_path / "run"
+    assert "wrote" in nar("train", "my-clips", f"data={tmp_path / 'data'}", f"run={run}", *small)
+    assert json.loads((run / "model/config.json").read_text())["class_names"] == ["down", "up"]
+    nar("sample", run / "model", "-n", "1", "-o", tmp_path / "clips.gif")
+    nar("sample", run / "model", "--frames", tmp_path / "data/up/1.gif", "-n", "1", "-o", tmp_path / "next.gif")
+    with Image.open(tmp_path / "clips.gif") as clip:
+        assert clip.n_frames == 16

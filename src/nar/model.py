@@ -56,6 +56,9 @@ class ModelConfig:
         grid: codes per axis, (height, width) or (frames, height, width).
         schedule: "manhattan" (NAR), "raster", "par" with its `regions`, or "scales" (VAR) of these sides: the grid is
             the number of all their codes, which are fed as sums of their vectors of `code_dim`, the tokenizer's.
+        vocab_size: codes; that of the tokenizer.
+        dim, num_layers, num_heads: width, blocks (the heads' own ones aside), attention heads.
+        regions, scales, code_dim: of `schedule`.
         hidden_dim: of the feed-forward layers; 0 takes 8/3 of `dim`, rounded up to a multiple of 256.
         head_depths: extra blocks in front of each prediction head, chained; default one for each head but the first.
         axis_heads: for each row of the schedule's predictions (width first), the head that serves it; several may share
@@ -66,6 +69,8 @@ class ModelConfig:
             (biases, gelu, layer norms without weights); "none": a plain block.
         unit_keys: queries and keys of modulated blocks have length 1, and each head a learned factor; else that is a
             quarter of the usual one.
+        rope_base, norm_eps: of rotary positions, and of norms.
+        num_classes: those of the data.
         null_class: whether there is a class embedding for "no class", which guidance needs.
         text_dim, text_length: width and number of text features.
         prefix_grid: grid of the codes that come before, those of context frames; a separator follows them.
@@ -162,7 +167,13 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Dropout:
     """Rates of training-time dropout: of embedding elements, of branch elements, of whole branches at the last
-    block."""
+    block.
+
+    Attributes:
+        token: of elements of embeddings.
+        residual: of elements of branches.
+        path: of whole branches, at the last block; it rises from 0 at the first.
+    """
 
     token: Share = 0.0
     residual: Share = 0.0

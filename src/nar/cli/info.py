@@ -1,36 +1,42 @@
-"""`nar info`: what a model is, and the published sizes."""
+"""`nar info`: what a model, a recipe or a folder of pictures is, and the published sizes."""
 
 from __future__ import annotations
 
 import json
+import textwrap
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nar import __version__
 from nar.cli.app import app, echo
+from nar.storage.fields import suggestion
 
 
 @app.command(epilog="Example: nar info fashion")
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")
+        str | None,
+        typer.Argument(
+            metavar="WHAT",
+            help="A model (bundled name, folder, hub id), a recipe, or pictures to learn from (a folder, ...).",
+        ),
     ] = None,
     presets: Annotated[bool, typer.Option("--presets", help="List the published sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a model is: parameters, grid, steps, tokenizer, how it was trained."""
+    """Say what a model, a recipe or a folder of pictures is. Without WHAT: the bundled models and the recipes."""
     from nar.storage.config import recipe_names
-    from nar.storage.folder import bundled_names
     from nar.storage.presets import PRESETS
 
     if model is not None and presets:
         raise ValueError("--presets lists the published sizes: leave MODEL out")
     if model is None and not presets:
-        names = f"bundled models: {', '.join(bundled_names())}\nrecipes: {', '.join(recipe_names())}"
-        echo(f"nar {__version__}\n{names}")
+        _list()
         return
-    facts = {name: vars(preset) for name, preset in PRESETS.items()} if presets else _facts(str(model))
+    facts: dict[str, Any] = {name: vars(preset) for name, preset in PRESETS.items()} if presets else {}
+    facts = facts or _described(str(model), recipe_names())
     if as_json:
         echo(json.dumps(facts, indent=2, default=list))
         return
@@ -40,6 +46,83 @@ def info(
             grid = "x".join(map(str, value["config"].get("grid", ()))) or "any"
             value = f"{value['kind']:<15} {value['num_parameters']:>13,} parameters  grid {grid}"
         echo(f"{key:<{width}}  {value}")
+
+
+def _list() -> None:
+    """Print the bundled models and the recipes, a line each with what it makes."""
+    from nar.storage.config import about, recipe_names
+    from nar.storage.folder import BUNDLED, bundled_names, read_config
+
+    echo(f"nar {__version__}\n\nmodels (nar sample NAME):")
+    for name in bundled_names():
+        echo(_line(name, read_config(BUNDLED / name).get("training", {}).get("config", {}).get("about", "")))
+    echo("\nrecipes (nar train NAME; nar info NAME says more):")
+    for name in recipe_names():
+        echo(_line(name, about(name)))
+
+
+def _line(name: str, about: str) -> str:
+    first = " ".join(about.split()).split(". ")[0].rstrip(".")
+    return f"  {name:<26} {textwrap.shorten(first, 90, placeholder=' ...')}"
+
+
+def _described(what: str, recipes: list[str]) -> dict[str, Any]:
+    """What is known of a model, else of a recipe, else of pictures; raises FileNotFoundError for none of them."""
+    if what in recipes or (what.endswith((".yaml", ".yml")) and Path(what).is_file()):
+        return _recipe_facts(what)
+    try:
+        return _facts(what)
+    except FileNotFoundError as no_model:
+        path = Path(what)
+        if path.exists() and not (path / "config.json").exists():
+            return _data_facts(what)
+        near = suggestion(what, recipes)
+        raise FileNotFoundError(f"{no_model}{f'; no recipe of that name{near}' if near else ''}") from no_model
+
+
+def _recipe_facts(name: str) -> dict[str, Any]:
+    """What a recipe makes, and all that it sets apart from defaults."""
+    from nar.storage.config import leaves, load
+    from nar.storage.described import described
+    from nar.training.recipe import Recipe
+
+    recipe = load(Recipe, name)
+    defaults = {key.name: key.default for key in described(Recipe)}
+    config = dict(leaves(recipe.record()))
+    facts: dict[str, Any] = {"recipe": name, "about": " ".join(recipe.about.split())}
+    if not (recipe.data.source or recipe.data.codes):
+        facts["data"] = "needs your own: data=FOLDER"
+    if recipe.task == "model":
+        learned = (("classes", recipe.learns_classes), ("captions", recipe.text_encoder.source))
+        facts["learns from"] = ", ".join([*(name for name, used in learned if used), "pictures or clips"])
+    facts |= {key: value for key, value in config.items() if defaults.get(key, value) != value and key != "about"}
+    return facts | {"all keys": "docs/recipes.md"}
+
+
+def _data_facts(source: str) -> dict[str, Any]:
+    """What there is to learn from in a folder or file, and the command that learns it."""
+    from nar.data.open import open_source
+    from nar.media.video import Windows
+
+    facts: dict[str, Any] = {"data": source}
+    try:
+        found, kind = open_source(source), "pictures"
+    except (ValueError, FileNotFoundError) as error:  # animations, say
+        try:
+            found, kind = open_source(source, windows=Windows(16)), "clips"
+        except (ValueError, OSError):
+            raise error from None
+    facts[kind] = f"{len(found):,}"
+    if len(found.class_names) > 1:
+        facts["classes"] = ", ".join(found.class_names[:40]) + (", ..." if len(found.class_names) > 40 else "")
+    if found.captions is not None:
+        facts["captions"] = (
+            f"for {sum(map(bool, found.captions)):,}, such as {next(filter(None, found.captions), '')!r}"
+        )
+    recipe = "my-pictures" if kind == "pictures" else "my-clips"
+    words = " text_encoder.source=minilm text_encoder.max_length=24" if found.captions is not None else ""
+    facts["train"] = f"nar train {recipe} data={source} run=runs/mine{words}"
+    return facts
 
 
 def _made(shape: tuple[int, ...], frame_rate: float) -> str:

@@ -32,6 +32,12 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"no recipe {name!r}{hint}; or give a YAML file")
 
 
+def about(recipe: str) -> str:
+    """What a recipe's file says of itself; nothing where it leaves that to its base."""
+    with find_recipe(recipe).open("rb") as file:
+        return " ".join(str(_parse(file, recipe).get("about", "")).split())
+
+
 @checked
 def load(
     schema: type[Schema], recipe: str, overrides: Sequence[str] = (), *, layers: Sequence[Mapping[str, Any]] = ()

@@ -34,6 +34,12 @@ class CausalTokenizerConfig:
     resolution on either side. All others have `dim` channels at the resolution of the codes, `patch_size` pixels a
     side: those of the encoder, of the memory and of the decoder, which also has `num_decoder_layers` transformer
     layers.
+
+    Attributes:
+        vocab_size, code_dim: codes, and numbers in each.
+        num_encoder_blocks, num_memory_blocks, num_decoder_blocks: blocks of the encoder, memory and decoder.
+        num_heads, hidden_dim: of the decoder's transformer layers.
+        l2_norm, quantizer, levels: as in `ImageTokenizerConfig`.
     """
 
     vocab_size: Annotated[int, Range(1, 2**31)] = 4096

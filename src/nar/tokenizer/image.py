@@ -31,6 +31,12 @@ class ImageTokenizerConfig:
 
     `pixel_shuffle` folds that many pixels a side into channels before the first convolution and unfolds them after the
     last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
+
+    Attributes:
+        vocab_size, code_dim: codes, and numbers in each.
+        channels: of the finest resolution; `channel_multipliers` times that of the others.
+        num_blocks: residual blocks of each resolution.
+        latent_channels: between encoder and codes, and codes and decoder.
     """
 
     vocab_size: Annotated[int, Range(1, 2**31)] = 16384

@@ -33,6 +33,17 @@ class VideoTokenizerConfig:
     softmax(cosine / temperature) in training; with `temperature` None it is the one stored with the weights, 0.1 in new
     ones: the published code calls it learned, but no gradient reaches it through sampled codes. The `learned_*` tables
     are sines and cosines otherwise, `*_type` adds one learned vector to all rows of a table.
+
+    Attributes:
+        num_frames, image_size: of clips.
+        patch_size, temporal_patch_size: pixels a side, and frames, of a patch.
+        encoder_dim, num_encoder_layers, num_encoder_heads: of the encoder.
+        decoder_dim, num_decoder_layers, num_decoder_heads: of the decoder.
+        vocab_size, code_dim: codes, and numbers in each.
+        l2_norm: compare codes by direction.
+        learned_patch_positions, learned_queries, learned_code_positions, learned_pixel_queries: which are learned.
+        patch_type, query_type, code_type, pixel_query_type: which tables have a vector for all their rows.
+        position_base: of sines and cosines.
     """
 
     num_frames: Size = 16

@@ -27,6 +27,10 @@ class MultiScaleTokenizerConfig:
 
     `scales` are the sides of the code grids, coarse to fine: pictures have the last one times the patch size. The
     others are as in `ImageTokenizerConfig`.
+
+    Attributes:
+        vocab_size, code_dim: codes, and numbers in each.
+        channels, channel_multipliers, num_blocks, norm_groups, pixel_shuffle: as in `ImageTokenizerConfig`.
     """
 
     scales: tuple[Size, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -32,6 +32,9 @@ class AdversaryConfig:
     of width `channels` and `num_heads`; this one learns from noisy labels, and `lecam` is the strength of its LeCam
     regularisation, which compares logits with their means, moving with `lecam_decay`. Of clips, a patch network sees
     `frames` in a row at once, as channels: from 2 on it judges motion too. Their number of frames must be a multiple.
+
+    Attributes:
+        learning_rate, betas: of its own AdamW.
     """
 
     weight: NotNegative = 0.0

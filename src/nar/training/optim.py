@@ -26,6 +26,11 @@ class OptimConfig:
     rises linearly from `final_factor` over `warmup_images`.
     `decay`: "matrices" (every parameter of two or more axes, as the image recipes do) or "linear" (weights of linear
     layers only, as the video recipe does).
+
+    Attributes:
+        learning_rate: of AdamW, at its highest.
+        betas, weight_decay: of AdamW; Muon has the decay too.
+        clip_norm: the largest norm of a step's gradient; 0 does not bound it.
     """
 
     learning_rate: Positive = 1e-4

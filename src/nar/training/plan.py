@@ -28,13 +28,14 @@ class Plan:
         optim: rates and decays, and which optimizers.
         engine: processes, devices, number formats.
         batch_size: samples of a step, over all processes and pieces.
-        num_images, epochs, steps, minutes: the length; one of them, of which a later one replaces an earlier one.
-            `epochs` are cut to `images_between` where both are given together. `minutes` become `steps` by a short
-            measurement when the run begins.
-        images_between: the fewest and most images of `epochs`.
+        num_images, epochs, steps, minutes: the length; one of them, which takes the place of what a base says. Minutes
+            become steps by a short measurement when the run begins.
+        images_between: the fewest and most images of `epochs` that are given with it.
         ema_decay: of the averaged weights, a step.
         seed: of everything random.
-        log_every, preview_every, checkpoint_every: steps between records, measurements with previews, checkpoints.
+        log_every: steps between records in the log.
+        preview_every: steps between measurements on held-out data, with previews.
+        checkpoint_every: steps between checkpoints.
         keep_last: checkpoints that are kept, beside the best one.
         export: which averaged weights become the final model: the "last" ones, or those of the "best" checkpoint by
             held-out loss.

@@ -30,6 +30,11 @@ class PriorConfig:
 
     In its second round of scheduled sampling it replaces a share of its inputs by its own predictions, which grows
     from 0 to `mix` over the first `mix_until` of the training.
+
+    Attributes:
+        dim, num_layers, num_heads: sizes of the transformer.
+        temperature: divides its logits.
+        learning_rate: of its own AdamW.
     """
 
     weight: NotNegative = 0.0

@@ -39,8 +39,9 @@ class TokenizerLossConfig(CodebookConfig):
         perceptual: of the distance of features, those of EfficientNet-Lite0 or, with `lpips`, LPIPS.
         lpips: a folder with VGG16's weights and LPIPS's, see `nar.metrics.networks.perceptual.load_lpips`.
         codebook, commitment: of the distance between latents and their codes, as it moves one or the other.
-        entropy: for lfq and bsq, of the entropy of single latents minus `entropy_diversity` times that of the mean
-            code, in nats; a bit whose latent is at its entry has log-odds of `entropy_sharpness`.
+        entropy, entropy_diversity, entropy_sharpness: for lfq and bsq, of the entropy of single latents minus
+            `entropy_diversity` times that of the mean code, in nats; a bit whose latent is at its entry has log-odds of
+            `entropy_sharpness`.
     """
 
     l1: NotNegative = 0.0
@@ -85,6 +86,10 @@ class Recipe(Plan):
     `edit` makes the model fill holes: its condition is the codes of a whole picture or clip with holes in it, all hole
     for what begins from nothing; `init` may then be a model without.
     `mixed_context` shows samples codes of others in place of up to this share of their own, drawn for each sample.
+
+    Attributes:
+        task: what is trained.
+        train_encoder: of tokenizers; false keeps all codes as they are, and trains what makes pictures of them.
     """
 
     about: str = ""
