@@ -231,7 +231,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"depth": 3}}))
     refuses("unknown key 'depth'")
     (folder / "config.json").write_text(json.dumps(config | {"kind": "image-tokenizer"}))
-    refuses("holds a image-tokenizer, not a transformer")
+    refuses("holds 'image-tokenizer', not a transformer")
     (folder / "config.json").write_text("{")
     refuses("not valid JSON")
 

@@ -194,7 +194,7 @@ def test_own_pictures_in_one_command(tmp_path: Path) -> None:
     assert config["class_names"] == ["cats", "dogs"]
     assert config["training"]["heldout"]["bits_per_token"] > 0
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
-    nar(*command)  # again: it is finished
+    assert "is finished: nothing was left to do" in nar(*command)
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
     nar("sample", run / "model", "--class-label", "cats", "-n", "2", "-o", tmp_path / "out.npz")
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 32, 32, 3)

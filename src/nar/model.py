@@ -691,7 +691,7 @@ class Transformer(nn.Module):
         folder = find_model(folder)
         config = read_config(folder)
         if config.get("kind") != "transformer":
-            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a transformer")
+            raise ValueError(f"{folder} holds {config.get('kind', 'something of unknown kind')!r}, not a transformer")
         with without_weights():
             model = cls(from_dict(ModelConfig, config.get("model"), Path(folder) / "config.json"))
         weights = Weights(folder)

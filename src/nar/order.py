@@ -171,7 +171,7 @@ def par(grid: Sequence[int], regions: Sequence[int]) -> Schedule:
     """
     grid, regions = _checked(grid), _whole(regions, "regions")
     if len(regions) != len(grid) or any(size % count or count < 1 for size, count in zip(grid, regions, strict=True)):
-        raise ValueError(f"regions {regions} must divide grid {grid} on every axis")
+        raise ValueError(f"regions {regions} must divide grid {grid} axis by axis; set model.regions, such as [2, 2]")
     n, num_regions = math.prod(grid), math.prod(regions)
     cell = torch.tensor([size // count for size, count in zip(grid, regions, strict=True)])
     coordinates = _coordinates(grid)

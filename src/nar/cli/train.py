@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,14 @@ def train(
     """Train a tokenizer or a model from a recipe. The same command again resumes; DIR/model is the result."""
     from nar.training.tasks import run_recipe
 
+    began = time.time()
     folder = run_recipe(recipe, overrides or [], override=override, start=start)
-    echo("stopped, and saved: the same command goes on" if folder is None else f"wrote {folder}")
+    if folder is None:
+        echo("stopped, and saved: the same command goes on")
+    elif folder.stat().st_mtime < began:
+        echo(f"{folder} is finished: nothing was left to do")
+    else:
+        echo(f"wrote {folder}")
 
 
 @app.command(epilog="Example: nar extract runs/tokenizer/model --data pictures/ --size 256 --views flip -o codes/")

@@ -57,7 +57,8 @@ def read_picture(file: str | Path | BytesIO, name: str = "") -> Image.Image:
         if (frames := num_frames(picture)) > 1:
             raise ValueError(
                 f"{_called(file, name)} is an animation of {frames} frames, not a picture; read animations as clips, "
-                "by saying how many frames (data.num_frames, --frames, --num-frames), or take a still of it"
+                "by saying how many frames (data.num_frames, --frames, --num-frames) or with the recipe my-clips, or "
+                "take a still of it"
             )
         return upright_rgb(picture)
 

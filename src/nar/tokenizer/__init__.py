@@ -31,5 +31,5 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = find_model(folder)
     kind = read_config(folder).get("kind")
     if kind not in KINDS:
-        raise ValueError(f"{folder} holds a {kind or 'folder of unknown kind'}, not one of {', '.join(KINDS)}")
+        raise ValueError(f"{folder} holds {kind or 'something of unknown kind'!r}, not one of {', '.join(KINDS)}")
     return KINDS[kind].from_pretrained(folder)

@@ -120,7 +120,7 @@ class Tokenizer(nn.Module):
         """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
         config = read_config(folder)
         if config.get("kind") != cls.kind:
-            raise ValueError(f"{folder} holds a {config.get('kind', 'folder of unknown kind')}, not a {cls.kind}")
+            raise ValueError(f"{folder} holds {config.get('kind', 'something of unknown kind')!r}, not {cls.kind!r}")
         with without_weights():
             tokenizer = cls(from_dict(cls.config_class, config.get("tokenizer"), Path(folder) / CONFIG))
         load_state(tokenizer, _converted(read_weights(folder), torch.float32), folder)
