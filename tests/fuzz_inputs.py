@@ -42,7 +42,7 @@ LINES: dict[str, str] = {
     "sample prompts": "sample {words} --labels prompts --prompts-file {prompts}/prompts.txt -o {out}/a.npz",
     "sample geneval": "sample {words} --geneval {geneval}/prompts.jsonl -n 1 -o {out}/a",
     "edit": "edit {model} --image {pictures}/a/0.png --box 2,2,4,3 --class-label pear -n 1 -o {out}/a.png",
-    "edit masked": "edit {model} --image {pictures}/a/0.png --mask {pictures}/b/1.png -n 2 -o {out}/a --sheet {out}/s.png",
+    "edit masked": "edit {model} --image {pictures}/a/0.png --mask {pictures}/b/1.png -o {out}/a --sheet {out}/s.png",
     "extract": "extract {tokenizer} --data {pictures} --size 8 -o {out}/codes",
     "extract captioned": "extract {tokenizer} --data {captioned} --size 8 -o {out}/codes",
     "extract listed": "extract {tokenizer} --data {listed} --size 8 -o {out}/codes",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_fixtures import Fixture, fixtures
@@ -276,6 +276,17 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, change: Any, message: str
     with pytest.raises(ValueError, match=message):
         convert("nar-c2i", tmp_path / "odd.pt", tmp_path / "out", **SIZES)
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_are_joined_may_differ_in_axes_of_size_one(tmp_path: Path) -> None:
+    for name, changed in (("plain", False), ("odd", True)):
+        state = image_model()
+        if changed:
+            state["layers.1.feed_forward.w3.weight"] = state["layers.1.feed_forward.w3.weight"][..., None]
+        torch.save(state, tmp_path / f"{name}.pt")
+        convert("nar-c2i", tmp_path / f"{name}.pt", tmp_path / name, **SIZES)
+    plain, odd = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "odd"))
+    assert all(torch.equal(plain[name], odd[name]) for name in plain)
 
 
 def test_what_is_not_in_the_file_is_asked_for(tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def rename(
                 problems.append(f"{source} is {tuple(tensors[source].shape)}, {tuple(wanted)} is expected")
             elif tensor.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{source} is of {tensor.dtype}, {ours.dtype} is expected")
+            else:
+                sources[source] = tensor.reshape(wanted)  # joined ones may differ in axes of size 1
         renamed[name] = Parts(tuple(sources.values()), origin.axis, ours.shape)
     if missing := sorted(used - tensors.keys()):
         problems.append(f"missing: {_listed(missing)}")
