@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_no_two_seeds_share_a_stream() -> None:
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": math.nan}, "top_p"),
+        ({"top_p": Fraction(1, 2)}, "top_p must be a finite number"),
         ({"guidance_interval": -2}, "guidance_interval"),
         ({"guidance_scale": 1e308}, "guidance_scale must be at least 0 and at most 1000"),
         ({"guidance_scale": torch.tensor([1.0, 2.0])}, "guidance_scale must be a finite number"),

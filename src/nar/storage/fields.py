@@ -16,6 +16,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from numbers import Integral, Real
 from operator import ge, gt, le, lt, or_
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -286,7 +287,8 @@ def _fits(value: Any, plain: type) -> bool:
     if plain is int:
         return isinstance(value, Integral) and abs(int(value)) < 2**64  # more digits fit no tensor, and no message
     with contextlib.suppress(OverflowError):  # of whole numbers with many digits
-        return isinstance(value, Real) and math.isfinite(value)
+        # Tensors do not compare with fractions.
+        return isinstance(value, Real) and not isinstance(value, Fraction) and math.isfinite(value)
     return False
 
 
