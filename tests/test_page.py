@@ -119,6 +119,7 @@ def generate(page: Any, number: int = 1, button: str = "#generate") -> None:
 
 def pixels(page: Any, selector: str) -> str:
     """What a picture of the page shows, as text."""
+    page.wait_for_selector(selector)  # the gallery comes after the page
     shown: str = page.eval_on_selector(
         selector,
         """async (image) => {
