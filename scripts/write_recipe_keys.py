@@ -1,4 +1,4 @@
-"""Write docs/recipes.md: every key of a recipe, with the values that it takes, its default and its meaning.
+"""Write docs/reference/recipes.md: every key of a recipe, with the values that it takes, its default and its meaning.
 
 The text is made of the dataclasses and their docstrings; a test compares the file with it.
 """
@@ -12,12 +12,12 @@ from nar.storage.config import about, recipe_names
 from nar.storage.described import Key, described
 from nar.training.recipe import Recipe
 
-PAGE = Path(__file__).parents[1] / "docs/recipes.md"
+PAGE = Path(__file__).parents[1] / "docs/reference/recipes.md"
 HEAD = """# Recipes and their keys
 
 Made by `scripts/write_recipe_keys.py` of the code itself; do not edit. A recipe is a YAML file; `key=value` on the
 command line replaces any of it: `nar train fashion batch_size=128 optim.learning_rate=1e-3`. `base: NAME` takes another
-recipe's keys first. `null` empties a key whose default is empty or 0. How to use them is in [training](training.md);
+recipe's keys first. `null` empties a key whose default is empty or 0. [Training](../howto/training.md) shows their use;
 `nar info RECIPE` shows the values of one.
 
 ## The recipes

@@ -225,7 +225,7 @@ def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs/editing.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/howto/editing.md").read_text(encoding="utf-8")
     block = re.findall(r"```python\n(.*?)```", page, re.S)[0]
     found: dict[str, Any] = {}
     exec(block, found)

@@ -35,7 +35,7 @@ from nar.tokenizer import load_tokenizer
 from nar.tokenizer.larp import VideoTokenizer, VideoTokenizerConfig
 from text_encoders import tiny_encoder
 
-DOCUMENTATION = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "howto" / "checkpoints.md"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -355,7 +355,7 @@ def test_presets_are_listed_with_kind_count_and_grid() -> None:
 
 
 def test_the_documented_lines_run(downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of docs/checkpoints.md, in order, on small models; only the text encoder is a stand-in."""
+    """The blocks of docs/howto/checkpoints.md, in order, on small models; only the text encoder is a stand-in."""
     monkeypatch.chdir(tmp_path)
     succeed("convert", "--kind", "llamagen-vq", downloads / "vq.pt", "-o", "models/vq")
     for kind, file, name in (("nar-c2i", "c2i.pt", "nar-l"), ("nar-t2i", "t2i.pt", "nar-t2i")):

@@ -1,4 +1,4 @@
-"""Every example of the README and of docs/sampling.md runs as it stands."""
+"""Every example of the README and of docs/howto/sampling.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from nar import cli
 from nar.media.clips import as_array
 
-SAMPLING = Path(__file__).parents[1] / "docs/sampling.md"
+SAMPLING = Path(__file__).parents[1] / "docs/howto/sampling.md"
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -44,7 +44,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of docs/sampling.md, in this process."""
+    """All blocks of docs/howto/sampling.md, in this process."""
     monkeypatch.chdir(tmp_path)
     for line in "".join(blocks("sh", SAMPLING)).splitlines():
         monkeypatch.setattr(sys, "argv", shlex.split(line))
@@ -62,7 +62,7 @@ def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    documents = [README, *(README.parent / "docs").glob("*.md")]
+    documents = [README, *(README.parent / "docs").rglob("*.md")]
     for document in documents:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"

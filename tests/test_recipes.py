@@ -402,7 +402,7 @@ def test_info_of_recipes_and_data(tmp_path: Path) -> None:
 
 
 def test_own_clips_in_one_command(tmp_path: Path) -> None:
-    """As docs/training.md says: a folder of animations, one command that trains and one that samples."""
+    """As docs/howto/training.md says: a folder of animations, one command that trains and one that samples."""
     for index in range(12):
         path = tmp_path / "data" / ("up" if index % 2 else "down") / f"{index}.gif"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Every example of docs/serving.md runs as it stands, but for the port; and the load tool counts what it should."""
+"""Every example of docs/howto/serving.md runs as it stands, but for the port; the load tool counts what it should."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nar.serving.models import Served
 from serving_tools import serving
 from test_readme import blocks
 
-DOCUMENT = Path(__file__).parents[1] / "docs/serving.md"
+DOCUMENT = Path(__file__).parents[1] / "docs/howto/serving.md"
 ADDRESS = "http://127.0.0.1:8000"
 
 

@@ -77,7 +77,7 @@ def edit(
     if not pipe.makes_clips and not pipe.continuation.has_holes:
         echo(
             "nar: this model was not trained to edit: it keeps the codes around the mask, and sees half of them; "
-            "see docs/editing.md",
+            "see docs/howto/editing.md",
             err=True,
         )
     started = perf_counter()

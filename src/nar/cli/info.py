@@ -96,7 +96,7 @@ def _recipe_facts(name: str) -> dict[str, Any]:
         learned = (("classes", recipe.learns_classes), ("captions", recipe.text_encoder.source))
         facts["learns from"] = ", ".join([*(name for name, used in learned if used), "pictures or clips"])
     facts |= {key: value for key, value in config.items() if defaults.get(key, value) != value and key != "about"}
-    return facts | {"all keys": "docs/recipes.md"}
+    return facts | {"all keys": "docs/reference/recipes.md"}
 
 
 def _data_facts(source: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class ImageTokenizerConfig:
     patch size is `pixel_shuffle` * 2 ** (len - 1). `norm_groups` must divide every channel count.
 
     `quantizer` is "vq", a codebook of vocab_size x code_dim (compared by direction with `l2_norm`); "fsq" with
-    `levels`, one a dimension; or "lfq" or "bsq", one bit a dimension. See docs/tokenizers.md.
+    `levels`, one a dimension; or "lfq" or "bsq", one bit a dimension. See docs/howto/tokenizers.md.
 
     `pixel_shuffle` folds that many pixels a side into channels before the first convolution and unfolds them after the
     last one; 1, as published, does not. With 2 the finest, slowest resolution is left out.
@@ -101,7 +101,7 @@ class ImageTokenizer(Tokenizer):
 
         With `tile`, squares of that many codes a side are decoded one by one, each `overlap` codes into the next, and
         blended there: memory is then that of a tile. The decoder's norms and attention see a tile only, so that the
-        picture is not quite that of decoding the whole; docs/tokenizers.md has measured differences.
+        picture is not quite that of decoding the whole; docs/howto/tokenizers.md has measured differences.
         """
         self.check_codes(codes)
         if tile is not None and not 0 <= overlap < tile:

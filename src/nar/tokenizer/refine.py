@@ -35,7 +35,7 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
         seed: of the noise, the same for each sample: its codes do not depend on its batch, but for rounding.
 
     What counts is the squared error of pixels in -1..1. No sample becomes worse: where the search does not help, the
-    encoder's codes are returned. `docs/tokenizers.md` has what it gains and costs.
+    encoder's codes are returned. `docs/howto/tokenizers.md` has what it gains and costs.
 
     Raises:
         ValueError: fewer than one step, a vocabulary of more than 2 ** 18, or pixels that `encode` refuses.
