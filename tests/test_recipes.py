@@ -399,22 +399,3 @@ def test_info_of_recipes_and_data(tmp_path: Path) -> None:
     assert re.search(r"^pictures +24$", found, re.MULTILINE)
     assert re.search(r"^classes +cats, dogs$", found, re.MULTILINE)
     assert f"nar train my-pictures data={folder} run=runs/mine" in found
-
-
-def test_own_clips_in_one_command(tmp_path: Path) -> None:
-    """As docs/howto/training.md says: a folder of animations, one command that trains and one that samples."""
-    for index in range(12):
-        path = tmp_path / "data" / ("up" if index % 2 else "down") / f"{index}.gif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frames = [Image.new("RGB", (40, 32), (20 * index, 15 * step, 90)) for step in range(17)]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
-    assert "nar train my-clips" in nar("info", tmp_path / "data")
-    small = ["tokenizer_recipe.steps=1", "tokenizer_recipe.batch_size=2", "causal_tokenizer.channels=8", "steps=1"]
-    small += ["data.size=32", "batch_size=4", "model.dim=32", "model.num_layers=1", "optim.warmup_images=0"]
-    run = tmp_path / "run"
-    assert "wrote" in nar("train", "my-clips", f"data={tmp_path / 'data'}", f"run={run}", *small)
-    assert json.loads((run / "model/config.json").read_text())["class_names"] == ["down", "up"]
-    nar("sample", run / "model", "-n", "1", "-o", tmp_path / "clips.gif")
-    nar("sample", run / "model", "--frames", tmp_path / "data/up/1.gif", "-n", "1", "-o", tmp_path / "next.gif")
-    with Image.open(tmp_path / "clips.gif") as clip:
-        assert clip.n_frames == 16

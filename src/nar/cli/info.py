@@ -101,28 +101,15 @@ def _recipe_facts(name: str) -> dict[str, Any]:
 
 def _data_facts(source: str) -> dict[str, Any]:
     """What there is to learn from in a folder or file, and the command that learns it."""
-    from nar.data.open import open_source
-    from nar.media.video import Windows
+    from nar.data.look import look
 
-    facts: dict[str, Any] = {"data": source}
-    try:
-        found, kind = open_source(source), "pictures"
-    except (ValueError, FileNotFoundError) as error:  # animations, say
-        try:
-            found, kind = open_source(source, windows=Windows(16)), "clips"
-        except (ValueError, OSError):
-            raise error from None
-    facts[kind] = f"{len(found):,}"
+    found = look(source)
+    facts: dict[str, Any] = {"data": source, found.kind: f"{found.count:,}"}
     if len(found.class_names) > 1:
         facts["classes"] = ", ".join(found.class_names[:40]) + (", ..." if len(found.class_names) > 40 else "")
-    if found.captions is not None:
-        facts["captions"] = (
-            f"for {sum(map(bool, found.captions)):,}, such as {next(filter(None, found.captions), '')!r}"
-        )
-    recipe = "my-pictures" if kind == "pictures" else "my-clips"
-    words = " text_encoder.source=minilm text_encoder.max_length=24" if found.captions is not None else ""
-    facts["train"] = f"nar train {recipe} data={source} run=runs/mine{words}"
-    return facts
+    if found.num_captions:
+        facts["captions"] = f"for {found.num_captions:,}, such as {found.example!r}"
+    return facts | {"train": found.command("runs/mine")}
 
 
 def _made(shape: tuple[int, ...], frame_rate: float) -> str:

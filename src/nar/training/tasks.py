@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 
 from nar.data.config import recorded
+from nar.data.look import ANY, look
 from nar.data.source import Source
+from nar.progress import Progress
 from nar.storage.config import difference, leaves, load
 from nar.storage.fields import filled
 from nar.storage.folder import CONFIG, find_model, read_config
@@ -53,6 +56,8 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     # The short form of the command line: data=FOLDER.
     overrides = [f"data.source={given[5:]}" if given.startswith("data=") else given for given in overrides]
     own = [given for given in overrides if not _of_tokenizer(given)]
+    if name == ANY:
+        name, own = _chosen(own)
     recipe = load(Recipe, name, own)
     if recipe.cuda_recipe and recipe.engine.device in ("auto", "cuda") and torch.cuda.is_available():
         name = recipe.cuda_recipe
@@ -65,6 +70,17 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         load(Recipe, recipe.tokenizer_recipe, others)  # says what is wrong with them
         own.append(f"tokenizer_overrides={json.dumps([*recipe.tokenizer_overrides, *others])}")
     return _fitted(name, own, recipe.run, None if recipe.data.codes or not recipe.data.source else recipe.data.open)
+
+
+def _chosen(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe for data of one's own that fits them, which it says, and what it sets, before `overrides`."""
+    data = load(Recipe, ANY, [given for given in overrides if given.startswith("data.")]).data
+    if data.codes or not data.source:
+        raise ValueError(f"{ANY} looks at pictures or clips: say where they are with data=FOLDER")
+    found = look(data.source, label=data.label, group=data.group, broken=data.broken)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+    Progress(ANY, None, "", quiet=not first).say(f"found {found.summary}: {' '.join((found.recipe, *found.overrides))}")
+    return found.recipe, [*found.overrides, *overrides]
 
 
 def _of_tokenizer(override: str) -> bool:
