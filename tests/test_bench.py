@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 from conftest import make_model
 from nar import ModelConfig, Sampling, bench
+from nar.bench import efficiency
 from nar.bench.report import PLOTS, Row, plot
 from nar.cli import app
+from nar.storage.presets import Preset
 
 KEYS = {
     "schedule",
@@ -111,6 +114,54 @@ def test_work_counts_the_unconditional_half_as_long_as_it_is_fed() -> None:
     assert alone < half < both
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "gflop", "cache_megabytes", "read_gigabytes"),
+    [("NAR-M", 31, 272, 39.8, 17.2), ("VAR-d16", 10, 591, 89.1, 4.32), ("PAR-B-4x", 67, 95.9, 18.9, 13.1)],
+)
+def test_arithmetic_of_published_sizes(
+    name: str, steps: int, gflop: float, cache_megabytes: float, read_gigabytes: float
+) -> None:
+    """Numbers of the first two as counted by hand, in 16 bit."""
+    found = efficiency.arithmetic(name, dtype="bfloat16")
+    numbers = (found.operations / 1e9, found.cache_bytes / 1e6, found.read_bytes / 1e9)
+    assert numbers == pytest.approx((gflop, cache_megabytes, read_gigabytes), rel=0.005)
+    assert found.steps == steps
+
+
+def test_models_stand_beside_those_of_the_nearest_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert efficiency.rivals("NAR-M") == ["LlamaGen-XL", "PAR-XXL-4x", "VAR-d16"]
+    sizes = {"vocab_size": 16, "num_classes": 300, "dim": 16, "num_layers": 1, "num_heads": 2}
+    order = {"grid": (5,), "schedule": "scales", "scales": (1, 2), "code_dim": 4, "positions": "levels"}
+    tiny = {"NAR-t": {"grid": (4, 4)}, "LlamaGen-t": {"grid": (4, 4), "schedule": "raster"}}
+    tiny["VAR-t"] = {**order, "modulation": "own"}
+    for name, own in tiny.items():
+        monkeypatch.setitem(bench.PRESETS, name, Preset(name, "nar-c2i", "none", 0, {**sizes, **own}))
+    monkeypatch.setattr(efficiency, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    files = [str(tmp_path / "figure.json"), str(tmp_path / "figure.pdf"), str(tmp_path / "figure.png")]
+    command = ["bench", "--efficiency", "--preset", "NAR-t", "--against", "VAR-t,LlamaGen-t", "--against", "PAR-t-4x"]
+    command += ["--batch-sizes", "2", "--repetitions", "2", "--device", "cpu", "--json", files[0]]
+    said = CliRunner().invoke(app, [*command, "--plot", files[1]], catch_exceptions=False).stdout
+    written = json.loads(Path(files[0]).read_text())
+    assert [row["batch_size"] for row in written["rows"]] == [2] * 4
+    for row in written["rows"]:
+        assert row["latency_shortest_seconds"] <= row["latency_seconds"] <= row["latency_longest_seconds"]
+    assert {each["model"]: each["steps"] for each in written["arithmetic"]} == {
+        "NAR-t": 7,
+        "VAR-t": 2,
+        "LlamaGen-t": 16,
+        "PAR-t-4x": 7,
+    }
+    assert "VAR-t: 2 steps" in said
+    assert Path(files[1]).read_bytes()[:4] == b"%PDF"
+    monkeypatch.setattr(efficiency, "bench_preset", lambda *_: pytest.fail("it is in the file"))
+    said = CliRunner().invoke(app, [*command, "--plot", files[2]], catch_exceptions=False).stdout
+    assert "4 rows were in" in said
+    assert json.loads(Path(files[0]).read_text()) == written
+    Path(files[0]).write_text("[]")
+    with pytest.raises(ValueError, match="holds no comparison of efficiency"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
 def test_published_sizes_under_every_schedule() -> None:
     config = ModelConfig(**bench.find("NAR-B").config)
     video = ModelConfig(**bench.find("NAR-video-S").config)
@@ -132,6 +183,10 @@ def test_published_sizes_under_every_schedule() -> None:
         (["--preset", "VQ-16", "--tokens-only"], "tokenizer"),
         (["--preset", "NAR-B", "--batch-sizes", "one"], "1,8"),
         (["--preset", "NAR-B", "--batch-sizes", "0"], "batch_sizes must be at least 1, not 0"),
+        (["--preset", "NAR-B", "--against", "VAR-d16"], "of --efficiency"),
+        (["--preset", "NAR-B", "--efficiency", "--schedule", "raster"], "no --schedule"),
+        (["--preset", "NAR-video-S", "--efficiency"], "a model of clips"),
+        (["--preset", "NAR-B", "--efficiency", "--against", "PAR-Q-4x"], "did you mean LlamaGen"),
         (["--preset", "NAR-B", "--plot", "x.jpg"], "must end in .png, .pdf or .svg"),
     ],
 )

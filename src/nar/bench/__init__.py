@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,22 @@ class Setup:
         check(self)
         usable_device(self.device)
 
-    def row(self, name: str, operation: str, batch_size: int, seconds: float, dtype: str, **facts: Any) -> Row:
+    def row(self, name: str, operation: str, batch_size: int, times: list[float], dtype: str, **facts: Any) -> Row:
         """A measurement in this setup, and what else is known of it."""
-        device = _device_name(torch.device(self.device))
+        device, seconds = _device_name(torch.device(self.device)), statistics.median(times)
         setup = (dtype, device, torch.get_num_threads(), self.warmups, self.repetitions)
+        facts |= {"latency_shortest_seconds": min(times), "latency_longest_seconds": max(times)}
         return Row(name, operation, batch_size, seconds, batch_size / seconds, *setup, **facts)
+
+
+class Work(NamedTuple):
+    """Arithmetic of sampling one picture."""
+
+    weights_per_step: int
+    products: int
+    """Multiplications, attention's included."""
+    weights_once: int
+    """Weights that a generation reads once: of the layer that modulates blocks."""
 
 
 @checked
@@ -166,8 +177,8 @@ def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row],
             right = exact.setdefault((operation, batch), result)
             change = (result != right).float() if operation == "encode" else (result - right).abs() * 127.5
             facts = {"layout": layout, "change": float(change.mean()), "size": size}
-            seconds = _median(run, setup, device)
-            rows.append(setup.row(name, operation, batch, seconds, str(dtype).removeprefix("torch."), **facts))
+            times = _times(run, setup, device)
+            rows.append(setup.row(name, operation, batch, times, str(dtype).removeprefix("torch."), **facts))
             if report is not None:
                 report(rows[-1])
     best = {kind: min(row.latency_seconds for row in rows if (row.operation, row.batch_size) == kind) for kind in exact}
@@ -175,17 +186,19 @@ def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row],
     return [dataclasses.replace(row, fastest=is_best) for row, is_best in zip(rows, fastest, strict=True)]
 
 
-def work(model: Transformer, sampling: Sampling) -> tuple[int, int]:
-    """Weights that one step reads, and multiplications for one picture, attention's included."""
+def work(model: Transformer, sampling: Sampling) -> Work:
+    """What one picture takes; of a model with or without values."""
     config, schedule = model.config, model.layout.schedule
     in_blocks = _num_weights(model.blocks)
     in_output = _num_weights(model.output)
-    products, fed, guided = schedule.num_positions * in_output, 0, last_guided(sampling, schedule)
+    once = _num_weights(model.modulation) if config.modulation != "none" else 0
+    guided = last_guided(sampling, schedule)
+    products, fed = schedule.num_positions * in_output + once * (1 if guided < 0 else 2), 0
     for front, count in enumerate((config.num_condition, *schedule.slot_fronts[: schedule.num_steps - 1])):
         fed += count
         alone = count * (in_blocks + 2 * config.num_blocks * config.dim * fed)
         products += alone * (2 if front <= guided else 1)
-    return in_blocks + in_output, products
+    return Work(in_blocks + in_output, products, once)
 
 
 def _bench(
@@ -207,7 +220,7 @@ def _bench(
     rows = []
     for schedule in schedules:
         model = load(schedule)  # the one before it is gone by now, which the peak memory relies on
-        weights, products = work(model, sampling)
+        needed = work(model, sampling)
         steps = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
@@ -215,13 +228,14 @@ def _bench(
             _reset_peak(device)
             run = partial(generate, model, condition, sampling, session=session)
             codes = run()  # one more warm-up
-            seconds = _median(run, setup, device)
-            peak = _peak(device)
+            times = _times(run, setup, device)
+            seconds, peak = statistics.median(times), _peak(device)
             if tokenizer is not None and batch not in decoding:
-                decoding[batch] = _median(partial(_inferred, tokenizer.decode, codes), setup, device)
+                decoding[batch] = statistics.median(_times(partial(_inferred, tokenizer.decode, codes), setup, device))
             both = seconds + decoding[batch] if tokenizer is not None else None
-            reading = steps * weights * WEIGHT_BYTES[setup.dtype] / bandwidth
-            multiplying = batch * 2 * products / arithmetic
+            read = steps * needed.weights_per_step + needed.weights_once
+            reading = read * WEIGHT_BYTES[setup.dtype] / bandwidth
+            multiplying = batch * 2 * needed.products / arithmetic
             facts = {
                 "schedule": schedule,
                 "steps": steps,
@@ -231,11 +245,11 @@ def _bench(
                 "reading_floor_seconds": reading,
                 "arithmetic_floor_seconds": multiplying,
                 "floor_fraction": max(reading, multiplying) / seconds,
-                "weights_per_step": weights,
+                "weights_per_step": needed.weights_per_step,
                 "compiled": setup.compiled,
                 "guidance_scale": scale,
             }
-            rows.append(setup.row(name, "sample", batch, seconds, setup.dtype, **facts))
+            rows.append(setup.row(name, "sample", batch, times, setup.dtype, **facts))
             if report is not None:
                 report(rows[-1])
         del model, session, run
@@ -287,10 +301,10 @@ def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
     return memory.numel() * 4 / read, 2 * side**3 / multiply
 
 
-def _median(run: Callable[[], object], setup: Setup, device: torch.device) -> float:
+def _times(run: Callable[[], object], setup: Setup, device: torch.device) -> list[float]:
     for _ in range(setup.warmups):
         run()
-    return statistics.median(_time(run, device) for _ in range(setup.repetitions))
+    return [_time(run, device) for _ in range(setup.repetitions)]
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:

@@ -19,6 +19,7 @@ class Row:
     Attributes:
         model: the name it was asked for by.
         operation: "sample" of a model; of a tokenizer "encode" (pictures or clips to codes) or "decode" (back).
+        latency_shortest_seconds, latency_longest_seconds: of the repetitions.
         latency_with_pixels_seconds: tokens and the pixel decoder.
         peak_memory_bytes: of the process (on a GPU: allocated there) while the row ran.
         reading_floor_seconds: reading the weights once a step.
@@ -43,7 +44,9 @@ class Row:
     warmups: int
     repetitions: int
     schedule: str | None = None
-    steps: int | None = None
+    steps: float | None = None
+    latency_shortest_seconds: float | None = None
+    latency_longest_seconds: float | None = None
     latency_with_pixels_seconds: float | None = None
     images_per_second_with_pixels: float | None = None
     peak_memory_bytes: int | None = None
@@ -89,7 +92,7 @@ def _change(row: Row) -> str:
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("operation", lambda row: "" if row.operation == "sample" else row.operation),
     ("schedule", lambda row: row.schedule or ""),
-    ("steps", lambda row: f"{row.steps or ''}"),
+    ("steps", lambda row: "" if row.steps is None else f"{row.steps:g}"),
     ("batch", lambda row: str(row.batch_size)),
     ("dtype", lambda row: row.dtype if row.layout else ""),
     ("layout", lambda row: row.layout or ""),

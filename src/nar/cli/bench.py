@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -16,6 +16,10 @@ from nar.cli.app import Verbs, app, echo
 from nar.progress import Progress
 from nar.storage.files import atomically, check_output, write_json
 
+if TYPE_CHECKING:
+    from nar.bench import Setup
+    from nar.bench.report import Row
+
 verbs = typer.Typer(cls=Verbs, rich_markup_mode=None, subcommand_metavar="| COMMAND ...")
 app.add_typer(verbs, name="bench")
 
@@ -23,7 +27,8 @@ app.add_typer(verbs, name="bench")
 @verbs.callback(
     invoke_without_command=True,
     epilog="Examples: nar bench --preset NAR-B --dtype float16 --repetitions 2 --json bench.json --plot bench.png; "
-    "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1",
+    "nar bench --preset NAR-video-S --tokens-only --repetitions 1; nar bench --tokenizer VQ-16 --repetitions 1; "
+    "nar bench --efficiency --preset NAR-M --against VAR-d16,LlamaGen-L,PAR-L-4x --batch-sizes 1,8 --plot figure6.png",
 )
 def bench(
     context: typer.Context,
@@ -46,12 +51,23 @@ def bench(
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Generations timed; the median counts.")] = 3,
     dtype: Annotated[str, Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
     device: Annotated[str | None, Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
+    efficiency: Annotated[
+        bool, Option("--efficiency", help="The paper's figure 6: --preset beside --against, a process for each.")
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        Option(help="With --efficiency; repeatable, or joined by commas. Default: models of the nearest FID."),
+    ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Write the rows here.")] = None,
     plot_file: Annotated[Path | None, Option("--plot", help="Latency, memory, throughput (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Measure how fast models sample: schedules side by side, beside the least time that the machine needs."""
     if context.invoked_subcommand is not None:
         return
+    if against and not efficiency:
+        raise ValueError("--against is of --efficiency; add that")
+    if efficiency and (preset is None or schedule):
+        raise ValueError("--efficiency compares published sizes: give --preset NAME, and no --schedule")
     if [model, preset, tokenizer].count(None) != 2:
         raise ValueError("give either MODEL or --preset NAME (see nar info --presets) or --tokenizer NAME, only one")
     if tokenizer is not None and plot_file is not None:
@@ -74,6 +90,11 @@ def bench(
     given = {field.name: context.params[field.name] for field in dataclasses.fields(measure.Setup)}
     place = usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     setup = measure.Setup(**given | {"batch_sizes": sizes, "device": place})
+    if efficiency:
+        _efficiency(
+            str(preset), [name for part in against or () for name in part.split(",")], setup, json_file, plot_file
+        )
+        return
 
     with Progress("measuring", None, "rows") as progress:
 
@@ -100,6 +121,32 @@ def bench(
         write_json(json_file, [dataclasses.asdict(row) for row in rows])
     if plot_file is not None:
         atomically(plot_file, lambda path: reports.plot(rows, path))
+
+
+def _efficiency(preset: str, against: list[str], setup: Setup, json_file: Path | None, plot_file: Path | None) -> None:
+    """Compare models, and write rows as they come: the same command goes on where it was stopped."""
+    from nar.bench import efficiency
+
+    names = list(dict.fromkeys([preset, *(against or efficiency.rivals(preset))]))
+    known = efficiency.known_rows(json_file) if json_file is not None else []
+    rows = list(known)
+    with Progress("measuring", None, "rows") as progress:
+
+        def report(row: Row) -> None:
+            rows.append(row)
+            if json_file is not None:
+                write_json(json_file, efficiency.Comparison(rows, []).as_json())
+            progress.say(f"{row.model}, batch {row.batch_size}: {row.latency_seconds:.3f} s")
+            progress.update()
+
+        comparison = efficiency.compare(names, setup, known, report=report)
+    if known:
+        echo(f"{len(known)} rows were in {json_file}")
+    echo(efficiency.table(comparison))
+    if json_file is not None:
+        write_json(json_file, comparison.as_json(rows))
+    if plot_file is not None:
+        atomically(plot_file, lambda path: efficiency.plot(comparison, path))
 
 
 @verbs.command(

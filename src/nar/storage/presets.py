@@ -73,6 +73,7 @@ _ALL = (
     Preset("LlamaGen-XXL", "llamagen-gpt", "GPT-XXL", 1_410_972_672, _CLASSES | _XXL | {"schedule": "raster"}),
     Preset("LlamaGen-3B", "llamagen-gpt", "GPT-3B", 3_096_659_200, _CLASSES | _3B | {"schedule": "raster"}),
     Preset("LlamaGen-XL-t2i", "llamagen-gpt", "GPT-XL", 777_678_080, _TEXT | _XL | {"schedule": "raster"}),
+    Preset("VAR-d12", "var", "VAR-d12", 133_186_960, _next_scale(12)),
     Preset("VAR-d16", "var", "VAR-d16", 310_283_520, _next_scale(16)),
     Preset("VAR-d20", "var", "VAR-d20", 600_917_136, _next_scale(20)),
     Preset("VAR-d24", "var", "VAR-d24", 1_033_399_360, _next_scale(24)),
