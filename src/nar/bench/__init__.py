@@ -23,6 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nar.bench.jacobi import jacobi
 from nar.bench.report import Row
 from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
@@ -37,6 +38,7 @@ from nar.tokenizer.larp import VideoTokenizerConfig
 from nar.tokenizer.multiscale import MultiScaleTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
+JACOBI = "jacobi"  # a way to decode, and no schedule: beside them in rows
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 TOKENIZERS = ("llamagen-vq", "larp-tokenizer", "var-vae")  # kinds of presets
 IMAGE_GUIDANCE, VIDEO_GUIDANCE = 2.0, 1.25  # what the paper samples with
@@ -122,6 +124,10 @@ def bench_preset(
     name: str, setup: Setup, schedules: Sequence[str] = SCHEDULES, *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
     """Measure the backbone of a published size, with random weights, under several schedules."""
+    if JACOBI in schedules:
+        raise ValueError(
+            f"how many passes {JACOBI} takes depends on what a model has learned: give a folder of weights"
+        )
     config = _preset_config(name)
     default = VIDEO_GUIDANCE if len(config.grid) == 3 else IMAGE_GUIDANCE
     schedules = (config.schedule,) if config.scales else schedules
@@ -133,14 +139,19 @@ def bench_preset(
 def bench_folder(
     source: str | Path, setup: Setup, schedules: Sequence[str] = (), *, report: Callable[[Row], None] | None = None
 ) -> list[Row]:
-    """Measure a model folder, a bundled name or a hub id; other schedules than its own run on random weights."""
+    """Measure a model folder, a bundled name or a hub id; other schedules than its own run on random weights.
+
+    "jacobi" decodes a raster model's own weights in parallel, with Gumbel numbers; its steps are the passes it took.
+    """
     folder = find_model(source)
     config = read_config(folder)
     shape = from_dict(ModelConfig, config.get("model"), folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer") if setup.pixels and (folder / "tokenizer").is_dir() else None
 
     def load(schedule: str) -> Transformer:
-        if schedule == shape.schedule:
+        if schedule == JACOBI and shape.schedule != "raster":
+            raise ValueError(f"{JACOBI} is of raster models; the schedule of {source} is {shape.schedule}")
+        if schedule in (shape.schedule, JACOBI):
             return Transformer.from_pretrained(folder, setup.dtype, setup.device)
         return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
 
@@ -221,13 +232,18 @@ def _bench(
     for schedule in schedules:
         model = load(schedule)  # the one before it is gone by now, which the peak memory relies on
         needed = work(model, sampling)
-        steps = model.layout.schedule.num_steps
+        steps: float = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
             condition = _condition(model.config, batch)
             _reset_peak(device)
-            run = partial(generate, model, condition, sampling, session=session)
-            codes = run()  # one more warm-up
+            run: Callable[[], Any]
+            if schedule == JACOBI:
+                run = partial(jacobi, model, condition, sampling, noise="gumbel")
+                codes, steps = run()
+            else:
+                run = partial(generate, model, condition, sampling, session=session)
+                codes = run()  # one more warm-up
             times = _times(run, setup, device)
             seconds, peak = statistics.median(times), _peak(device)
             if tokenizer is not None and batch not in decoding:

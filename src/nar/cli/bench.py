@@ -39,7 +39,11 @@ def bench(
     ] = None,
     batch_sizes: Annotated[str, Option(metavar="N,N,...", help="Pictures at once.")] = "1",
     schedule: Annotated[
-        list[str] | None, Option(help="raster, par or manhattan; repeatable. Default: all for a preset, else its own.")
+        list[str] | None,
+        Option(
+            help="raster, par or manhattan; jacobi: a trained raster model in parallel. Repeatable. Default: all for a "
+            "preset, else its own."
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None, Option(help="1.0 is off. Default: the model's own; 2.0 for image presets, 1.25 for video.")
