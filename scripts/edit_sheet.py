@@ -17,7 +17,7 @@ from nar import Pipeline
 from nar.data.open import open_source
 from nar.media.masks import FIXED, fixed_mask
 from nar.media.sheet import contact_sheet
-from nar.pipeline.edit import before
+from nar.pipeline.canvas import before
 
 
 def sheet(model: str, real: str, seed: int, each: int = 2) -> Image.Image:
@@ -32,7 +32,7 @@ def sheet(model: str, real: str, seed: int, each: int = 2) -> Image.Image:
             picture, label = source.array(row, size), source.class_names[source.labels[row]]
             hidden = fixed_mask(mask, (size, size), row)
             made = pipe.edit(picture, mask=hidden, class_labels=label, num_images_per_prompt=4, seed=seed)
-            pictures += [*before(picture, hidden, None), *made.images]
+            pictures += [*before(picture, hidden), *made.images]
             names += [label, mask, *[""] * 4]
     return contact_sheet(pictures, names, columns=12, cell=2 * size)
 

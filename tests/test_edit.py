@@ -14,8 +14,9 @@ from PIL import Image
 
 from conftest import make_model
 from nar import Pipeline, cli
-from nar.pipeline.edit import blended, prepare
+from nar.pipeline.canvas import Box, Canvas, around, blended, masked, windows
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
+from toy_models import causal, larp
 
 RNG = np.random.default_rng(0)
 
@@ -40,6 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Pipeline:
     return Pipeline.from_pretrained(folder, device="cpu")
+
+
+def prepared(image: np.ndarray, mask: Any, box: Any, size: tuple[int, int]) -> Canvas:
+    hidden = masked(image, mask, box)
+    return Canvas.of(image, hidden, around(hidden, size), size)
 
 
 def box_mask(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
@@ -100,15 +106,15 @@ def test_a_model_that_edits_samples_from_nothing_too(pipe: Pipeline, tmp_path: P
 
 
 def test_the_region_lies_around_the_mask(pipe: Pipeline) -> None:
-    canvas = prepare(picture(100, 80), None, (73, 93, 5, 6), pipe.pixel_shape)
+    canvas = prepared(picture(100, 80), None, (73, 93, 5, 6), pipe.pixel_shape)
     left, top, width, height = canvas.region
     assert (width, height) == (12, 12)  # twice what is covered
     assert (left + width, top + height) == (80, 100)  # as far as the picture goes
     assert canvas.pixels.shape == (1, 3, 8, 8)
-    whole = prepare(picture(8, 8), None, (0, 0, 1, 1), pipe.pixel_shape)
+    whole = prepared(picture(8, 8), None, (0, 0, 1, 1), pipe.pixel_shape)
     assert whole.region == (0, 0, 8, 8)
     assert int(whole.hidden.sum()) == 1
-    tiny = prepare(picture(64, 64), box_mask((64, 64), (10, 10, 1, 1)), None, pipe.pixel_shape)
+    tiny = prepared(picture(64, 64), box_mask((64, 64), (10, 10, 1, 1)), None, pipe.pixel_shape)
     assert tiny.hidden.any()
 
 
@@ -149,7 +155,7 @@ def test_masks_in_every_form_say_the_same(pipe: Pipeline, tmp_path: Path) -> Non
     forms = [mask, mask.astype(np.uint8), np.where(mask, 255, 0), grey, grey.convert("P"), grey.convert("1"), opaque]
     given = picture()
     for form in (*forms, tmp_path / "mask.png"):
-        assert (prepare(given, form, None, pipe.pixel_shape).mask == mask).all()
+        assert (prepared(given, form, None, pipe.pixel_shape).mask == mask).all()
 
 
 @pytest.mark.parametrize(
@@ -168,9 +174,119 @@ def test_mistakes_are_named(pipe: Pipeline, options: dict[str, Any], message: st
         pipe.edit(picture(), **options)
 
 
-def test_clips_are_not_edited(clips_folder: Path) -> None:
-    with pytest.raises(ValueError, match="this model makes clips"):
-        Pipeline.from_pretrained(clips_folder, device="cpu").edit(picture(), box=(0, 0, 2, 2))
+@pytest.mark.parametrize("layout", ["holes", "plain"])
+@pytest.mark.parametrize(
+    ("size", "position"), [((8, 20), None), ((19, 8), (0, 11)), ((21, 17), (2, 9)), ((9, 8), None)]
+)
+def test_extending_keeps_what_is_given(
+    pipe: Pipeline, toy_folder: Path, layout: str, size: tuple[int, int], position: tuple[int, int] | None
+) -> None:
+    asked = pipe if layout == "holes" else Pipeline.from_pretrained(toy_folder, device="cpu")
+    given = picture()
+    left, top = position or ((size[1] - 8) // 2, (size[0] - 8) // 2)
+    options: dict[str, Any] = {"class_labels": "pear" if layout == "holes" else 1, "seed": 1, "output_type": "np"}
+    made = asked.extend(given, size, position=position, num_images_per_prompt=2, **options).images
+    assert made.shape == (2, *size, 3)
+    assert (made[:, top : top + 8, left : left + 8] == given).all()
+    assert (made[0] != made[1]).any()
+    outside = ~box_mask(size, (left, top, 8, 8))
+    assert (made[:, outside].std((0, 2)) > 0).any()
+    again = asked.extend(given, size, position=position, batch_size=1, **options).images
+    assert (again[0] == made[0]).all()  # number 0 of a seed, whatever is beside it
+
+
+def test_pictures_of_any_size_from_nothing(pipe: Pipeline) -> None:
+    whole = pipe.extend(None, (8, 8), class_labels="plum", seed=3, output_type="np")
+    assert (whole.images == pipe(class_labels="plum", seed=3, output_type="np").images).all()  # one window: a call
+    for size in ((5, 12), (3, 4)):
+        assert pipe.extend(None, size, class_labels="plum").images[0].size == size[::-1]
+    called = pipe("plum", size=(8, 13), seed=3, output_type="np")
+    assert (called.images == pipe.extend(None, (8, 13), class_labels="plum", seed=3, output_type="np").images).all()
+    with pytest.raises(ValueError, match="size does not go with known"):
+        pipe("plum", size=(8, 13), known=np.zeros((1, 4, 4), np.int64))
+    with pytest.raises(ValueError, match="size must be two whole numbers"):
+        pipe("plum", size=16)
+
+
+@pytest.mark.parametrize("given", [Box(0, 0, 8, 8), Box(5, 3, 30, 17), Box(9, 1, 3, 17), Box(0, 0, 1, 1), None])
+@pytest.mark.parametrize("shape", [(20, 35), (64, 40)])
+def test_windows_cover_all_and_overlap_what_is_there(given: Box | None, shape: tuple[int, int]) -> None:
+    there = np.zeros(shape, bool)
+    if given is not None:
+        there[given.slices] = True
+    for number, window in enumerate(windows(given, shape, (8, 8))):
+        part = there[window.slices]
+        assert part.shape == (window.height, window.width)
+        assert part.any() or (number == 0 and given is None)
+        there[window.slices] = True
+    assert there.all()
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        ((8, 7), {}, "the picture is 8x8, it can't be extended to 8x7"),
+        ((8, 8), {}, "it can't be extended to 8x8"),
+        ((8, 16), {"position": (9, 0)}, "left is at most 8, top 0"),
+        ((8, 16), {"position": (-1, 0)}, "position must be two whole numbers of at least 0"),
+        ((8, 16.5), {}, "size must be two whole numbers"),
+        ("8x16", {}, "size must be two whole numbers"),
+        ((8, 8000), {}, "8x8000 is more than 64 times the 8x8 worked on at once"),
+        ((8, 16), {"class_labels": "cherry"}, "unknown class 'cherry'"),
+        ((8, 16), {"output_type": "codes"}, "output_type must be pil, np or pt"),
+    ],
+)
+def test_mistakes_in_extending_are_named(pipe: Pipeline, size: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe.extend(picture(), size, **options)
+    with pytest.raises(TypeError, match="unknown argument 'mask'"):
+        pipe.extend(picture(), (8, 16), mask=np.ones((8, 16)))
+
+
+@pytest.fixture(scope="module")
+def clips_pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A model that edits clips: 5 frames of 8x8 as 3x2x2 codes of 24."""
+    folder = tmp_path_factory.mktemp("clips")
+    causal().save_pretrained(folder / "tokenizer")
+    make_model("edits", grid=(3, 2, 2), prefix_grid=(3, 2, 2), num_classes=3).save_pretrained(
+        folder / "model", tokenizer=folder / "tokenizer"
+    )
+    return Pipeline.from_pretrained(folder / "model", device="cpu")
+
+
+@pytest.mark.parametrize("mode", ["fill", "replace"])
+@pytest.mark.parametrize("size", [(8, 8), (13, 21)])
+def test_clips_are_edited_under_a_mask_over_time(clips_pipe: Pipeline, mode: str, size: tuple[int, int]) -> None:
+    clip, other = (RNG.integers(0, 256, (5, *size, 3), np.uint8) for _ in range(2))
+    mask = np.zeros((5, *size), bool)
+    mask[3:, 1:6, 2:7] = True
+    options: dict[str, Any] = {"mask": mask, "class_labels": 1, "seed": 0, "output_type": "np", "mode": mode}
+    made = clips_pipe.edit(clip, num_images_per_prompt=2, **options)
+    assert made.images is None
+    assert made.videos.shape == (2, 5, *size, 3)
+    assert (made.videos[:, ~mask] == clip[~mask]).all()
+    assert (made.videos[:, mask] != clip[mask]).any()
+    if mode == "fill":  # what the mask hides is not seen
+        changed = clips_pipe.edit(np.where(mask[..., None], other, clip), **options)
+        assert (changed.videos[0] == made.videos[0]).all()
+    through = clips_pipe.edit(clip, **{**options, "mask": mask[4]}).videos[0]  # one mask for all frames
+    assert (through[0] != clip[0]).any()
+    assert (through[:, ~mask[4]] == clip[:, ~mask[4]]).all()
+
+
+def test_clips_that_can_not_be_edited(clips_pipe: Pipeline, clips_folder: Path) -> None:
+    clip = RNG.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="the clip has 4 frames, this model edits clips of 5"):
+        clips_pipe.edit(clip[:4], box=(0, 0, 4, 4), class_labels=1)
+    with pytest.raises(ValueError, match="the mask has 3 frames, the clip 5"):
+        clips_pipe.edit(clip, mask=np.ones((3, 8, 8)), class_labels=1)
+    with pytest.raises(ValueError, match="it extends no pictures"):
+        clips_pipe.extend(clip, (8, 16), class_labels=1)
+    with pytest.raises(ValueError, match="was not trained to edit"):
+        Pipeline.from_pretrained(clips_folder, device="cpu").edit(clip, box=(0, 0, 2, 2))
+    whole = make_model("nar", grid=(3, 2, 2), num_classes=3)  # codes of a clip as a whole
+    with pytest.raises(ValueError, match="codes have no places"):
+        Pipeline(whole, larp()).edit(clip, box=(0, 0, 2, 2), class_labels=1)
 
 
 def run(*arguments: object) -> int:
@@ -197,8 +313,17 @@ def test_the_command(folder: Path, toy_folder: Path, tmp_path: Path, capsys: pyt
     assert "not trained to edit" not in capsys.readouterr().err
     assert run("edit", toy_folder, *common, "--box", "1,2,3,4", "-o", tmp_path / "known.png") == 0
     assert "not trained to edit" in capsys.readouterr().err
+    assert run("edit", folder, *common, "--extend", "2x", "-n", 2, "-o", tmp_path / "wider", "--sheet", sheet) == 0
+    assert Image.open(tmp_path / "wider" / "000001.png").size == (20, 24)
+    assert run("edit", folder, *common, "--extend", "12x16", "--at", "6,0", "-o", tmp_path / "wide.png") == 0
+    assert (np.asarray(Image.open(tmp_path / "wide.png"))[:, 6:] == given).all()
+    capsys.readouterr()
+    assert run("edit", folder, *common, "--extend", "2x", "--box", "1,2,3,4", "-o", tmp_path / "no.png") == 2
+    assert "leave out --mask" in capsys.readouterr().err
+    assert run("edit", folder, *common, "--extend", "wide", "-o", tmp_path / "no.png") == 2
+    assert "such as 2x" in capsys.readouterr().err
     assert run("edit", folder, *common, "--box", "1,2,3", "-o", tmp_path / "no.png") == 2
-    assert "--box '1,2,3' must be four whole numbers" in capsys.readouterr().err
+    assert "--box '1,2,3' must be 4 whole numbers" in capsys.readouterr().err
     assert run("edit", folder, *common, "-o", tmp_path / "no.png") == 2
     assert "say what is to be new" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()

@@ -129,7 +129,7 @@ def test_a_bar(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "answer"),
     [
         ("num_inference_steps", "steps follow from the grid, one pass a front: pipe.num_steps"),
-        ("height", "follows from the grid of codes: pipe.at_grid"),
+        ("height", "give size="),
         ("return_dict", "a call returns an Output"),
         ("guidence_scale", r"did you mean 'guidance_scale'\?"),
     ],

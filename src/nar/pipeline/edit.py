@@ -1,141 +1,54 @@
-"""Pictures edited by a model: what is to be new, at the model's size, as a condition; and the result put back.
+"""Pictures and clips edited by a model: what is given of them as a condition, and a window after the other sampled.
 
-A picture of any size is worked on in a region around the mask, which is brought to the model's size. Where a model has
-no condition on holes, the codes outside of the mask are kept while those inside are sampled, which sees only half of
-what surrounds a hole. Knows pixels, masks and codes; does not know how codes are sampled. Legend: `H W` pixels of the
-picture, `h w` those of the model.
+A picture of any size is worked on in a region around the mask, which is brought to the model's size; one that is
+extended in windows that overlap. Where a model has no condition on holes, the codes outside of the mask are kept while
+those inside are sampled, which sees only half of what surrounds a hole. Knows masks, codes and requests; does not know
+how codes are sampled. Legend: `T H W` frames and pixels of what is edited, `h w` pixels of the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from nar.condition import PrefixCodes
-from nar.media.pictures import read_picture, upright_rgb
-from nar.media.pixels import as_images, as_pixels
+from nar.media.clips import as_array
+from nar.media.pixels import as_pixels
+from nar.pipeline import habits
+from nar.pipeline.canvas import Box, Canvas, Mask, Picture, around, extended, masked, read, windows
 from nar.pipeline.holes import blanked, touched
 from nar.pipeline.output import Output, as_output
-from nar.pipeline.requests import Given, Request, seeds_of
+from nar.pipeline.requests import Given, Request, check_guidance, seeds_of
 from nar.sampling import settings_among
 from nar.tokenizer import Tokenizer
 
 MODES = ("fill", "replace")
-WHITE = 128  # from which a pixel of a mask is to be new
-AROUND = 2.0  # sides of a region, of those of what the mask covers: what is new is a quarter of it
-Picture = Any  # a path, a Pillow picture, or uint8 (H, W, 3)
-Mask = Any  # a path or a Pillow picture, white where something new goes; or an array (H, W)
 
 
-class Box(NamedTuple):
-    """A rectangle in pixels."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """Its rows and columns."""
-        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
-
-
-@dataclass(frozen=True, eq=False)
-class Canvas:
-    """A picture to edit: `picture` (H, W, 3) uint8 and its `mask` (H, W), and of its `region` the `pixels`
-    (1, 3, h, w) in -1..1 and which are `hidden`, (1, h, w)."""
-
-    picture: np.ndarray
-    mask: np.ndarray
-    region: Box
-    pixels: Tensor
-    hidden: Tensor
-
-    def pasted(self, made: Tensor, *, blend: bool = True) -> np.ndarray:
-        """The picture (H, W, 3) uint8 with what is `made` (3, h, w) of the region, in the mask; the rest as it was.
-
-        `blend` adds the difference at the edge of the mask, fading within it, so that the seam shows less. What the
-        mask hides of the picture has no part in it.
-        """
-        made = made[None].float().cpu()
-        made = blended(made, self.pixels, self.hidden) if blend else made
-        new = as_images(made)[0]
-        width, height = self.region.width, self.region.height
-        if new.shape[:2] != (height, width):
-            new = np.asarray(Image.fromarray(new).resize((width, height), Image.Resampling.BICUBIC))
-        edited, place = self.picture.copy(), self.region.slices
-        edited[place] = np.where(self.mask[place][..., None], new, edited[place])
-        return edited
-
-
-def prepare(image: Picture, mask: Mask | None, box: Sequence[int] | None, size: tuple[int, ...]) -> Canvas:
-    """A picture with its mask, or a box (left, top, width, height), for a model of `size` (h, w); see `masked`."""
-    picture, hidden = masked(image, mask, box)
-    region = _region(hidden, size)
-    part, covered = Image.fromarray(picture[region.slices]), Image.fromarray(hidden[region.slices])
-    if part.size != (shape := (size[1], size[0])):
-        part = part.resize(shape, Image.Resampling.BICUBIC if part.width < size[1] else Image.Resampling.BOX)
-        # All that is touched counts: enlarged by nearest, made smaller by the mean, which is above 0 then.
-        grey = np.asarray(covered.convert("L").resize(shape, Image.Resampling.BOX))
-        covered = Image.fromarray(grey > 0)
-    pixels = as_pixels(np.array(part)[None])
-    return Canvas(picture, hidden, region, pixels, torch.from_numpy(np.array(covered))[None])
-
-
-def masked(image: Picture, mask: Mask | None, box: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """A picture (H, W, 3) uint8 and what is to be new of it, (H, W) bool.
+def opened(pipe: Any, image: Picture) -> np.ndarray:
+    """What a pipeline is to edit as uint8 ([T,] H, W, 3); of a clip as many frames as the model makes.
 
     Raises:
-        ValueError: neither or both of mask and box, a mask of another size or with transparency, or one that covers
-            nothing or all.
+        ValueError: what is no picture, or a clip of another length.
     """
-    picture = _read(image)
-    height, width = picture.shape[:2]
-    if (mask is None) == (box is None):
-        raise ValueError("say what is to be new: mask=PICTURE, white there, or box=(left, top, width, height)")
-    hidden = _mask(mask) if box is None else _of_box(box, picture.shape)
-    if hidden.shape != (height, width):
-        sizes = f"{hidden.shape[1]}x{hidden.shape[0]}", f"{width}x{height}"
-        raise ValueError(f"the mask is {sizes[0]} and the picture {sizes[1]}: they must have one size")
-    if not hidden.any():
-        raise ValueError("the mask covers nothing: make white what is to be new")
-    if hidden.all():
-        raise ValueError("the mask covers the whole picture: there is nothing to edit, sample a new one instead")
-    return picture, hidden
-
-
-def before(image: Picture, mask: Mask | None, box: Sequence[int] | None) -> tuple[Image.Image, Image.Image]:
-    """A picture as given, and with what is to be new in grey, to be shown beside the results."""
-    picture, hidden = masked(image, mask, box)
-    return Image.fromarray(picture), Image.fromarray(np.where(hidden[..., None], np.uint8(128), picture))
-
-
-def blended(made: Tensor, pixels: Tensor, hidden: Tensor, *, width: int = 2) -> Tensor:
-    """What is made (B, 3, h, w), in `hidden` (B, h, w) moved by its difference from the visible `pixels` nearby."""
-    visible = (~hidden)[:, None].float()
-
-    def near(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, 2 * width + 1, 1, width)
-
-    share = near(visible)
-    difference = near((pixels - made) * visible) / share.clamp_min(1e-6)
-    return (made + difference * (2 * share).clamp(max=1.0)).clamp(-1, 1)
+    if not pipe.makes_clips:
+        return read(image)
+    clip, count = as_array(image, frame_rate=pipe._trained_rate), pipe.pixel_shape[0]
+    if len(clip) != count:
+        raise ValueError(f"the clip has {len(clip)} frames, this model edits clips of {count}: cut it to so many")
+    return clip
 
 
 def codes_given(
     tokenizer: Tokenizer, pixels: Tensor, hidden: Tensor, grid: tuple[int, ...], mode: str = "fill", *, holes: bool
 ) -> Given:
-    """The codes that a model is given of pixels (1, 3, h, w) with `hidden` ones (1, h, w).
+    """The codes that a model is given of pixels (1, 3, [T,] h, w) with `hidden` ones (1, [T,] h, w).
 
     In mode "fill" they are those of what is left of the picture, which is blanked before it is encoded; in "replace"
     its own, and those around the mask are kept.
@@ -198,106 +111,134 @@ def edit(
     output_type: str = "pil",
     blend: bool = True,
 ) -> Output:
-    """Make a part of a picture anew, `num_images_per_prompt` times for each label or prompt; settings as in a call.
+    """Make a part of a picture or clip anew, `num_images_per_prompt` times for each label or prompt; settings as in a
+    call.
 
     What is outside of the mask comes back as it was, byte for byte. A picture of another size than the model's is
     worked on in a region around the mask. `Output.codes` are those of the region.
 
     Args:
-        image: a file, a Pillow picture, or uint8 (H, W, 3); transparency becomes white.
-        mask: a picture of the same size, white where something new goes, or an array (H, W).
+        image: a file, a Pillow picture, or uint8 (H, W, 3); transparency becomes white. Of a model of clips a clip with
+            as many frames as the model makes: a file, Pillow pictures, or uint8 (T, H, W, 3).
+        mask: a picture of the same size, white where something new goes, or an array (H, W), of clips maybe (T, H, W).
         box: (left, top, width, height) in place of a mask.
         mode: "fill" takes no notice of what the mask hides; "replace" keeps the picture's own codes around it, which
             know something of it: for changing a picture that is there.
         blend: move what is made towards the picture at the edge of the mask.
 
     Raises:
-        ValueError: a model of clips, a mask that does not fit, an unknown class, or a setting that is out of range.
+        ValueError: a model whose codes have no places or that only continues clips, a mask that does not fit, an
+            unknown class, or a setting that is out of range.
     """
+    asked = dict(locals())
+    _check(self, asked)
+    picture = opened(self, image)
+    hidden = masked(picture, mask, box)
+    return _sampled(self, picture, hidden, [around(hidden, self.pixel_shape[-2:])], asked)
+
+
+def extend(
+    self: Any,
+    image: Picture | None,
+    size: Sequence[int],
+    *,
+    position: Sequence[int] | None = None,
+    **options: Any,
+) -> Output:
+    """Continue a picture beyond its edges, in any direction, to `size` (H, W); without one make a whole one of it.
+
+    It is made in windows of the model's size, each half over what is there already, the nearest first. What is given
+    comes back as it was, byte for byte.
+
+    Args:
+        image: as of `edit`; None for nothing.
+        position: where the given picture lies in the result, (left, top); by default in the middle.
+        options: those of `edit`, except for its mask and mode.
+
+    Raises:
+        ValueError: a model of clips, a size in which the picture does not fit, and as of `edit`.
+        TypeError: an argument that there is none of.
+    """
+    taken = {name: own.default for name, own in signature(edit).parameters.items() if name not in _NOT_EXTENDED}
+    habits.refuse(set(options) - set(taken), habits.CALL, [*taken, "size", "position"])
+    asked = {**taken, "mode": "fill", **options}
     if self.makes_clips:
-        raise ValueError(
-            "this model makes clips, which it continues (frames=...); pictures are edited by models of them"
-        )
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type must be pil, np or pt, not {output_type!r}: codes have no pixels around them")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-    sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
-    words = class_labels, prompt, negative_prompt
-    asked = self.inputs.requests(*words, None, read=_read, number=num_images_per_prompt, nothing=True)
-    self._check_guidance(sampling, asked)
-    seed = seeds_of(seed, generator, len(asked))
-    canvas = prepare(image, mask, box, self.pixel_shape)
-    given = codes_given(
-        self.tokenizer, canvas.pixels, canvas.hidden, self.config.grid, mode, holes=self.continuation.has_holes
-    )
-    requests: list[Request] = [dataclasses.replace(request, given=given) for request in asked]
+        raise ValueError("this model makes clips, which it continues in time (frames=...): it extends no pictures")
+    _check(self, asked)
+    picture, hidden, given = extended(None if image is None else read(image), size, position)
+    return _sampled(self, picture, hidden, windows(given, hidden.shape, self.pixel_shape), asked)
+
+
+def of_size(self: Any, size: Sequence[int], arguments: Mapping[str, Any]) -> Output:
+    """A call for pictures of `size` (H, W), with all its `arguments`."""
+    for name in ("frames", "num_frames", "known", "callback_on_front_end"):
+        if arguments[name] is not None:
+            raise ValueError(f"size does not go with {name}: pictures of another size are made in several passes")
+    taken = set(signature(edit).parameters) - {*_NOT_EXTENDED, "blend"}
+    return extend(self, None, size, **{name: arguments[name] for name in taken})
+
+
+_NOT_EXTENDED = ("self", "image", "mask", "box", "mode")
+
+
+def _check(self: Any, asked: Mapping[str, Any]) -> None:
+    """Refuse arguments of `edit` that are not what they must be, and models that can't."""
+    if self.continuation.prefix and not self.continuation.has_holes:
+        raise ValueError("this model continues clips (frames=...) and was not trained to edit them")
+    if all(axis.isdecimal() for axis in self.tokenizer.code_axes):
+        raise ValueError("this model's codes have no places of their own in its results: it can't edit")
+    if asked["mode"] not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {asked['mode']!r}")
+    if asked["output_type"] not in ("pil", "np", "pt"):
+        kinds = f"pil, np or pt, not {asked['output_type']!r}"
+        raise ValueError(f"output_type must be {kinds}: codes have no pixels around them")
+    if not isinstance(asked["batch_size"], int) or asked["batch_size"] < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, not {asked['batch_size']!r}")
+
+
+def _sampled(
+    self: Any, picture: np.ndarray, hidden: np.ndarray, regions: Sequence[Box], asked: Mapping[str, Any]
+) -> Output:
+    """What is `hidden` of a picture or clip sampled, in one region after the other, as often as `asked` for."""
+    sampling = dataclasses.replace(self.sampling, **settings_among(asked))
+    words = asked["class_labels"], asked["prompt"], asked["negative_prompt"]
+    requests = self.inputs.requests(*words, None, read=read, number=asked["num_images_per_prompt"], nothing=True)
+    check_guidance(self.sampling, sampling, requests)
     count = len(requests)
+    seed = seeds_of(asked["seed"], asked["generator"], count)
     seeds, indices = ([seed] * count, range(count)) if isinstance(seed, int) else (seed, [0] * count)
     made, codes = list[np.ndarray](), list[Tensor]()
-    for start in range(0, count, batch_size):
-        rows = slice(start, start + batch_size)
-        sampled = self._codes(requests[rows], indices[rows], sampling, seed=seeds[rows], known=None, callback=None)
-        made += [canvas.pasted(pixels, blend=blend) for pixels in self.decode(sampled, exact=True)]
+    for start in range(0, count, asked["batch_size"]):
+        rows = slice(start, start + asked["batch_size"])
+        pictures, left, number = [picture] * len(requests[rows]), hidden.copy(), 0
+        for region in regions:
+            new = np.zeros_like(left)
+            new[(..., *region.slices)] = left[(..., *region.slices)]
+            if not new.any():
+                continue
+            canvases = {id(one): Canvas.of(one, left, region, self.pixel_shape[-2:]) for one in pictures}
+            given = {key: _given(self, canvas, asked["mode"]) for key, canvas in canvases.items()}
+            now = [
+                dataclasses.replace(request, given=given[id(one)])
+                for request, one in zip(requests[rows], pictures, strict=True)
+            ]
+            streams = [index + (number << 32) for index in indices[rows]]  # each region has its own
+            sampled = self._codes(now, streams, sampling, seed=seeds[rows], known=None, callback=None)
+            decoded = self.decode(sampled, exact=True)
+            pictures = [
+                canvases[id(one)].pasted(pixels, blend=asked["blend"])
+                for one, pixels in zip(pictures, decoded, strict=True)
+            ]
+            left, number = left & ~new, number + 1
+        made += pictures
         codes.append(sampled)
+    output: Any = as_output(list(as_pixels(np.stack(made))), asked["output_type"])
+    images, videos = (None, output) if self.makes_clips else (output, None)
     names = [request.named(self.label_name) for request in requests]
-    images: Any = as_output(list(as_pixels(np.stack(made))), output_type)
-    return Output(images, None, names, [request.label for request in requests], seed, torch.cat(codes))
+    labels = [request.label for request in requests]
+    return Output(images, videos, names, labels, seed, torch.cat(codes), self.frame_rate)
 
 
-def _read(image: Picture) -> np.ndarray:
-    """A picture in any form as (H, W, 3) uint8."""
-    if isinstance(image, str | Path):
-        return np.array(read_picture(image))
-    if isinstance(image, Image.Image):
-        return np.array(upright_rgb(image))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        found = f"{array.dtype} {array.shape}" if array.ndim else type(image).__name__
-        raise ValueError(f"image must be a file, a Pillow picture or uint8 (H, W, 3), not {found}")
-    return array.copy()
-
-
-def _mask(mask: Mask) -> np.ndarray:
-    """A mask in any form as (H, W) bool."""
-    if isinstance(mask, str | Path):
-        with Image.open(mask) as opened:
-            mask = opened.copy()
-    if isinstance(mask, Image.Image):
-        if "A" in mask.getbands() or "transparency" in mask.info:
-            if min(np.asarray(mask.convert("RGBA"))[..., 3].flat) < 255:
-                raise ValueError("the mask has transparency: give it black and white, white where something new goes")
-            mask = mask.convert("RGB")
-        return np.asarray(mask.convert("L")) >= WHITE
-    array = np.asarray(mask)
-    if array.ndim != 2 or array.dtype.kind not in "buif":
-        raise ValueError(f"mask must be a picture, or an array (H, W), not {array.dtype} {array.shape}")
-    return array >= (WHITE if array.size and array.max() > 1 else 0.5)
-
-
-def _of_box(box: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """The mask of a box, of which a part lies in the picture."""
-    values = list(box)
-    if len(values) != 4 or not all(isinstance(value, int | np.integer) for value in values) or min(values[2:]) < 1:
-        raise ValueError(f"box must be four whole numbers, (left, top, width, height), not {box!r}")
-    left, top, width, height = values
-    mask = np.zeros(shape[:2], bool)
-    mask[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)] = True
-    return mask
-
-
-def _region(mask: np.ndarray, size: tuple[int, ...]) -> Box:
-    """Where a picture is worked on: all of it where it has the model's size; else around the mask, twice as large as
-    what it covers, no smaller than the model's size, of its shape as far as the picture allows."""
-    height, width = mask.shape
-    if (height, width) == tuple(size):
-        return Box(0, 0, width, height)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    covered = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-    scale = max(1.0, *(AROUND * own / wanted for own, wanted in zip(covered, size, strict=True)))
-    tall, wide = (min(full, round(scale * side)) for full, side in zip((height, width), size, strict=True))
-    top = int(np.clip((rows[0] + rows[-1] + 1 - tall) // 2, 0, height - tall))
-    left = int(np.clip((columns[0] + columns[-1] + 1 - wide) // 2, 0, width - wide))
-    return Box(left, top, wide, tall)
+def _given(self: Any, canvas: Canvas, mode: str) -> Given:
+    options = {"holes": self.continuation.has_holes}
+    return codes_given(self.tokenizer, canvas.pixels, canvas.hidden, self.config.grid, mode, **options)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from nar.storage.fields import suggestion
 
-_SIZE = "the size follows from the grid of codes: pipe.at_grid((rows, columns)) makes another"
+_SIZE = "give size=(height, width)"
 _FRONTS = "callback_on_front_end(pipe, front, codes) is called after each front"
 _ONE_PASS = "a call needs no such setting: nothing here is denoised in steps"
 _SEED = "give seed, one number or a list with one for each result"
@@ -20,7 +20,6 @@ CALL = {
     "num_inference_steps": "steps follow from the grid, one pass a front: pipe.num_steps",
     "height": _SIZE,
     "width": _SIZE,
-    "size": _SIZE,
     "callback": _FRONTS,
     "callback_on_step_end": _FRONTS,
     "return_dict": "a call returns an Output: out.images, out.videos, out.codes",

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -26,10 +25,10 @@ from nar.media.clips import Frames, as_array
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
-from nar.pipeline.edit import edit, kept, with_given
+from nar.pipeline.edit import edit, extend, kept, of_size, with_given
 from nar.pipeline.folder import moved, number_format, read, save, upload
 from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
-from nar.pipeline.requests import HEADS, Inputs, Request, check_call, known_codes, row_of, seeds_of
+from nar.pipeline.requests import HEADS, Inputs, Request, check_call, check_guidance, known_codes, row_of, seeds_of
 from nar.precision import PRECISIONS, usable_device
 from nar.progress import Progress
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
@@ -38,7 +37,6 @@ from nar.text import TextEncoder, TextEncoderConfig
 from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer
 
-FAR = 2.0  # times a model's own guidance; `emoji`, of 1.5, is worse at 3 and confetti at 7.5
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
@@ -264,6 +262,7 @@ class Pipeline:
         frames: Frames | None = None,
         num_frames: int | None = None,
         num_images_per_prompt: int = 1,
+        size: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         guidance_curve: str | None = None,
@@ -295,6 +294,7 @@ class Pipeline:
                 resized to the model's size where they have another). Files are read at the model's frame rate.
             num_frames: length of the clips, context included. By default what one pass of the model adds. Longer
                 ones are sampled in several passes, each of which sees only the last frames of what is there.
+            size: (H, W) of pictures of another size than the model's, made in windows that overlap; see `extend`.
             seed: one for all, or a list with one for each result, which then is the first one of that seed.
             generator: the seed is its next number, so that the next call with it makes others.
             known: codes (number of results, *grid) kept as given, -1 where free; context frames come first.
@@ -309,12 +309,14 @@ class Pipeline:
         """
         habits.refuse(others, habits.CALL, signature(Pipeline.__call__).parameters)
         class_labels, prompt = self.inputs.meant(what, class_labels, prompt)
+        if size is not None:
+            return of_size(self, size, locals())
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
         check_call(output_type, batch_size, callback_on_front_end)
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )
-        self._check_guidance(sampling, requests)
+        check_guidance(self.sampling, sampling, requests)
         self.check_length(num_frames, requests, output_type)
         seed = seeds_of(seed, generator, len(requests))
         kept = None if known is None else known_codes(known, len(requests), self.config.grid)
@@ -346,7 +348,7 @@ class Pipeline:
         names = [request.named(self.label_name) for request in requests]
         return Output(images, videos, names, [request.label for request in requests], seed, whole, self.frame_rate)
 
-    edit = edit
+    edit, extend = edit, extend
 
     def requests(
         self,
@@ -454,15 +456,6 @@ class Pipeline:
                 if callback is not None:
                     callback(self, front, codes)
             return codes
-
-    def _check_guidance(self, sampling: Sampling, requests: Sequence[Request]) -> None:
-        """Refuse a negative prompt without guidance, and warn of guidance that spoils."""
-        own, scale = self.sampling.guidance_scale, sampling.guidance_scale
-        if scale == 1.0 and any(request.has_negative for request in requests):
-            raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
-        if own > 1.0 and scale > FAR * own:
-            message = f"guidance_scale {scale:g} is far above this model's own, {own:g}: results fall apart"
-            warnings.warn(f"{message}; try 1 to {FAR * own:g}", stacklevel=3)
 
     def check_length(self, num_frames: int | None, requests: Sequence[Request], output_type: str) -> None:
         """Refuse lengths that can't be, before anything is sampled."""

@@ -6,6 +6,7 @@ Knows what a model can be conditioned on; does not know how conditions are embed
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,10 +22,12 @@ from nar.media.clips import Frames, several
 from nar.model import ModelConfig
 from nar.order import Schedule
 from nar.pipeline.output import OUTPUT_TYPES
+from nar.sampling import Sampling
 from nar.storage.fields import suggestion
 from nar.text.captions import is_blank
 
 HEADS = ("mean", "horizontal", "vertical", "temporal")  # the mean, and rows of predictions in their order
+FAR = 2.0  # times a model's own guidance; `emoji`, of 1.5, is worse at 3 and confetti at 7.5
 MOST_RESULTS = 100_000  # of a call, which returns all at once: pictures of 256x256 are 20 GB
 
 
@@ -188,6 +191,16 @@ def check_call(output_type: Any, batch_size: Any, callback: Any) -> None:
         raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_front_end must be a function, not {type(callback).__name__}")
+
+
+def check_guidance(own: Sampling, sampling: Sampling, requests: Sequence[Request]) -> None:
+    """Refuse a negative prompt without guidance, and warn of guidance far above a model's `own`, which spoils."""
+    usual, scale = own.guidance_scale, sampling.guidance_scale
+    if scale == 1.0 and any(request.has_negative for request in requests):
+        raise ValueError("a negative prompt needs guidance: set guidance_scale above 1.0")
+    if usual > 1.0 and scale > FAR * usual:
+        message = f"guidance_scale {scale:g} is far above this model's own, {usual:g}: results fall apart"
+        warnings.warn(f"{message}; try 1 to {FAR * usual:g}", stacklevel=3)
 
 
 def seeds_of(seed: Any, generator: torch.Generator | None, count: int) -> int | list[int]:
