@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image
 from safetensors.torch import load, save_file
 
@@ -46,6 +47,8 @@ FOUND = [
         "holds no weights under model, module, state_dict or ema; it holds 1",
     ),
     ("train toy run={out} tokenizer_recipe=toy", "tokenizer_recipe toy trains a model; give the recipe of a tokenizer"),
+    ("train toy run={out} tokenizer_path={model}/tokenizer init=x", "no model 'x'"),
+    ("train toy-tokenizer run={out} epochs=1e308", "epochs must be at least 0 and at most 1000000, not 1e+308"),
     ("eval composed {nested}", "metadata.jsonl is not valid JSON (nested too deeply)"),
 ]
 
@@ -108,6 +111,48 @@ def test_names_cannot_command_the_terminal(
         cli.main()
     assert output.is_file()
     assert "\x1b" not in capsys.readouterr().out
+
+
+# Every verb that takes a number with a fraction, and a line of it that is right but for that.
+TAKE_FRACTIONS = {
+    "sample": "fashion -n 1 -o {out}.png",
+    "edit": "fashion --image {picture} --box 1,1,4,4 -o {out}.png",
+    "serve": "fashion --port 0",
+    "extract": "clips/tokenizer --data {picture} --size 8 --frames 5 -o {out}",
+    "eval": "fashion --real toy -n 2",
+    "eval edit": "fashion-edit --real toy -n 4",
+    "bench": "fashion --repetitions 1 --warmups 0",
+    "bench serve": "http://127.0.0.1:1",
+}
+
+
+def _fractions(command: Any, words: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """The verbs and options of floats below a command."""
+    kinds = {p: str(getattr(p, "type", "") or p.type_descriptor.annotation).lower() for p in command.params}
+    own = [(" ".join(words), max(p.opts, key=len)) for p, kind in kinds.items() if "float" in kind]
+    below = getattr(command, "commands", {}).items()
+    return own + [found for name, inner in below for found in _fractions(inner, (*words, name))]
+
+
+@pytest.mark.parametrize(("verb", "option"), _fractions(typer.main.get_command(cli.app)))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_number_is_refused_by_every_option(
+    verb: str,
+    option: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = TAKE_FRACTIONS[verb].format(out=tmp_path / "out", picture=tmp_path / "a.png").split()
+    monkeypatch.setattr(sys, "argv", ["nar", *verb.split(), *words, option, value])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert option in said or option.strip("-").replace("-", "_") in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 PIXELS = np.zeros((4, 8, 8, 3), np.uint8)

@@ -13,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from nar.cli.app import Verbs, app, echo
+from nar.cli.options import finite
 from nar.progress import Progress
 from nar.storage.files import atomically, check_output, write_json
 
@@ -166,14 +167,19 @@ def serve(
     concurrency: Annotated[int, Option(min=1, max=1000, help="Callers at once that measure the capacity.")] = 8,
     loads: Annotated[str, Option(metavar="X,X,...", help="Open loops at these shares of the capacity.")] = "0.3,1,2",
     rates: Annotated[str, Option(metavar="X,X,...", help="Open loops at so many requests a second.")] = "",
-    seconds: Annotated[float, Option(min=1, max=86_400, help="Of each loop.")] = 10.0,
+    seconds: Annotated[float, Option(min=1, max=86_400, callback=finite, help="Of each loop.")] = 10.0,
     partial_images: Annotated[int, Option(min=0, help="Pictures on the way, 0 asks for whole answers.")] = 1,
     num_seeds: Annotated[int, Option(min=1, help="Seeds that take turns.")] = 16,
     first_partial_limit: Annotated[
-        float, Option(help="Seconds to the first picture on the way, for goodput.")
-    ] = math.inf,
-    limit: Annotated[float, Option(help="Seconds to the whole answer, for goodput.")] = math.inf,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds after which a request counts as lost.")] = 120.0,
+        float | None,
+        Option(min=0, callback=finite, help="Seconds to the first picture on the way, for goodput. Default: any."),
+    ] = None,
+    limit: Annotated[
+        float | None, Option(min=0, callback=finite, help="Seconds to the whole answer, for goodput. Default: any.")
+    ] = None,
+    timeout: Annotated[
+        float, Option(min=0.1, max=86_400, callback=finite, help="Seconds after which a request counts as lost.")
+    ] = 120.0,
     api_key: Annotated[str, Option(envvar="OPENAI_API_KEY", help="Sent as it is.")] = "none",
     verify: Annotated[
         str | None, Option(help="A model to load here: every picture must be its own, bit for bit.")
@@ -199,8 +205,8 @@ def serve(
         partial_images,
         key=api_key,
         num_seeds=num_seeds,
-        first_partial_limit_seconds=first_partial_limit,
-        limit_seconds=limit,
+        first_partial_limit_seconds=math.inf if first_partial_limit is None else first_partial_limit,
+        limit_seconds=math.inf if limit is None else limit,
         timeout_seconds=timeout,
     )
     known = None if verify is None else load.offline(setup, verify)

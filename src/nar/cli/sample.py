@@ -110,7 +110,10 @@ def sample(
         bool, typer.Option("--gif", help="Also write an animation of the pictures growing front by front.")
     ] = False,
     fps: Annotated[
-        float | None, typer.Option(min=0.1, max=240, help="Frames per second of clips. Default: the model's own.")
+        float | None,
+        typer.Option(
+            min=0.1, max=240, callback=shared.finite, help="Frames per second of clips. Default: the model's own."
+        ),
     ] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Folder or hub id of the text encoder, where the model's folder names none.")

@@ -46,9 +46,15 @@ def serve(
     videos: Annotated[
         Path | None, typer.Option(help="Folder of jobs for clips. Default: ~/.cache/nar/videos-PORT.")
     ] = None,
-    keep_hours: Annotated[float, typer.Option(min=0, help="How long clips are kept after they are made.")] = 24.0,
+    keep_hours: Annotated[
+        float,
+        typer.Option(min=0, max=876_000, callback=shared.finite, help="How long clips are kept after they are made."),
+    ] = 24.0,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="What runs has so long to end after SIGTERM or Ctrl-C.")
+        float,
+        typer.Option(
+            min=0, max=86_400, callback=shared.finite, help="What runs has so long to end after SIGTERM or Ctrl-C."
+        ),
     ] = 30.0,
     text_encoder: Annotated[
         str | None, typer.Option(help="Folder or hub id of the text encoder, where a model's folder names none.")

@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from nar.cli.app import app, echo, refuse_unused
+from nar.cli.options import finite
 
 
 @app.command(epilog="Example: nar train fashion run=runs/mine batch_size=128")
@@ -53,7 +54,9 @@ def extract(
         int | None, Option(min=0, help="Of a clip; 0: pictures. Default: the model's own, else 16.")
     ] = None,
     stride: Annotated[int, Option(min=1, help="Take every how many-th frame of a clip.")] = 1,
-    frame_rate: Annotated[float, Option(min=0, help="Frames a second to count these at; 0: as they are.")] = 0.0,
+    frame_rate: Annotated[
+        float, Option(min=0, callback=finite, help="Frames a second to count these at; 0: as they are.")
+    ] = 0.0,
     windows: Annotated[str, Option(help="Where in a longer clip: start, centre, or all (one sample each).")] = "centre",
     given_frames: Annotated[
         list[int] | None, Option(min=1, help="Context frames, if the tokenizer reads whole clips: codes of these too.")

@@ -9,6 +9,7 @@ pictures, `K` samples of each, `H W` pixels.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from nar.pipeline.holes import blanked, touched
 from nar.pipeline.requests import Given
 from nar.precision import usable_device
 from nar.progress import steps
+from nar.sampling import Sampling
+from nar.storage.files import atomically, check_output
 from nar.storage.folder import find_model, model_digest
 
 NUM_SAMPLES = 8
@@ -67,6 +70,10 @@ def judge_edits(
     pipe = Pipeline.from_pretrained(folder, device=usable_device(device), dtype=dtype)
     if pipe.makes_clips:
         raise ValueError(f"{model} makes clips; edits are judged of models of pictures")
+    sampling = dataclasses.replace(pipe.sampling, guidance_scale=guidance_scale)
+    files = {} if samples is None else {name: Path(samples).expanduser() / f"{name}.npz" for name in (*FIXED, "real")}
+    for path in files.values():
+        check_output(path)
     height, width = pipe.pixel_shape
     if height != width:
         raise ValueError(f"{model} makes pictures of {height}x{width}; edits are judged of square ones")
@@ -75,16 +82,15 @@ def judge_edits(
     source = source.take(chosen)
     rows, pictures = zip(*source.decoded(width), strict=True)
     source = source.take(np.array(rows)) if len(rows) < len(source) else source
-    edits = _Edits(pipe, source, np.stack(pictures), guidance_scale, seed)
+    edits = _Edits(pipe, source, np.stack(pictures), sampling, seed)
     found: dict[str, np.ndarray] = {}
     for name in steps(FIXED, "judging edits", "masks"):
         masks = np.stack([fixed_mask(name, (height, width), seed + row) for row in range(len(source))])
         measured, completed = edits.measured(torch.from_numpy(masks))
         found |= {f"{name}: {key}": values for key, values in measured.items()}
-        if samples is not None:
-            Path(samples).mkdir(parents=True, exist_ok=True)
-            np.savez(Path(samples) / f"{name}.npz", completed)
-            np.savez(Path(samples) / "real.npz", np.stack(pictures))
+        if files:
+            atomically(files[name], partial(np.savez, arr_0=completed))
+            atomically(files["real"], partial(np.savez, arr_0=np.stack(pictures)))
     settings = {"model": model, "num_real": len(source), "seed": seed, "guidance_scale": guidance_scale, "dtype": dtype}
     settings |= {"real": {**source.counts(), "split": split}, "weights_sha256": model_digest(folder)}
     settings["condition"] = "holes" if pipe.continuation.has_holes else "kept codes of the blanked picture"
@@ -98,8 +104,8 @@ def judge_edits(
 class _Edits:
     """Held-out pictures (M, H, W, 3) uint8 and what a model makes of their holes."""
 
-    def __init__(self, pipe: Pipeline, source: Any, pictures: np.ndarray, guidance_scale: float, seed: int) -> None:
-        self.pipe, self.pixels, self.guidance_scale, self.seed = pipe, as_pixels(pictures), guidance_scale, seed
+    def __init__(self, pipe: Pipeline, source: Any, pictures: np.ndarray, sampling: Sampling, seed: int) -> None:
+        self.pipe, self.pixels, self.sampling, self.seed = pipe, as_pixels(pictures), sampling, seed
         config, labels, prompts = pipe.config, np.full(len(pictures), -1), [""] * len(pictures)
         if config.num_classes:
             known = [pipe.label_index(name) for name in source.class_names] if pipe.class_names else None
@@ -157,12 +163,11 @@ class _Edits:
 
     def _decoded(self, asked: list[Request], number: int) -> Tensor:
         """Sample `number` of each request: pixels (M, 3, H, W)."""
-        sampling = dataclasses.replace(self.pipe.sampling, guidance_scale=self.guidance_scale)
         parts = []
         for start in range(0, len(asked), _BATCH):
             batch = asked[start : start + _BATCH]
             indices = [row * NUM_SAMPLES + number for row in range(start, start + len(batch))]
-            parts.append(torch.stack(self.pipe.sample(batch, indices, sampling, seed=self.seed)).cpu())
+            parts.append(torch.stack(self.pipe.sample(batch, indices, self.sampling, seed=self.seed)).cpu())
         return torch.cat(parts)
 
     def _reconstructed(self) -> Tensor:

@@ -70,6 +70,8 @@ class ModelTask(Task):
         if not (recipe.data.codes or recipe.tokenizer_path):
             raise ValueError("a model recipe needs tokenizer_path=FOLDER, a trained tokenizer, or data.codes=FOLDER")
         self.tokenizer_folder = find_model(recipe.tokenizer_path or Path(recipe.data.codes) / "tokenizer")
+        if recipe.init:
+            find_model(recipe.init)  # before codes are made
         sources = () if recipe.data.codes else sources or recipe.data.open()
         words = recipe.text_encoder
         if words.source and not any(found(words, folder) for folder in _feature_folders(recipe)):

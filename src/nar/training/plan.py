@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from nar.storage.fields import NotNegative, OneOf, Range, Size, check
+from nar.storage.fields import OneOf, Range, Size, check
 from nar.training.distributed import Engine
 from nar.training.optim import OptimConfig
 
@@ -47,10 +47,10 @@ class Plan:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: Engine = field(default_factory=Engine)
     batch_size: Size = 64
-    num_images: Annotated[int, Range(0)] = 0
-    epochs: NotNegative = 0.0
-    steps: Annotated[int, Range(0)] = 0
-    minutes: NotNegative = 0.0
+    num_images: Annotated[int, Range(0, 10**12)] = 0  # a hundred times what any published run saw
+    epochs: Annotated[float, Range(0, 10**6)] = 0.0
+    steps: Annotated[int, Range(0, 10**9)] = 0
+    minutes: Annotated[float, Range(0, 10**6)] = 0.0  # two years
     images_between: tuple[int, int] = (0, 2**62)
     ema_decay: Annotated[float, Range(0, below=1)] = 0.999
     seed: int = 0
