@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nar import ClassCondition, Sampling, Transformer, generate
 from nar.bench import IMAGE_GUIDANCE, VIDEO_GUIDANCE, preset_model
+from nar.pipeline.formats import choose_of
 from nar.sampling import Session
 
 
@@ -126,8 +127,11 @@ def runner(way: str, preset: str, scale: float):
     if way == "published":
         published = Published(preset_model(preset).requires_grad_(False))
         return lambda batch: published.generate(torch.arange(batch), scale)
-    # plain: this package's decoding on weights that are not packed
-    model = preset_model(preset, precision=None if way == "plain" else way).requires_grad_(False)
+    if way == "auto":
+        model, _ = choose_of(lambda name: preset_model(preset, precision=name), preset, torch.device("cpu"))
+    else:  # plain: this package's decoding on weights that are not packed
+        model = preset_model(preset, precision=None if way == "plain" else way)
+    model.requires_grad_(False)
     session, sampling = Session(model), Sampling(guidance_scale=scale)
     return lambda batch: generate(model, ClassCondition(torch.arange(batch)), sampling, session=session)
 

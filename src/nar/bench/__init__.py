@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from nar.bench.jacobi import jacobi
 from nar.bench.report import Row
-from nar.condition import Condition, PrefixCodes, TextFeatures
 from nar.model import ModelConfig, Transformer
+from nar.pipeline.formats import AUTO, any_condition, choose_of
 from nar.precision import PackedLinear, convert, fill, usable_device
 from nar.sampling import Sampling, Session, generate, last_guided
 from nar.storage.fields import Range, check, checked, from_dict
-from nar.storage.folder import find_model, read_config, without_weights
+from nar.storage.folder import find_model, model_digest, read_config, without_weights
 from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
@@ -132,8 +132,11 @@ def bench_preset(
     default = VIDEO_GUIDANCE if len(config.grid) == 3 else IMAGE_GUIDANCE
     schedules = (config.schedule,) if config.scales else schedules
     tokenizer = preset_tokenizer(name) if setup.pixels else None
-    load = partial(preset_model, name, precision=setup.dtype, device=setup.device)
-    return _bench(name, load, schedules, tokenizer, setup, default, report)
+
+    def load(schedule: str, dtype: str) -> Transformer:
+        return preset_model(name, schedule, dtype, setup.device)
+
+    return _bench(name, load, schedules, tokenizer, _decided(setup, load, schedules[0], name), default, report)
 
 
 def bench_folder(
@@ -148,15 +151,16 @@ def bench_folder(
     shape = from_dict(ModelConfig, config.get("model"), folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer") if setup.pixels and (folder / "tokenizer").is_dir() else None
 
-    def load(schedule: str) -> Transformer:
+    def load(schedule: str, dtype: str) -> Transformer:
         if schedule == JACOBI and shape.schedule != "raster":
             raise ValueError(f"{JACOBI} is of raster models; the schedule of {source} is {shape.schedule}")
         if schedule in (shape.schedule, JACOBI):
-            return Transformer.from_pretrained(folder, setup.dtype, setup.device)
-        return _random(with_schedule(shape, schedule), setup.dtype, setup.device)
+            return Transformer.from_pretrained(folder, dtype, setup.device)
+        return _random(with_schedule(shape, schedule), dtype, setup.device)
 
-    default = float(config.get("sampling", {}).get("guidance_scale", 1.0))
-    return _bench(str(source), load, schedules or (shape.schedule,), tokenizer, setup, default, report)
+    default, schedules = float(config.get("sampling", {}).get("guidance_scale", 1.0)), schedules or (shape.schedule,)
+    setup = _decided(setup, load, schedules[0], model_digest(folder))
+    return _bench(str(source), load, schedules, tokenizer, setup, default, report)
 
 
 def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row], None] | None = None) -> list[Row]:
@@ -212,9 +216,17 @@ def work(model: Transformer, sampling: Sampling) -> Work:
     return Work(in_blocks + in_output, products, once)
 
 
+def _decided(setup: Setup, load: Callable[[str, str], Transformer], schedule: str, weights: str) -> Setup:
+    """The setup with a number format in place of "auto"."""
+    if setup.dtype != AUTO:
+        return setup
+    _, choice = choose_of(partial(load, schedule), f"{weights} {schedule}", torch.device(setup.device))
+    return dataclasses.replace(setup, dtype=choice.dtype)
+
+
 def _bench(
     name: str,
-    load: Callable[[str], Transformer],
+    load: Callable[[str, str], Transformer],
     schedules: Sequence[str],
     tokenizer: Tokenizer | None,
     setup: Setup,
@@ -230,12 +242,12 @@ def _bench(
     decoding: dict[int, float] = {}  # the same for every schedule
     rows = []
     for schedule in schedules:
-        model = load(schedule)  # the one before it is gone by now, which the peak memory relies on
+        model = load(schedule, setup.dtype)  # the one before it is gone by now, which the peak memory relies on
         needed = work(model, sampling)
         steps: float = model.layout.schedule.num_steps
         session = Session(model, compiled=setup.compiled)
         for batch in setup.batch_sizes:
-            condition = _condition(model.config, batch)
+            condition = any_condition(model.config, batch)
             _reset_peak(device)
             run: Callable[[], Any]
             if schedule == JACOBI:
@@ -289,14 +301,6 @@ def _random(config: ModelConfig, precision: str | torch.dtype | None, device: to
         into.fill_(1.0) if "norm" in name else into.normal_(std=0.02, generator=generator)
 
     return fill(model, draw, precision, device).eval()
-
-
-def _condition(config: ModelConfig, batch: int) -> Condition:
-    labels = torch.arange(batch) % config.num_classes if config.num_classes else None
-    mask = torch.ones(batch, config.text_length, dtype=torch.bool)
-    text = TextFeatures(torch.randn(*mask.shape, config.text_dim), mask) if config.text_dim else None
-    given = PrefixCodes(torch.zeros(batch, *config.prefix_grid, dtype=torch.long)) if config.prefix_grid else None
-    return Condition(labels, text, given)
 
 
 def _num_weights(module: nn.Module) -> int:

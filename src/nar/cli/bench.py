@@ -54,7 +54,7 @@ def bench(
     pixels: Annotated[bool, Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
     warmups: Annotated[int, Option(min=0, max=10_000, help="Generations before the clock starts.")] = 1,
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Generations timed; the median counts.")] = 3,
-    dtype: Annotated[str, Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
+    dtype: Annotated[str, Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
     device: Annotated[str | None, Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     efficiency: Annotated[
         bool, Option("--efficiency", help="The paper's figure 6: --preset beside --against, a process for each.")
@@ -114,7 +114,7 @@ def bench(
             rows = measure.bench_preset(preset, setup, schedule or measure.SCHEDULES, report=report)
         else:
             rows = measure.bench_folder(model or "", setup, schedule or (), report=report)
-    first, what = rows[0], f"{dtype}, guidance {rows[0].guidance_scale}"
+    first, what = rows[0], f"{rows[0].dtype}, guidance {rows[0].guidance_scale}"
     if tokenizer is not None:
         what = f"{'x'.join(map(str, first.size or ()))} pixels"
     echo(

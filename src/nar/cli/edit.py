@@ -71,7 +71,7 @@ def edit(
     top_p: shared.TopP = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Result i depends on (seed, i).")] = 0,
     device: shared.Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
 ) -> None:
     """Make a part of a picture anew, or continue it beyond its edges; the rest stays as it is, byte for byte."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")

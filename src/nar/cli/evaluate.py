@@ -43,7 +43,7 @@ Inception = Annotated[
 Size = Annotated[int | None, Option(min=8, help="Crop and resize all pictures to this many pixels.")]
 Batch = Annotated[int | None, Option("--batch-size", min=1, help="Default: 64 pictures, 8 clips.")]
 Seed = Annotated[int, Option(min=0, help="Of what is chosen and resampled at random.")]
-Dtype = Annotated[str, Option(help="Of a model: float32, bfloat16, or on a CPU float16.")]
+Dtype = Annotated[str, Option(help="Of a model: float32, bfloat16, on a CPU float16, int8; auto measures.")]
 Json = Annotated[Path | None, Option("--json", help="Write the whole report here.")]
 Prompts = Annotated[Path | None, Option(help="Write the prompts (.jsonl), a JSON object a line, and stop.")]
 

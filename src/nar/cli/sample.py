@@ -126,7 +126,7 @@ def sample(
     ] = "mean",
     batch_size: Annotated[int, typer.Option(min=1)] = 40,
     device: shared.Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
 ) -> None:
     """Sample pictures or clips with a model."""
     if set_labels is not None or geneval is not None:
@@ -158,7 +158,7 @@ def sample(
         with joined(device or "auto") as workers:
             pipe = _pipeline(model, workers.device, dtype, text_encoder, grid, heads)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
-            how |= {"batch_size": batch_size, "settings": {"model": model, "dtype": dtype}}
+            how |= {"batch_size": batch_size, "settings": {"model": model, **pipe.format_facts}}
             how["settings"] |= {"heads": heads} if heads != "mean" else {}
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
@@ -198,8 +198,8 @@ def sample(
     )
     seconds = perf_counter() - started
     how = {"model": model, **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)), **options}
-    how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "dtype": dtype, "version": __version__}
-    how |= {"heads": heads}
+    how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "version": __version__}
+    how |= {"heads": heads, **pipe.format_facts}
     rate, ending = fps or pipe.frame_rate, "" if pipe.makes_clips else ".png"
     how |= {"frame_rate": rate} if pipe.makes_clips else {}
     records = [

@@ -60,7 +60,7 @@ def serve(
         str | None, typer.Option(help="Folder or hub id of the text encoder, where a model's folder names none.")
     ] = None,
     device: shared.Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or on a CPU float16 and int8.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
 ) -> None:
     """Serve models over HTTP: OpenAI's routes for pictures and clips, and a page that shows them grow."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:

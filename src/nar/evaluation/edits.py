@@ -91,7 +91,8 @@ def judge_edits(
         if files:
             atomically(files[name], partial(np.savez, arr_0=completed))
             atomically(files["real"], partial(np.savez, arr_0=np.stack(pictures)))
-    settings = {"model": model, "num_real": len(source), "seed": seed, "guidance_scale": guidance_scale, "dtype": dtype}
+    settings = {"model": model, "num_real": len(source), "seed": seed, "guidance_scale": guidance_scale}
+    settings |= pipe.format_facts
     settings |= {"real": {**source.counts(), "split": split}, "weights_sha256": model_digest(folder)}
     settings["condition"] = "holes" if pipe.continuation.has_holes else "kept codes of the blanked picture"
     return {

@@ -103,7 +103,7 @@ def judge_likelihood(
         "against": against,
         "num_real": len(heldout),
         "seed": seed,
-        "dtype": dtype,
+        **pipes[0].format_facts,
     }
     settings |= {"schedule": [pipe.model.config.schedule for pipe in pipes], "guidance_scale": 1.0}
     settings["real"] = {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"}

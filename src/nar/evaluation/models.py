@@ -120,7 +120,13 @@ def judge_model(
     numbers = set_labels(pipe, chosen, count, how.seed).tolist()
     sampling = dataclasses.replace(pipe.sampling, **settings)
     source = Sampled(pipe, [*map(Request, numbers)], sampling, how.seed, how.batch_size or BATCH)
-    made_with = {"model": model, "labels": labels, "seed": how.seed, **dataclasses.asdict(sampling), "dtype": dtype}
+    made_with = {
+        "model": model,
+        "labels": labels,
+        "seed": how.seed,
+        **dataclasses.asdict(sampling),
+        **pipe.format_facts,
+    }
     made_with |= {"grid": list(pipe.model.config.grid), "classes": len(set(numbers)), **made_by(folder)}
     return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nar.model import Transformer
+from nar.pipeline.formats import AUTO, Choice, choose
 from nar.precision import PackedLinear, convert, usable_device
 from nar.sampling import Sampling
 from nar.storage.fields import from_dict
@@ -28,8 +29,9 @@ def read(
     dtype: str,
     text_encoder: str | Path | None,
     revision: str | None,
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, and the arguments of the pipeline that it makes; see `Pipeline.from_pretrained`."""
+) -> tuple[Path, dict[str, Any], Choice | None]:
+    """The folder of a model, the arguments of the pipeline that it makes, and the choice where `dtype` is "auto"; see
+    `Pipeline.from_pretrained`."""
     folder = find_model(source, revision)
     config = read_config(folder)
     if config.get("kind") == "transformer" and not (folder / "tokenizer").is_dir():
@@ -39,13 +41,17 @@ def read(
         )
     usable_device(device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Transformer.from_pretrained(folder, dtype, place)
+    choice = None
+    if dtype == AUTO:
+        model, choice = choose(folder, place)
+    else:
+        model = Transformer.from_pretrained(folder, dtype, place)
     if text_encoder and not model.config.text_dim:
         raise ValueError(f"{source} reads no words: leave the text encoder out")
     # Features of published models are those of cleaned captions; only they keep a caption's padding when it drops.
     text = {"source": "", "max_length": model.config.text_length, "clean": model.config.null_mask == "caption"}
     text |= config.get("text_encoder", {}) | ({"source": str(text_encoder)} if text_encoder else {})
-    return folder, {
+    parts = {
         "model": model,
         "tokenizer": load_tokenizer(folder / "tokenizer").to(place),
         "class_names": config.get("class_names", ()),
@@ -54,6 +60,12 @@ def read(
         "given_frames": config.get("given_frames", ()),
         "frame_rate": config.get("frame_rate"),
     }
+    return folder, parts, choice
+
+
+def format_facts(model: Transformer, choice: Choice | None) -> dict[str, Any]:
+    """What reports say of a model's number format, and why where it was chosen by measurement."""
+    return {"dtype": number_format(model), **({"dtype_choice": dataclasses.asdict(choice)} if choice else {})}
 
 
 def number_format(model: Transformer) -> str:

@@ -26,7 +26,8 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
 from nar.pipeline.edit import edit, extend, kept, of_size, with_given
-from nar.pipeline.folder import moved, number_format, read, save, upload
+from nar.pipeline.folder import format_facts, moved, number_format, read, save, upload
+from nar.pipeline.formats import Choice
 from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
 from nar.pipeline.requests import HEADS, Inputs, Request, check_call, check_guidance, known_codes, row_of, seeds_of
 from nar.precision import PRECISIONS, usable_device
@@ -82,6 +83,7 @@ class Pipeline:
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
         self._lock = threading.RLock()  # one generation at a time; re-entrant, for callbacks that raise a better error
         self._folder: Path | None = None  # where it was read from
+        self.choice: Choice | None = None  # why it has its number format, where that was measured
 
     @classmethod
     @checked
@@ -99,7 +101,9 @@ class Pipeline:
 
         `device` defaults to cuda where there is one. The weights of the tokenizer stay in float32, whatever the `dtype`
         of the transformer: "float32", "bfloat16", "float16", or on a CPU "int8"; with "bfloat16" its decoder computes
-        in that. On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`.
+        in that. On a CPU "float16" means half-precision weights and float32 arithmetic; see `nar.precision`. "auto"
+        measures for some seconds, once on each machine, takes the fastest that costs less than 0.1 % of the bits, and
+        sets the number of threads of the process; `choice` says why.
         `text_encoder` (a folder or hub id) takes the place of the one that the folder names; published text models name
         none. It is loaded at the first prompt.
 
@@ -109,9 +113,9 @@ class Pipeline:
             TypeError: an argument that there is none of; of those of other libraries it says what takes their place.
         """
         habits.refuse(others, habits.LOAD, signature(cls.from_pretrained).parameters)
-        folder, parts = read(source, device, str(dtype), text_encoder, revision)
+        folder, parts, choice = read(source, device, str(dtype), text_encoder, revision)
         pipe = cls(**parts)
-        pipe._folder = folder
+        pipe._folder, pipe.choice = folder, choice
         return pipe
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -160,7 +164,7 @@ class Pipeline:
             if (place, name) != (self.device, number_format(self.model)):
                 self.model = moved(self.model, place, name, self._folder)
                 self.continuation.model = self.model
-                self.session, self._half = Session(self.model), name == "bfloat16"
+                self.session, self._half, self.choice = Session(self.model), name == "bfloat16", None
                 self.tokenizer.to(place)
                 self.captions.move(place)
         return self
@@ -174,6 +178,11 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """The number format of the transformer's weights."""
         return getattr(torch, number_format(self.model))  # type: ignore[no-any-return]
+
+    @property
+    def format_facts(self) -> dict[str, Any]:
+        """The number format as reports state it: "dtype", and "dtype_choice" where it was measured."""
+        return format_facts(self.model, self.choice)
 
     @property
     def config(self) -> ModelConfig:
@@ -223,6 +232,7 @@ class Pipeline:
         parts = model, self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
         other.captions, other._folder, other._lock = self.captions, self._folder, self._lock
+        other.choice = self.choice
         return other
 
     @property

@@ -72,6 +72,7 @@ class Served:
         pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=text_encoder)
         batcher = Batcher(pipeline, **limits)
         created = int((find_model(place) / CONFIG).stat().st_mtime)
+        dtype = pipeline.format_facts["dtype"]  # "auto" has chosen one
         return cls(name or name_of(place), pipeline, batcher, created=created, dtype=dtype)
 
     @property
