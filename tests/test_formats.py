@@ -15,6 +15,7 @@ from conftest import make_model
 from nar import Pipeline, Transformer
 from nar.cli import app
 from nar.pipeline import formats
+from nar.pipeline.folder import format_facts
 from nar.pipeline.formats import choose_of
 
 CPU = torch.device("cpu")
@@ -118,12 +119,12 @@ def test_a_damaged_memory_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_pipeline_and_the_command_choose_and_record(toy_folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(toy_folder, device="cpu", dtype="auto")
     assert pipe.choice is not None
-    assert pipe.format_facts["dtype"] == pipe.choice.dtype
+    assert format_facts(pipe.model, pipe.choice)["dtype"] == pipe.choice.dtype
     assert pipe.at_grid(pipe.config.grid).choice is pipe.choice
     assert str(pipe.dtype) == f"torch.{pipe.choice.dtype}"
     pipe.to(dtype="float16" if pipe.choice.dtype == "float32" else "float32")
     assert pipe.choice is None
-    assert Pipeline.from_pretrained(toy_folder, device="cpu").format_facts == {"dtype": "float32"}
+    assert format_facts(Pipeline.from_pretrained(toy_folder, device="cpu").model, None) == {"dtype": "float32"}
     command = ["sample", str(toy_folder), "--dtype", "auto", "-n", "1", "-o", str(tmp_path / "set"), "--device", "cpu"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0

@@ -150,6 +150,7 @@ def sample(
             raise ValueError("a set needs a place: give --output FILE.npz, or a folder")
         if of_prompts and prompts_file is None:
             raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
+        from nar.pipeline.folder import format_facts
         from nar.sampling import settings_among
         from nar.training.distributed import joined
 
@@ -158,13 +159,14 @@ def sample(
         with joined(device or "auto") as workers:
             pipe = _pipeline(model, workers.device, dtype, text_encoder, grid, heads)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
-            how |= {"batch_size": batch_size, "settings": {"model": model, **pipe.format_facts}}
+            how |= {"batch_size": batch_size, "settings": {"model": model, **format_facts(pipe.model, pipe.choice)}}
             how["settings"] |= {"heads": heads} if heads != "mean" else {}
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
     number = number or EACH
     if output is not None:
         _check_output(output)
+    from nar.pipeline.folder import format_facts
     from nar.precision import usable_device
     from nar.sampling import settings_among
 
@@ -199,7 +201,7 @@ def sample(
     seconds = perf_counter() - started
     how = {"model": model, **dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings)), **options}
     how |= {"text_encoder": text_encoder, "grid": list(pipe.model.config.grid), "version": __version__}
-    how |= {"heads": heads, **pipe.format_facts}
+    how |= {"heads": heads, **format_facts(pipe.model, pipe.choice)}
     rate, ending = fps or pipe.frame_rate, "" if pipe.makes_clips else ".png"
     how |= {"frame_rate": rate} if pipe.makes_clips else {}
     records = [

@@ -25,6 +25,7 @@ from nar.media.masks import FIXED, fixed_mask
 from nar.media.pixels import as_images, as_pixels
 from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
+from nar.pipeline.folder import format_facts
 from nar.pipeline.holes import blanked, touched
 from nar.pipeline.requests import Given
 from nar.precision import usable_device
@@ -92,7 +93,7 @@ def judge_edits(
             atomically(files[name], partial(np.savez, arr_0=completed))
             atomically(files["real"], partial(np.savez, arr_0=np.stack(pictures)))
     settings = {"model": model, "num_real": len(source), "seed": seed, "guidance_scale": guidance_scale}
-    settings |= pipe.format_facts
+    settings |= format_facts(pipe.model, pipe.choice)
     settings |= {"real": {**source.counts(), "split": split}, "weights_sha256": model_digest(folder)}
     settings["condition"] = "holes" if pipe.continuation.has_holes else "kept codes of the blanked picture"
     return {

@@ -29,6 +29,7 @@ from nar.media.pixels import as_pixels
 from nar.media.video import Windows
 from nar.metrics.scores import mean_interval
 from nar.pipeline import Pipeline, Request
+from nar.pipeline.folder import format_facts
 from nar.precision import usable_device
 from nar.progress import Progress, steps
 from nar.storage.folder import find_model, model_digest
@@ -103,7 +104,7 @@ def judge_likelihood(
         "against": against,
         "num_real": len(heldout),
         "seed": seed,
-        **pipes[0].format_facts,
+        **format_facts(pipes[0].model, pipes[0].choice),
     }
     settings |= {"schedule": [pipe.model.config.schedule for pipe in pipes], "guidance_scale": 1.0}
     settings["real"] = {**heldout.source.counts(), "split": split, "codes_of": "the model's own tokenizer"}

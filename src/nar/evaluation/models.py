@@ -23,6 +23,7 @@ from nar.metrics.evaluate import evaluate
 from nar.metrics.pictures import Source, opened
 from nar.metrics.reference import is_reference
 from nar.pipeline import Pipeline, Request
+from nar.pipeline.folder import format_facts
 from nar.precision import usable_device
 from nar.storage.folder import bundled_names, find_model, model_digest
 from nar.tokenizer import Tokenizer, load_tokenizer
@@ -125,7 +126,7 @@ def judge_model(
         "labels": labels,
         "seed": how.seed,
         **dataclasses.asdict(sampling),
-        **pipe.format_facts,
+        **format_facts(pipe.model, pipe.choice),
     }
     made_with |= {"grid": list(pipe.model.config.grid), "classes": len(set(numbers)), **made_by(folder)}
     return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)

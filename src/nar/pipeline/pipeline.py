@@ -26,7 +26,7 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline import habits
 from nar.pipeline.continuation import Continuation
 from nar.pipeline.edit import edit, extend, kept, of_size, with_given
-from nar.pipeline.folder import format_facts, moved, number_format, read, save, upload
+from nar.pipeline.folder import moved, number_format, read, save, upload
 from nar.pipeline.formats import Choice
 from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
 from nar.pipeline.requests import HEADS, Inputs, Request, check_call, check_guidance, known_codes, row_of, seeds_of
@@ -178,11 +178,6 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """The number format of the transformer's weights."""
         return getattr(torch, number_format(self.model))  # type: ignore[no-any-return]
-
-    @property
-    def format_facts(self) -> dict[str, Any]:
-        """The number format as reports state it: "dtype", and "dtype_choice" where it was measured."""
-        return format_facts(self.model, self.choice)
 
     @property
     def config(self) -> ModelConfig:

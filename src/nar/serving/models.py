@@ -25,6 +25,7 @@ from torch import Tensor
 from nar.media.clips import save_clip
 from nar.media.pixels import as_images, as_pictures
 from nar.pipeline import Pipeline
+from nar.pipeline.folder import number_format
 from nar.pipeline.requests import Request
 from nar.sampling import Sampling, settings_among
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Work
@@ -72,7 +73,7 @@ class Served:
         pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=text_encoder)
         batcher = Batcher(pipeline, **limits)
         created = int((find_model(place) / CONFIG).stat().st_mtime)
-        dtype = pipeline.format_facts["dtype"]  # "auto" has chosen one
+        dtype = number_format(pipeline.model)  # "auto" has chosen one
         return cls(name or name_of(place), pipeline, batcher, created=created, dtype=dtype)
 
     @property
