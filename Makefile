@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 COUNT ?= 3000
 
-.PHONY: demo test test-browser slow check fuzz test-lowest
+.PHONY: demo test test-browser slow check docs fuzz test-lowest
 
 demo: .venv/.runtime
 	$(BIN)/nar sample fashion -o out/fashion.png --gif
@@ -28,6 +28,10 @@ check: .venv/.dev
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The site of docs/, into out/site; links that lead nowhere end it.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Bad inputs to every verb and to the Python API, each in a process of its own: 25 min on one core.
 fuzz: .venv/.dev
@@ -57,4 +61,8 @@ test-lowest:
 
 .venv/.dev: .venv/.runtime
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
