@@ -1,6 +1,7 @@
 """Everything about speed that needs a GPU, in one run of under nine minutes: correctness first, then the numbers.
 
     python scripts/gpu_bench.py --json gpu.json                                       # NAR-L, B, XL and video L
+    python scripts/gpu_bench.py --figure figure6.png --presets NAR-M                  # the paper's figure 6 alone
     python scripts/gpu_bench.py --device cpu --presets tiny --quick --json dry.json   # a dry run of every part
 
 Correctness, on the first preset of pictures:
@@ -34,7 +35,7 @@ import torch._dynamo.utils
 import torch.nn.functional as F
 
 from nar import ClassCondition, ModelConfig, Sampling, Transformer, generate
-from nar.bench import SCHEDULES, Setup, bench_preset, preset_model
+from nar.bench import SCHEDULES, Setup, bench_preset, efficiency, preset_model
 from nar.bench.report import Row, compare, table
 from nar.sampling import Session, sample
 from nar.storage.presets import PRESETS, Preset, find
@@ -225,6 +226,22 @@ def training_step(preset: str, device: str) -> dict[str, object]:
     return found
 
 
+def figure(names: list[str], setup: Setup, path: Path) -> dict[str, object]:
+    """The paper's figure 6, as PATH and beside it as JSON, for the batches that fit; see `nar bench --efficiency`."""
+    batches, comparison = setup.batch_sizes, efficiency.Comparison([], [])
+    for count in range(1, len(batches) + 1):
+        try:
+            some = dataclasses.replace(setup, batch_sizes=batches[:count])
+            comparison = efficiency.compare(names, some, comparison.rows)
+        except torch.OutOfMemoryError as error:
+            print(f"batch {batches[count - 1]} does not fit: {error}")
+            break
+        path.with_suffix(".json").write_text(json.dumps(comparison.as_json(), indent=1))
+        efficiency.plot(comparison, path)
+    print(efficiency.table(comparison), flush=True)
+    return {"rows": len(comparison.rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--presets", default="NAR-L,NAR-B,NAR-XL,NAR-video-L")
@@ -233,6 +250,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=4096, help="stop doubling the batch here")
     parser.add_argument("--quick", action="store_true", help="batches of 2 and single runs")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path, help="compare the first preset with models of its FID, and nothing else")
     given = parser.parse_args()
     began = perf_counter()
     rows: list[Row] = []
@@ -282,6 +300,12 @@ def main() -> None:
             torch.cuda.empty_cache()
 
     presets = given.presets.split(",")
+    if given.figure:
+        names = [presets[0], *efficiency.rivals(presets[0])]
+        sizes = (1, 2) if given.quick else (1, 4, 16, 64, 256)
+        setup = Setup(sizes, dtype="bfloat16", device=given.device, repetitions=2 if given.quick else 5)
+        attempt(f"{presets[0]}: figure 6", partial(figure, names, setup, given.figure))
+        presets = []
     pictures = [preset for preset in presets if len(find(preset).config["grid"]) == 2]
     if pictures:
         smallest = "NAR-B" if "NAR-B" in pictures else pictures[0]
