@@ -7,7 +7,6 @@ import io
 import pickle
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -82,25 +81,6 @@ def test_saved_and_loaded(pipe: Pipeline, clips: Pipeline, toy_folder: Path, tmp
     again = Pipeline.from_pretrained(tmp_path / "clips", device="cpu")
     assert (again.frame_rate, again.continuation.counts) == (5.0, (0, 1, 3))
     assert torch.equal(again("cross", seed=1).codes, clips("cross", seed=1).codes)
-
-
-def test_pushed(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            calls.append(token)
-
-        def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
-            calls.append((repo_id, private, exist_ok))
-            return f"https://hub/{repo_id}"
-
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:  # noqa: ARG002
-            calls.append(sorted(path.name for path in folder_path.iterdir()))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert pipe.push_to_hub("me/toy", private=True, token="secret") == "https://hub/me/toy"
-    assert calls == ["secret", ("me/toy", True, True), ["config.json", "model.safetensors", "tokenizer"]]
 
 
 def test_threads_share_a_pipeline(pipe: Pipeline) -> None:

@@ -9,7 +9,7 @@ how codes are sampled. Legend: `T H W` frames and pixels of what is edited, `h w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -24,7 +24,7 @@ from nar.pipeline import habits
 from nar.pipeline.canvas import Box, Canvas, Mask, Picture, around, extended, masked, read, windows
 from nar.pipeline.holes import blanked, touched
 from nar.pipeline.output import Output, as_output
-from nar.pipeline.requests import Given, Request, check_guidance, seeds_of
+from nar.pipeline.requests import Given, Request, check_call, check_guidance, seeds_of
 from nar.sampling import settings_among
 from nar.tokenizer import Tokenizer
 
@@ -106,9 +106,10 @@ def edit(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     batch_size: int = 32,
     output_type: str = "pil",
+    callback_on_front_end: Callable[[Any, int, Tensor], None] | None = None,
     blend: bool = True,
 ) -> Output:
     """Make a part of a picture or clip anew, `num_images_per_prompt` times for each label or prompt; settings as in a
@@ -189,11 +190,9 @@ def _check(self: Any, asked: Mapping[str, Any]) -> None:
         raise ValueError("this model's codes have no places of their own in its results: it can't edit")
     if asked["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {asked['mode']!r}")
-    if asked["output_type"] not in ("pil", "np", "pt"):
-        kinds = f"pil, np or pt, not {asked['output_type']!r}"
-        raise ValueError(f"output_type must be {kinds}: codes have no pixels around them")
-    if not isinstance(asked["batch_size"], int) or asked["batch_size"] < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, not {asked['batch_size']!r}")
+    check_call(asked["output_type"], asked["batch_size"], asked["callback_on_front_end"])
+    if asked["output_type"] == "codes":
+        raise ValueError("output_type must be pil, np or pt, not 'codes': codes have no pixels around them")
 
 
 def _sampled(
@@ -223,7 +222,8 @@ def _sampled(
                 for request, one in zip(requests[rows], pictures, strict=True)
             ]
             streams = [index + (number << 32) for index in indices[rows]]  # each region has its own
-            sampled = self._codes(now, streams, sampling, seed=seeds[rows], known=None, callback=None)
+            callback = asked["callback_on_front_end"]
+            sampled = self._codes(now, streams, sampling, seed=seeds[rows], known=None, callback=callback)
             decoded = self.decode(sampled, exact=True)
             pictures = [
                 canvases[id(one)].pasted(pixels, blend=asked["blend"])

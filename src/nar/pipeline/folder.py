@@ -6,7 +6,6 @@ Knows model folders and packed weights; does not know conditions or sampling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 
 from nar.model import Transformer
+from nar.pipeline.card import CARD, card, for_diffusers
 from nar.pipeline.formats import AUTO, Choice, choose
 from nar.precision import PackedLinear, convert, usable_device
 from nar.sampling import Sampling
 from nar.storage.fields import from_dict
 from nar.storage.folder import CONFIG, find_model, read_config, read_weights, write_folder
-from nar.text import TextEncoderConfig
-from nar.tokenizer import Tokenizer, load_tokenizer
+from nar.storage.text import read_text
+from nar.text import TextEncoder, TextEncoderConfig
+from nar.tokenizer import load_tokenizer
 
 
 def read(
@@ -88,39 +89,59 @@ def moved(model: Transformer, device: torch.device, dtype: str, source: Path | N
 
 
 def save(
+    self: Any,
     folder: str | Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
     *,
-    source: Path | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
+    license: str | None = None,
+    diffusers: bool = False,
 ) -> None:
-    """Write a model folder: `settings` in its `config.json`, beside what `source`, where it came from, has there.
+    """Write the pipeline as a model folder, which `from_pretrained` and every verb of the command take.
+
+    Weights are written as they are, those of a model packed for a CPU as in the folder that it was read from;
+    `dtype` converts them. A model folder that is there is replaced whole. The text encoder is named and not copied.
+    README.md is a card for the hub, with the `license` (a name of the hub's, such as "apache-2.0"): the one of the
+    folder that the model was read from, where that has one. With `diffusers` the folder also loads there, by
+    `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
 
     Raises:
-        ValueError: the folder holds something else than a model, or a packed model came from no folder.
+        ValueError: the folder holds something else, or the model is packed and was not read from a folder.
     """
+    model, source = self.model, self.folder
+    text = self.text.config if isinstance(self.text, TextEncoder) else self.text
     state = read_weights(_needed(source)) if _is_packed(model) else model.state_dict()
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
     config = (read_config(source) if source else {}) | {
         "kind": "transformer",
         "model": dataclasses.asdict(model.config),
+        "class_names": list(self.class_names),
+        "sampling": dataclasses.asdict(self.sampling),
+        **({"text_encoder": dataclasses.asdict(text)} if text is not None else {}),
+        **({"given_frames": list(self.continuation.counts)} if any(self.continuation.counts) else {}),
+        **({"frame_rate": self._trained_rate} if self._trained_rate else {}),
     }
+    written = read_text(source / CARD) if source and (source / CARD).is_file() else ""
+    about = card(Path(folder).name, config, self.described(), written, license=license, diffusers=diffusers)
+    texts = {CARD: about} | (for_diffusers() if diffusers else {})
     with TemporaryDirectory() as work:
-        tokenizer.save_pretrained(Path(work) / "tokenizer")
-        write_folder(folder, config | settings, state, parts={"tokenizer": Path(work) / "tokenizer"})
+        self.tokenizer.save_pretrained(Path(work) / "tokenizer")
+        write_folder(folder, config, state, parts={"tokenizer": Path(work) / "tokenizer"}, texts=texts)
 
 
-def upload(repo_id: str, write: Callable[[Path], None], *, private: bool | None, token: str | None) -> str:
-    """Put the folder that `write` writes into a repository of the hub, made if it is not there; returns its address."""
+def upload(self: Any, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+    """Save the pipeline to a repository of the Hugging Face hub, made if it is not there; returns its address.
+
+    `options` are those of `save_pretrained`. A card that is there stays: people write them on the hub.
+    """
     from huggingface_hub import HfApi
 
     with TemporaryDirectory() as work:
-        write(Path(work) / "model")
+        folder = Path(work) / repo_id.rpartition("/")[2]
+        self.save_pretrained(folder, **options)
         api = HfApi(token=token)
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=Path(work) / "model", commit_message="Upload model")
+        kept = [CARD] if api.file_exists(repo_id, CARD) else None
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=kept)
     return str(address)
 
 

@@ -11,7 +11,6 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Never
@@ -56,6 +55,7 @@ class Pipeline:
 
     Attributes:
         pixel_shape: height and width of results, of clips with the number of frames of a pass before.
+        folder: where it was read from, if it was.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Pipeline:
         self.inputs = Inputs(config, self.class_names, self.continuation.counts)
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
         self._lock = threading.RLock()  # one generation at a time; re-entrant, for callbacks that raise a better error
-        self._folder: Path | None = None  # where it was read from
         self.choice: Choice | None = None  # why it has its number format, where that was measured
+        self.folder: Path | None = None
 
     @classmethod
     @checked
@@ -115,33 +115,10 @@ class Pipeline:
         habits.refuse(others, habits.LOAD, signature(cls.from_pretrained).parameters)
         folder, parts, choice = read(source, device, str(dtype), text_encoder, revision)
         pipe = cls(**parts)
-        pipe._folder, pipe.choice = folder, choice
+        pipe.folder, pipe.choice = folder, choice
         return pipe
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the pipeline as a model folder, which `from_pretrained` and every verb of the command take.
-
-        Weights are written as they are, those of a model packed for a CPU as in the folder that it was read from;
-        `dtype` converts them. A model folder that is there is replaced whole. The text encoder is named and not copied.
-
-        Raises:
-            ValueError: the folder holds something else, or the model is packed and was not read from a folder.
-        """
-        text = self.text.config if isinstance(self.text, TextEncoder) else self.text
-        settings: dict[str, Any] = {
-            "class_names": list(self.class_names),
-            "sampling": dataclasses.asdict(self.sampling),
-            **({"text_encoder": dataclasses.asdict(text)} if text is not None else {}),
-            **({"given_frames": list(self.continuation.counts)} if any(self.continuation.counts) else {}),
-            **({"frame_rate": self._trained_rate} if self._trained_rate else {}),
-        }
-        save(folder, self.model, self.tokenizer, settings, source=self._folder, dtype=dtype)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, dtype: torch.dtype | None = None
-    ) -> str:
-        """Save the pipeline to a repository of the Hugging Face hub, made if it is not there; returns its address."""
-        return upload(repo_id, partial(self.save_pretrained, dtype=dtype), private=private, token=token)
+    save_pretrained, push_to_hub = save, upload
 
     @checked
     def to(
@@ -162,7 +139,7 @@ class Pipeline:
         name = number_format(self.model) if dtype is None else str(dtype).removeprefix("torch.")
         with self._lock:
             if (place, name) != (self.device, number_format(self.model)):
-                self.model = moved(self.model, place, name, self._folder)
+                self.model = moved(self.model, place, name, self.folder)
                 self.continuation.model = self.model
                 self.session, self._half, self.choice = Session(self.model), name == "bfloat16", None
                 self.tokenizer.to(place)
@@ -189,12 +166,18 @@ class Pipeline:
         """Forward passes that a picture takes, or one pass over a clip: one a front."""
         return self.model.layout.schedule.num_steps
 
-    def __repr__(self) -> str:
+    def described(self) -> str:
+        """What it makes of what, in a line."""
         *frames, height, width = self.pixel_shape
         made = f"clips of {frames[0]} frames of {height}x{width}" if frames else f"pictures of {height}x{width}"
-        grid, how = "x".join(map(str, self.config.grid)), f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
-        name = f" {self._folder.name}" if self._folder else ""
-        return f"<Pipeline{name}: {made} from {self.inputs}; grid {grid}, {self.num_steps} steps, {how}>"
+        return f"{made} from {self.inputs}; grid {'x'.join(map(str, self.config.grid))}, {self.num_steps} steps"
+
+    def __repr__(self) -> str:
+        name, how = (
+            self.folder.name if self.folder else "",
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+        )
+        return f"<Pipeline{' ' * bool(name)}{name}: {self.described()}, {how}>"
 
     if not TYPE_CHECKING:  # a checker of types goes on finding names that there are none of
 
@@ -226,7 +209,7 @@ class Pipeline:
     def _with(self, model: Transformer) -> Pipeline:
         parts = model, self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
-        other.captions, other._folder, other._lock = self.captions, self._folder, self._lock
+        other.captions, other.folder, other._lock = self.captions, self.folder, self._lock
         other.choice = self.choice
         return other
 
@@ -275,7 +258,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         known: Tensor | np.ndarray | None = None,
         batch_size: int = 32,
         output_type: str = "pil",
@@ -301,7 +284,7 @@ class Pipeline:
                 ones are sampled in several passes, each of which sees only the last frames of what is there.
             size: (H, W) of pictures of another size than the model's, made in windows that overlap; see `extend`.
             seed: one for all, or a list with one for each result, which then is the first one of that seed.
-            generator: the seed is its next number, so that the next call with it makes others.
+            generator: the seed is its next number, so that the next call with it makes others; of a list each one's.
             known: codes (number of results, *grid) kept as given, -1 where free; context frames come first.
             output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where

@@ -203,16 +203,18 @@ def check_guidance(own: Sampling, sampling: Sampling, requests: Sequence[Request
         warnings.warn(f"{message}; try 1 to {FAR * usual:g}", stacklevel=3)
 
 
-def seeds_of(seed: Any, generator: torch.Generator | None, count: int) -> int | list[int]:
-    """The seed of a call of `count` results, or one for each: by default a new one, with a generator its next number.
+def seeds_of(seed: Any, generator: Any, count: int) -> int | list[int]:
+    """The seed of a call of `count` results, or one for each: by default a new one, of a generator its next number.
 
     Raises:
-        ValueError: both are given, several generators, or another number of seeds.
+        ValueError: both are given, something else than generators, or another number of seeds.
     """
     if generator is not None:
-        if seed is not None or not isinstance(generator, torch.Generator):
-            raise ValueError("give either seed or one torch.Generator for all; number i depends on (seed, i)")
-        return int(torch.randint(2**32, (), generator=generator, device=generator.device))
+        drawn = [generator] if isinstance(generator, torch.Generator) else _listed(generator)
+        if seed is not None or not all(isinstance(one, torch.Generator) for one in drawn):
+            raise ValueError("give either seed, or a torch.Generator for all, or a list with one for each result")
+        seeds = [int(torch.randint(2**32, (), generator=one, device=one.device)) for one in drawn]
+        seed = seeds[0] if isinstance(generator, torch.Generator) else seeds
     if seed is None:
         return secrets.randbits(32)
     if isinstance(seed, Integral):

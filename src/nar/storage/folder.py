@@ -49,11 +49,12 @@ def write_folder(
     state: dict[str, Tensor] | Callable[[Path], None],
     *,
     parts: dict[str, Path] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`, all or nothing; a model folder that is there is replaced whole.
 
     `state` may be what writes the weights' file, given its path. `parts` maps a subfolder's name to a model folder to
-    copy into it.
+    copy into it, `texts` the path of a further file to what is in it.
 
     Raises:
         ValueError: the target holds something else than a model, or a tokenizer that would be lost.
@@ -73,6 +74,8 @@ def write_folder(
         (staged / WEIGHTS).chmod(0o644)
         for name, source in (parts or {}).items():
             shutil.copytree(source, staged / name)
+        for name, text in (texts or {}).items():
+            files.write_text(staged / name, text)
 
     atomically(target, write, replace_folder=True)
 
@@ -92,29 +95,45 @@ def bundled_names() -> list[str]:
 def find_model(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: a bundled name, a local folder, or a hub id such as `someone/nar-l`, which is downloaded.
 
-    A `Path` is a local folder and nothing else. `revision` is a branch, tag or commit of a hub id.
+    A `Path` is a local folder and nothing else. `revision` is a branch, tag or commit of a hub id, and may also stand
+    behind it: `someone/nar-l@v1`. What was downloaded before is found again without a network.
 
     Raises:
-        FileNotFoundError: none of these.
+        FileNotFoundError: none of these, or not to be had; it says why.
+        ValueError: two revisions, or one of what is no hub id.
     """
     name, path, bundled = str(source), Path(source).expanduser(), bundled_names()
     is_path = isinstance(source, Path)
-    if not is_path and name.removesuffix("/tokenizer") in bundled and (BUNDLED / name / CONFIG).is_file():
-        return BUNDLED / name
-    if is_path or Path(name).exists() or name.startswith((".", "/", "~")):
-        read_config(path)
-        return path
-    if name.count("/") == 1:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = f"it can't be had from the hub ({type(error).__name__})"
-            raise FileNotFoundError(f"no folder {name!r} here, and {reason}") from error
+    is_bundled = not is_path and name.removesuffix("/tokenizer") in bundled and (BUNDLED / name / CONFIG).is_file()
+    if is_bundled or is_path or Path(name).exists() or name.startswith((".", "/", "~")):
+        folder = BUNDLED / name if is_bundled else path
+        read_config(folder)
+        if revision is not None:
+            raise ValueError(f"{name} is no hub id: leave revision {revision!r} out")
+        return folder
+    repository, _, behind = name.partition("@")
+    if behind and revision not in (None, behind):
+        raise ValueError(f"{name} names revision {behind!r}, and {revision!r} was asked for: give one")
+    if repository.count("/") == 1:
+        return _downloaded(repository, behind or revision)
     hint = f"{suggestion(name, bundled)}; bundled: {', '.join(bundled)}"
     raise FileNotFoundError(f"no model {name!r}{hint}; or give a model folder or a hub id")
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    reasons = {  # in this order: the first two are kinds of others
+        errors.RevisionNotFoundError: f"the hub has no revision {revision!r} of it",
+        errors.RepositoryNotFoundError: "the hub has none of that name that you may read (`hf auth login`)",
+        errors.LocalEntryNotFoundError: f"{revision or 'it'} was not downloaded before, and the hub can't be reached",
+    }
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        otherwise = f"it can't be had from the hub ({type(error).__name__})"
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), otherwise)
+        raise FileNotFoundError(f"no folder {repository!r} here, and {reason}") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
