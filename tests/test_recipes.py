@@ -236,7 +236,7 @@ def test_the_tokenizer_is_set_in_the_same_command(tmp_path: Path, capfd: pytest.
     assert config["tokenizer"]["vocab_size"] == 128
     said = capfd.readouterr().err
     assert "2 steps of 8; " in said
-    assert "(so few: tokenizer.vocab_size=128)" in said
+    assert "(for so many: tokenizer.vocab_size=128)" in said
     with pytest.raises(ValueError, match="no tokenizer is trained, as one is given"):
         read_recipe(name, [*given, *advice, "tokenizer_path=emoji/tokenizer"])
     with pytest.raises(ValueError, match=r"unknown key 'tokenizer_loss.kmeans_step' in recipe tokenizer"):

@@ -74,7 +74,8 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: i
 
 def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """One line of printable text, cut to `width` pixels; a prompt may be anything, of any length."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())
+    # Two spaces, as one of this font is 2 pixels wide: "cat face" reads as one word.
+    text = "  ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

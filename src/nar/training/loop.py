@@ -241,7 +241,8 @@ class _Run:
         processes = f"{self.workers.count} processes, " if self.workers.count > 1 else ""
         goes_on = f", goes on after step {self.first_step:,}" if self.first_step else ""
         return (
-            f"training {self.folder}: {self.task.summary}; {self.num_steps:,} steps of {self.plan.batch_size}"
+            f"training {self.folder}: {self.task.summary}; "
+            f"{self.num_steps:,} step{'s' * (self.num_steps != 1)} of {self.plan.batch_size}"
             f"{f' ({self.plan.minutes:g} minutes)' if self.plan.minutes else ''}{goes_on}"
             f"; {self._num_parameters:,} parameters; {processes}{name}, {engine.precision}"
         )

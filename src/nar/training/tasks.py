@@ -140,7 +140,7 @@ def _run(
             config["steps"] = steps
         task = kind(recipe, workers, sources)
         if chosen := ", ".join(f"{key}={value}" for part in recipe.by_count.values() for key, value in leaves(part)):
-            task.summary += f" (so few: {chosen})"
+            task.summary += f" (for so many: {chosen})"
         record = {"config": config, "data": data}
         return train(task, recipe, record, workers, start=start, metrics=metrics)
 

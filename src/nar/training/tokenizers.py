@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nar.data.builtin import TOY
 from nar.data.open import load_pictures
 from nar.data.source import BROKEN, Source
 from nar.media.pixels import as_pictures, as_pixels
@@ -98,11 +99,8 @@ class TokenizerTask(Task):
         """A warning where pictures are too small for this tokenizer, else nothing."""
         config, size = self.recipe.tokenizer_config, self.recipe.data.size
         side, patch = size // config.patch_size, config.patch_size
-        if (
-            side >= FEWEST_CODES
-            or size < FEWEST_CODES * 2
-            or self.recipe.tokenizer_group not in ("tokenizer", "causal_tokenizer")
-        ):
+        own = self.recipe.data.source != TOY and self.recipe.tokenizer_group in ("tokenizer", "causal_tokenizer")
+        if side >= FEWEST_CODES or size < FEWEST_CODES * 2 or not own:
             return ""
         advice = f"data.size={FEWEST_CODES * patch}"
         if isinstance(config, ImageTokenizerConfig):
