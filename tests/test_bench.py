@@ -36,7 +36,7 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     files = [str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]
     result = CliRunner().invoke(
         app,
-        f"bench {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --schedule raster --schedule manhattan "
+        f"bench {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --schedule raster --schedule manhattan --clock cpu "
         f"--json {files[0]} --plot {files[1]}",
         catch_exceptions=False,
     )
@@ -52,6 +52,7 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     ]
     for row in rows:
         assert set(row) >= KEYS
+        assert row["clock"] == "cpu"
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["latency_seconds"])
         assert row["latency_with_pixels_seconds"] > row["latency_seconds"]
         assert 0 < row["floor_fraction"] < 2

@@ -19,6 +19,7 @@ class Row:
     Attributes:
         model: the name it was asked for by.
         operation: "sample" of a model; of a tokenizer "encode" (pictures or clips to codes) or "decode" (back).
+        clock: "wall", or "cpu" for processor time.
         latency_shortest_seconds, latency_longest_seconds: of the repetitions.
         latency_with_pixels_seconds: tokens and the pixel decoder.
         peak_memory_bytes: of the process (on a GPU: allocated there) while the row ran.
@@ -44,6 +45,7 @@ class Row:
     warmups: int
     repetitions: int
     schedule: str | None = None
+    clock: str = "wall"
     steps: float | None = None
     latency_shortest_seconds: float | None = None
     latency_longest_seconds: float | None = None

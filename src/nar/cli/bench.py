@@ -54,6 +54,7 @@ def bench(
     pixels: Annotated[bool, Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
     warmups: Annotated[int, Option(min=0, max=10_000, help="Generations before the clock starts.")] = 1,
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Generations timed; the median counts.")] = 3,
+    clock: Annotated[str, Option(help="wall, or cpu: processor time, for one thread on a busy machine.")] = "wall",
     dtype: Annotated[str, Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
     device: Annotated[str | None, Option(help="cpu, cuda, mps. Default: cuda where there is one.")] = None,
     efficiency: Annotated[
