@@ -62,6 +62,10 @@ def edit(
             help="fill takes no notice of what the mask hides; replace keeps the codes around it, which know of it."
         ),
     ] = "fill",
+    particles: Annotated[
+        int,
+        typer.Option(min=1, help="Of models not trained to edit: samples of each result, weighted by what is kept."),
+    ] = 1,
     number: Annotated[int, typer.Option("--number", "-n", min=1, max=10_000, help="Results.")] = 1,
     guidance_scale: shared.GuidanceScale = None,
     guidance_interval: shared.GuidanceInterval = None,
@@ -102,7 +106,7 @@ def edit(
             err=True,
         )
     settings |= {"class_labels": class_label, "prompt": prompt, "negative_prompt": negative_prompt}
-    settings |= {"num_images_per_prompt": number, "seed": seed}
+    settings |= {"num_images_per_prompt": number, "seed": seed, "particles": particles}
     picture, started = opened(pipe, image), perf_counter()
     if larger is None:
         if position is not None:

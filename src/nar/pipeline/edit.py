@@ -24,6 +24,7 @@ from nar.pipeline import habits
 from nar.pipeline.canvas import Box, Canvas, Mask, Picture, around, extended, masked, read, windows
 from nar.pipeline.holes import blanked, touched
 from nar.pipeline.output import Output, as_output
+from nar.pipeline.particles import check_particles
 from nar.pipeline.requests import Given, Request, check_call, check_guidance, seeds_of
 from nar.sampling import settings_among
 from nar.tokenizer import Tokenizer
@@ -107,6 +108,7 @@ def edit(
     top_p: float | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    particles: int = 1,
     batch_size: int = 32,
     output_type: str = "pil",
     callback_on_front_end: Callable[[Any, int, Tensor], None] | None = None,
@@ -125,6 +127,8 @@ def edit(
         box: (left, top, width, height) in place of a mask.
         mode: "fill" takes no notice of what the mask hides; "replace" keeps the picture's own codes around it, which
             know something of it: for changing a picture that is there.
+        particles: samples of each result, weighted by how likely they make the codes that are kept, of models without a
+            condition on holes, and in mode "replace".
         blend: move what is made towards the picture at the edge of the mask.
 
     Raises:
@@ -175,7 +179,7 @@ def of_size(self: Any, size: Sequence[int], arguments: Mapping[str, Any]) -> Out
     for name in ("frames", "num_frames", "known", "callback_on_front_end"):
         if arguments[name] is not None:
             raise ValueError(f"size does not go with {name}: pictures of another size are made in several passes")
-    taken = set(signature(edit).parameters) - {*_NOT_EXTENDED, "blend"}
+    taken = set(signature(edit).parameters) - {*_NOT_EXTENDED, "blend", "particles"}
     return extend(self, None, size, **{name: arguments[name] for name in taken})
 
 
@@ -188,6 +192,9 @@ def _check(self: Any, asked: Mapping[str, Any]) -> None:
         raise ValueError("this model continues clips (frames=...) and was not trained to edit them")
     if all(axis.isdecimal() for axis in self.tokenizer.code_axes):
         raise ValueError("this model's codes have no places of their own in its results: it can't edit")
+    if self.continuation.has_holes and asked["mode"] == "fill" and asked["particles"] != 1:
+        raise ValueError("this model has a condition on holes and keeps no codes in mode 'fill': leave particles out")
+    check_particles(asked["particles"], known=())
     if asked["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {asked['mode']!r}")
     check_call(asked["output_type"], asked["batch_size"], asked["callback_on_front_end"])
@@ -222,8 +229,8 @@ def _sampled(
                 for request, one in zip(requests[rows], pictures, strict=True)
             ]
             streams = [index + (number << 32) for index in indices[rows]]  # each region has its own
-            callback = asked["callback_on_front_end"]
-            sampled = self._codes(now, streams, sampling, seed=seeds[rows], known=None, callback=callback)
+            options = {"known": None, "particles": asked["particles"], "callback": asked["callback_on_front_end"]}
+            sampled = self._codes(now, streams, sampling, seed=seeds[rows], **options)
             decoded = self.decode(sampled, exact=True)
             pictures = [
                 canvases[id(one)].pasted(pixels, blend=asked["blend"])

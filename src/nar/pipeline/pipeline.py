@@ -11,6 +11,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Never
@@ -28,6 +29,7 @@ from nar.pipeline.edit import edit, extend, kept, of_size, with_given
 from nar.pipeline.folder import moved, number_format, read, save, upload
 from nar.pipeline.formats import Choice
 from nar.pipeline.output import OUTPUT_TYPES, Output, as_output, greyed
+from nar.pipeline.particles import check_particles, weighted_fronts
 from nar.pipeline.requests import HEADS, Inputs, Request, check_call, check_guidance, known_codes, row_of, seeds_of
 from nar.precision import PRECISIONS, usable_device
 from nar.progress import Progress
@@ -260,6 +262,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         known: Tensor | np.ndarray | None = None,
+        particles: int = 1,
         batch_size: int = 32,
         output_type: str = "pil",
         callback_on_front_end: Callback | None = None,
@@ -286,6 +289,7 @@ class Pipeline:
             seed: one for all, or a list with one for each result, which then is the first one of that seed.
             generator: the seed is its next number, so that the next call with it makes others; of a list each one's.
             known: codes (number of results, *grid) kept as given, -1 where free; context frames come first.
+            particles: samples of each result, weighted by how likely they make what is known; see `particles`.
             output_type: "pil", "np" (uint8), "pt" (float -1..1) or "codes" (of one pass).
             callback_on_front_end: called as f(pipe, front, codes) after each front of each batch; codes are -1 where
                 undecided.
@@ -301,6 +305,7 @@ class Pipeline:
             return of_size(self, size, locals())
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
         check_call(output_type, batch_size, callback_on_front_end)
+        check_particles(particles, known)
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )
@@ -319,11 +324,8 @@ class Pipeline:
 
             for start in range(0, count, batch_size):
                 rows = slice(start, start + batch_size)
-                some: dict[str, Any] = {
-                    "seed": seeds[rows],
-                    "known": None if kept is None else kept[rows],
-                    "callback": after_front,
-                }
+                some: dict[str, Any] = {"seed": seeds[rows], "particles": particles, "callback": after_front}
+                some["known"] = None if kept is None else kept[rows]
                 if output_type == "codes":
                     codes.append(self._codes(requests[rows], indices[rows], sampling, **some))
                     continue
@@ -357,6 +359,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         num_frames: int | None = None,
         known: Tensor | None = None,
+        particles: int = 1,
         callback: Callback | None = None,
         exact: bool = False,
     ) -> list[Tensor]:
@@ -365,7 +368,7 @@ class Pipeline:
 
         Clips are the context frames and passes of the model until there are `num_frames`. For `exact` see `decode`.
         """
-        options: dict[str, Any] = {"seed": seed, "known": known, "callback": callback}
+        options: dict[str, Any] = {"seed": seed, "known": known, "particles": particles, "callback": callback}
         return self._passes(batch, indices, sampling or self.sampling, num_frames, exact=exact, **options)[0]
 
     def _passes(
@@ -435,12 +438,17 @@ class Pipeline:
         seed: int | Sequence[int],
         known: Tensor | None,
         callback: Callback | None,
+        particles: int = 1,
     ) -> Tensor:
         """Sample one pass of the model: codes (B, *grid). One thread at a time, as the session holds one generation."""
         with self._lock:
             condition, negative, sampling, known = self.prepared(batch, sampling, known)
             options: dict[str, Any] = {"negative": negative, "seed": seed, "indices": indices, "known": known}
-            for front, codes in generate_fronts(self.model, condition, sampling, session=self.session, **options):
+            how: Any = partial(generate_fronts, session=self.session)
+            if particles > 1 and known is not None:
+                how = partial(weighted_fronts, particles=particles)
+            codes = torch.empty(0)
+            for front, codes, *_ in how(self.model, condition, sampling, **options):
                 if callback is not None:
                     callback(self, front, codes)
             return codes
