@@ -10,11 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -75,6 +78,46 @@ def test_a_clip_is_that_of_the_pipeline(client: openai.OpenAI, pipe: Pipeline, t
     assert as_array(video).shape == expected.shape
     thumbnail = Image.open(io.BytesIO(client.videos.download_content(job.id, variant="thumbnail").read()))
     assert np.array_equal(np.asarray(thumbnail.convert("RGB")), expected[0])
+
+
+def test_sync_answers_with_the_clip_itself(url: str, client: openai.OpenAI, pipe: Pipeline, tmp_path: Path) -> None:
+    answer = http.post(f"{url}/v1/videos/sync", json={"prompt": "a red apple", "seed": 3, "num_frames": 9})
+    assert (answer.status_code, answer.headers["content-type"], answer.headers["x-seed"]) == (200, "video/mp4", "3")
+    expected = pipe(prompt="a red apple", seed=3, num_frames=9, output_type="np").videos[0]
+    assert np.array_equal(frames_of(client, answer.headers["x-video-id"]), expected)
+    (tmp_path / "video.mp4").write_bytes(answer.content)
+    assert as_array(tmp_path / "video.mp4").shape == expected.shape
+    refused = http.post(f"{url}/v1/videos/sync", json={"prompt": "a red apple", "num_frames": 10**7})
+    assert refused.status_code == 400
+
+
+def test_extensions(url: str, client: openai.OpenAI, pipe: Pipeline, tmp_path: Path) -> None:
+    job = client.videos.create_and_poll(prompt="a red apple", extra_body={"seed": 3, "num_frames": 9})
+    asked = {"prompt": "a red apple", "seconds": "1", "video": {"id": job.id}, "seed": 4}  # which the client can't send
+    longer = client.videos.poll(http.post(f"{url}/v1/videos/extensions", json=asked).json()["id"])
+    assert (longer.status, longer.model, longer.seconds) == ("completed", "moving", "2.8")  # 9 + 5 of 5 a second
+    (tmp_path / "video.mp4").write_bytes(client.videos.download_content(job.id).read())
+    expected = pipe(prompt="a red apple", frames=str(tmp_path / "video.mp4"), seed=4, num_frames=14, output_type="np")
+    assert np.array_equal(frames_of(client, longer.id), expected.videos[0])
+    with (tmp_path / "video.mp4").open("rb") as file:
+        sent = client.videos.extend(prompt="a red apple", seconds="1", video=file, extra_body={"seed": 4})  # type: ignore[arg-type]
+    assert np.array_equal(frames_of(client, client.videos.poll(sent.id).id), expected.videos[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"prompt": "x"}, 400, "video is"),
+        ({"prompt": "x", "video": {"id": "video_none"}}, 404, "no video"),
+        ({"prompt": "x", "video": {"id": 5}}, 400, "video is"),
+        ({"prompt": "x", "video": "video_none"}, 400, "video is"),
+        ({"prompt": "x", "video": {"id": "a", "image_url": "b"}}, 400, "video is"),
+    ],
+)
+def test_extensions_that_are_refused(url: str, body: dict[str, Any], status: int, said: str) -> None:
+    answer = http.post(f"{url}/v1/videos/extensions", json=body)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]["message"]
 
 
 def test_seconds(client: openai.OpenAI) -> None:
@@ -317,6 +360,37 @@ def test_jobs_survive_a_kill_and_the_server_ends_when_told(clips_folder: Path, t
         job = Store(tmp_path / "jobs").get(later)
         assert job is not None
         assert job["status"] == "completed"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def refused(url: str) -> None:
+    """Ask for more pictures than are made in a moment."""
+    with suppress(httpx2.HTTPError):  # connections that come too late
+        http.post(f"{url}/v1/images/generations", json={"prompt": "1", "n": 10})
+
+
+@pytest.mark.slow
+def test_a_second_signal_refuses_all_that_runs(clips_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
+    arguments = [f"toy={toy_folder}", f"moving={clips_folder}", "--videos", str(tmp_path / "jobs"), "--slots", "1"]
+    process, url = started([*arguments, "--max-waiting", "400"], tmp_path)
+    try:
+        number = http.post(f"{url}/v1/videos", json={"prompt": "pear", "seed": 4, "num_frames": 401}).json()["id"]
+        wait_until(lambda: http.get(f"{url}/v1/videos/{number}").json()["status"] == "in_progress")
+
+        asked = [threading.Thread(target=refused, args=(url,)) for _ in range(8)]
+        for one in asked:
+            one.start()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        job = Store(tmp_path / "jobs").get(number)
+        assert job is not None
+        assert job["status"] == "queued"  # for the next process
+        assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
         process.kill()
         process.wait()

@@ -119,6 +119,11 @@ class App:
         if self.is_draining:
             raise Refusal(503, "the server is ending; ask another, or again", retry_after_seconds=5.0)
 
+    def stop(self) -> None:
+        """Refuse all that runs or waits."""
+        for served in self.models.values():
+            served.batcher.close(drain=False)
+
     async def pictures(self, request: Request, asked: Pictures, kind: str, edit: Edit | None = None) -> Response:
         """Answer a request for pictures, whole or as events; `kind` is what these are called."""
         served, watch = self.model(asked.model), self.metrics.began(kind)

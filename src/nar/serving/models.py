@@ -71,6 +71,8 @@ class Served:
         """
         name, _, place = source.rpartition("=")
         pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=text_encoder)
+        if pipeline.model.config.text_dim:
+            pipeline.condition(pipeline.requests(prompt="a"))  # loads the encoder: seconds, or that there is none
         batcher = Batcher(pipeline, **limits)
         created = int((find_model(place) / CONFIG).stat().st_mtime)
         dtype = number_format(pipeline.model)  # "auto" has chosen one
@@ -265,8 +267,9 @@ class Served:
         }
         return {name: writers[variant] for variant, (name, _) in wanted.items()}
 
-    def planned(self, asked: Clip, reference: bytes | None) -> tuple[Request, int]:
-        """What a clip is asked for, with the frames to continue, and how many frames it will have.
+    def planned(self, asked: Clip, reference: bytes | None, is_added: bool = False) -> tuple[Request, int]:
+        """What a clip is asked for, with the frames to continue, and how many frames it will have: as many as are
+        asked for, or with `is_added` so many more than the reference.
 
         Raises:
             Refusal: something that the model does not take, or a length that can't be.
@@ -283,11 +286,13 @@ class Served:
         num_frames = asked.num_frames
         if asked.seconds is not None:
             num_frames = max(1, round(asked.seconds * pipe.frame_rate))
+        length = 0 if request.frames is None else int(request.frames.shape[1])
+        if is_added and num_frames is not None:
+            num_frames += length
         try:
             pipe.check_length(num_frames, [request], "pil")
         except ValueError as error:
             raise Refusal(400, str(error), param="num_frames" if asked.seconds is None else "seconds") from error
-        length = 0 if request.frames is None else int(request.frames.shape[1])
         added = pipe.continuation.num_frames - pipe.continuation.num_context(request.frames)
         return request, num_frames or length + added
 

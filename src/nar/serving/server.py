@@ -5,6 +5,7 @@ Knows uvicorn; does not know routes or models.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import socket
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def bound(host: str, port: int) -> socket.socket:
         OSError: the address is taken or not this machine's; it is named.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by which asyncio knows it: no Nagle
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
@@ -40,7 +41,8 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Runs an app until a signal; then no new work is taken, and what runs has `drain_seconds` to end.
 
-    A second signal ends it at once. `on_start` is called when it answers.
+    After that, or with a second signal, every request gets its refusal and jobs go back to the queue; a third signal
+    does not wait for that. `on_start` is called when it answers.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(app.asgi, ws="none", **options)
         super().__init__(config)
         self._app, self._drain_seconds, self._header_seconds = app, drain_seconds, header_seconds
-        self._on_start, self._ending = on_start, False
+        self._on_start, self._ending, self._is_stopped = on_start, False, False
         self._end = 0.0
         self._idle_since: dict[Any, float] = {}
 
@@ -74,13 +76,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 uvicorn's signature
         """Begin to end; a handler of signals."""
-        if self._ending:
+        if self._is_stopped:
             self.should_exit = self.force_exit = True
-        self._ending, self._end = True, monotonic() + self._drain_seconds
-        self._app.is_draining = True
+        self._end = monotonic() + (0.0 if self._ending else self._drain_seconds)
+        self._ending = self._app.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether all that ran has ended, and which connections never say anything."""
+        if self._ending and self._app.is_busy and monotonic() > self._end and not self._is_stopped:
+            self._is_stopped = True
+            await asyncio.to_thread(self._app.stop)
         if self._ending and (not self._app.is_busy or monotonic() > self._end):
             self.should_exit = True
         if counter % _SWEEP_TICKS == 0:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -36,6 +36,7 @@ VARIANTS = {
     "spritesheet": ("spritesheet.webp", "image/webp"),
 }
 REFERENCE = "input_reference"
+VIDEO = "video"  # to extend
 _PUBLIC = (
     "id model status progress created_at completed_at expires_at prompt size seconds remixed_from_video_id error "
     "seed num_frames fps"
@@ -64,14 +65,17 @@ class Videos:
         self.num_working = 0  # workers that have a job
         self._news = asyncio.Event()
 
-    async def create(self, asked: Clip, reference: bytes | None, key: str) -> Job:
-        """Check a clip that is asked for, and put it in the queue."""
+    async def create(self, asked: Clip, reference: bytes | None, key: str, *, is_added: bool = False) -> Job:
+        """Check a clip that is asked for, and put it in the queue.
+
+        With `is_added` its length is what is added to the reference, else that of the whole clip.
+        """
         clips = {name: served for name, served in self.server.models.items() if served.makes_clips}
         served = self.server.model(asked.model) if asked.model or not clips else next(iter(clips.values()))
         if not served.makes_clips:
             listed = ", ".join(clips) or "none"
             raise Refusal(400, f"{served.name} makes pictures; models of clips here: {listed}", param="model")
-        _, num_frames = await served.in_pixels(served.planned, asked, reference)
+        _, num_frames = await served.in_pixels(served.planned, asked, reference, is_added)
         seed = served.seed_of(asked)
         fps = served.pipeline.frame_rate
         fields = asked.model_copy(update={"seed": seed, "num_frames": num_frames, "seconds": None})
@@ -128,6 +132,36 @@ class Videos:
             raise Refusal(404, f"{job['id']} is {job['status']}, at {job['progress']} %: its content comes later")
         return path, kind
 
+    async def extension(self, fields: dict[str, Any], file: bytes | None, key: str) -> Job:
+        """A job for a clip with more frames: those of `video`, a file or the id of a finished job, and new ones."""
+        number = fields.pop(f"{VIDEO}[id]", None)
+        if (number is None) == (file is None):
+            raise Refusal(400, 'video is {"id": ...} of a finished clip, or a file of a form', param=VIDEO)
+        if number is not None:
+            job = self.get(number, key)
+            file = await asyncio.to_thread(self.content(job, "video")[0].read_bytes)
+            fields.setdefault("model", job["model"])
+        return await self.create(read_fields(Clip, fields), file, key, is_added=True)
+
+    async def finished(self, job: Job, request: Request) -> Job:
+        """Wait for the end of a job; it is deleted when the client leaves before."""
+        number = job["id"]
+        while job["status"] in ("queued", "in_progress"):
+            if await request.is_disconnected():
+                await self.delete(number)
+                raise Refusal(499, "the client has left", param="video_id")
+            await asyncio.sleep(POLL_MILLISECONDS / 1000)
+            job = self.get(number, job["key"])
+        if job["status"] == "failed":
+            raise Refusal(500, job["error"]["message"], code=job["error"]["code"])
+        return job
+
+    async def delete(self, number: str) -> None:
+        """Drop a job, at once if it runs here; another process that works on it sees that it is gone."""
+        if running := self.running.get(number):
+            running.cancel()
+        await asyncio.to_thread(self.store.delete, number)
+
     async def work(self, served: Served) -> None:
         """Make the clips of one model, one job after the other; for ever, whatever goes wrong with one."""
         swept = monotonic()
@@ -159,6 +193,9 @@ class Videos:
         try:
             await self._make(served, job)
         except Refusal as refused:
+            if self.server.is_draining and refused.retry_after_seconds is not None:  # it was stopped, not refused
+                self.store.update(number, status="queued", progress=0)
+                return
             error = {"code": refused.code, "message": refused.message}
         except (asyncio.CancelledError, OSError):
             self.store.update(number, status="queued", progress=0)
@@ -215,16 +252,26 @@ def add_routes(app: FastAPI, server: Server, videos: Videos, read_form: FormRead
     def answer(job: Job) -> Response:
         return JSONResponse(public(job), headers={"openai-poll-after-ms": str(POLL_MILLISECONDS)})
 
+    async def created(request: Request) -> Job:
+        server.check_open()
+        fields, reference = await _read(request, REFERENCE, read_form)
+        return await videos.create(read_fields(Clip, fields), reference, server.owner_of(request))
+
     @app.post("/v1/videos", max_body_size=most_body)
     async def create(request: Request) -> Response:
+        return answer(await created(request))
+
+    @app.post("/v1/videos/sync", max_body_size=most_body)
+    async def whole(request: Request) -> Response:
+        job = await videos.finished(await created(request), request)
+        path, kind = videos.content(job, "video")
+        return FileResponse(path, media_type=kind, headers={"x-video-id": job["id"], "x-seed": str(job["seed"])})
+
+    @app.post("/v1/videos/extensions", max_body_size=most_body)
+    async def extend(request: Request) -> Response:
         server.check_open()
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-            fields, reference = await _json_fields(request)
-        else:
-            texts, files = await read_form(request, {REFERENCE: False})
-            fields, reference = texts, files.get(REFERENCE)
-        asked = read_fields(Clip, fields)
-        return answer(await videos.create(asked, reference, server.owner_of(request)))
+        fields, file = await _read(request, VIDEO, read_form)
+        return answer(await videos.extension(fields, file, server.owner_of(request)))
 
     @app.get("/v1/videos")
     async def listed(request: Request, after: str | None = None, limit: int = 20, order: str = "desc") -> Response:
@@ -239,9 +286,7 @@ def add_routes(app: FastAPI, server: Server, videos: Videos, read_form: FormRead
     @app.delete("/v1/videos/{number}")
     async def delete(request: Request, number: str) -> Response:
         videos.get(number, server.owner_of(request))
-        if running := videos.running.get(number):
-            running.cancel()  # at once; another process that works on it sees that it is gone
-        await asyncio.to_thread(videos.store.delete, number)
+        await videos.delete(number)
         return JSONResponse({"id": number, "object": "video.deleted", "deleted": True})
 
     @app.get("/v1/videos/{number}/content")
@@ -250,23 +295,32 @@ def add_routes(app: FastAPI, server: Server, videos: Videos, read_form: FormRead
         return FileResponse(path, media_type=kind)
 
 
-async def _json_fields(request: Request) -> tuple[Mapping[str, Any], bytes | None]:
-    """The fields of a JSON body, and the file that its `input_reference` holds as a data URL."""
+async def _read(request: Request, name: str, read_form: FormReader) -> tuple[dict[str, Any], bytes | None]:
+    """The fields of a body, JSON or a form, and the file `name`, which JSON holds as a data URL.
+
+    What a form says as `name[id]` and JSON as {"id": ...} is the field `name[id]`.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        texts, files = await read_form(request, {name: False})
+        return texts, files.get(name)
     try:
         body = await request.json()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body must be a JSON object ({error})") from error
     if not isinstance(body, dict):
         raise Refusal(400, "the body must be a JSON object")
-    given = body.pop(REFERENCE, None)
+    given = body.pop(name, None)
     if given is None:
         return body, None
+    number = given.get("id") if isinstance(given, dict) else None
+    if name == VIDEO and isinstance(number, str) and len(given) == 1:
+        return body | {f"{name}[id]": number}, None
     url = given.get("image_url") if isinstance(given, dict) else None
     data = re.fullmatch(r"data:[^,]*;base64,(.*)", url, re.DOTALL) if isinstance(url, str) else None
     if data is None:
-        said = 'input_reference is {"image_url": "data:...;base64,..."}, or a file of a form'
-        raise Refusal(400, said, param=REFERENCE)
+        said = f'{name} is {{"image_url": "data:...;base64,..."}}, or a file of a form'
+        raise Refusal(400, f'{said}, or {{"id": ...}}' if name == VIDEO else said, param=name)
     try:
         return body, base64.b64decode(data[1], validate=True)
     except binascii.Error as error:
-        raise Refusal(400, f"input_reference is not base64 ({error})", param=REFERENCE) from error
+        raise Refusal(400, f"{name} is not base64 ({error})", param=name) from error
