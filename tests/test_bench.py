@@ -36,8 +36,8 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     files = [str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]
     result = CliRunner().invoke(
         app,
-        f"bench {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --schedule raster --schedule manhattan --clock cpu "
-        f"--json {files[0]} --plot {files[1]}",
+        f"bench {toy_folder} --batch-sizes 1,2 --repetitions 1 --device cpu --schedule raster --schedule manhattan "
+        f"--clock cpu --json {files[0]} --plot {files[1]}",
         catch_exceptions=False,
     )
     assert result.exit_code == 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from nar.tokenizer.larp import VideoTokenizerConfig
 from nar.tokenizer.multiscale import MultiScaleTokenizerConfig
 
 SCHEDULES = ("raster", "par", "manhattan")
+Result = TypeVar("Result")
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 JACOBI = "jacobi"  # a way to decode, and no schedule: beside them in rows
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -56,7 +57,7 @@ class Setup:
     device: str = "cpu"
     pixels: bool = True
     compiled: bool = False
-    warmups: Annotated[int, Range(0)] = 1
+    warmups: Annotated[int, Range(0)] = 2
     repetitions: Annotated[int, Range(1)] = 3
     clock: Annotated[str, OneOf(*CLOCKS)] = "wall"
 
@@ -194,7 +195,7 @@ def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row],
             right = exact.setdefault((operation, batch), result)
             change = (result != right).float() if operation == "encode" else (result - right).abs() * 127.5
             facts = {"layout": layout, "change": float(change.mean()), "size": size}
-            times = _times(run, setup, device)
+            times, _ = _times(run, setup, device)
             rows.append(setup.row(name, operation, batch, times, str(dtype).removeprefix("torch."), **facts))
             if report is not None:
                 report(rows[-1])
@@ -251,17 +252,16 @@ def _bench(
         for batch in setup.batch_sizes:
             condition = any_condition(model.config, batch)
             _reset_peak(device)
-            run: Callable[[], Any]
+            run: Callable[[], Any] = partial(generate, model, condition, sampling, session=session)
             if schedule == JACOBI:
                 run = partial(jacobi, model, condition, sampling, noise="gumbel")
-                codes, steps = run()
-            else:
-                run = partial(generate, model, condition, sampling, session=session)
-                codes = run()  # one more warm-up
-            times = _times(run, setup, device)
+            times, made = _times(run, setup, device)
+            codes, steps = made if schedule == JACOBI else (made, steps)
             seconds, peak = statistics.median(times), _peak(device)
             if tokenizer is not None and batch not in decoding:
-                decoding[batch] = statistics.median(_times(partial(_inferred, tokenizer.decode, codes), setup, device))
+                decoding[batch] = statistics.median(
+                    _times(partial(_inferred, tokenizer.decode, codes), setup, device)[0]
+                )
             both = seconds + decoding[batch] if tokenizer is not None else None
             read = steps * needed.weights_per_step + needed.weights_once
             reading = read * WEIGHT_BYTES[setup.dtype] / bandwidth
@@ -323,10 +323,16 @@ def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
     return memory.numel() * 4 / read, 2 * side**3 / multiply
 
 
-def _times(run: Callable[[], object], setup: Setup, device: torch.device) -> list[float]:
+def _times(run: Callable[[], Result], setup: Setup, device: torch.device) -> tuple[list[float], Result]:
+    """The seconds of each repetition, and what `run` gave."""
+    given: list[Result] = []
+
+    def once() -> None:
+        given[:] = [run()]
+
     for _ in range(setup.warmups):
-        run()
-    return [_time(run, device, setup.clock) for _ in range(setup.repetitions)]
+        once()
+    return [_time(once, device, setup.clock) for _ in range(setup.repetitions)], given[0]
 
 
 def _time(run: Callable[[], object], device: torch.device, clock: str = "wall") -> float:

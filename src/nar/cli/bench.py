@@ -52,7 +52,7 @@ def bench(
     guidance_interval: Annotated[int | None, Option(help="End guidance after this number of tokens.")] = None,
     compiled: Annotated[bool, Option("--compile", help="Compile the feed-forward layers (for GPUs).")] = False,
     pixels: Annotated[bool, Option("--pixels/--tokens-only", help="Also time the pixel decoder.")] = True,
-    warmups: Annotated[int, Option(min=0, max=10_000, help="Generations before the clock starts.")] = 1,
+    warmups: Annotated[int, Option(min=0, max=10_000, help="Generations before the clock starts.")] = 2,
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Generations timed; the median counts.")] = 3,
     clock: Annotated[str, Option(help="wall, or cpu: processor time, for one thread on a busy machine.")] = "wall",
     dtype: Annotated[str, Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
@@ -120,7 +120,7 @@ def bench(
         what = f"{'x'.join(map(str, first.size or ()))} pixels"
     echo(
         f"{first.model}: {what} on {first.device}, {first.threads} threads, medians of {repetitions} after "
-        f"{warmups + 1} warm-ups; seconds for a batch, and the least that reading and arithmetic take"
+        f"{warmups} warm-ups; seconds for a batch, and the least that reading and arithmetic take"
     )
     echo("\n".join([reports.table(rows), *(reports.compare(rows) if tokenizer is None else ())]))
     if json_file is not None:
