@@ -139,6 +139,15 @@ def _method(name: str, **arguments: Any) -> Callable[[Path], Call]:
     return make
 
 
+def _edit(world: Path) -> Call:
+    from nar import Pipeline
+
+    pipe = Pipeline.from_pretrained(world / "model", device="cpu")
+    options = dict.fromkeys(("mask", "prompt", "generator", "guidance_scale", "temperature", "top_k", "top_p"))
+    given = {"image": str(world / "captioned/0.png"), "box": (2, 2, 4, 3), "class_labels": ["pear"], "seed": 0}
+    return pipe.edit, options | given | {"mode": "fill", "blend": True, "output_type": "np", "num_images_per_prompt": 1}
+
+
 def _generate(name: str) -> Callable[[Path], Call]:
     def make(world: Path) -> Call:
         import nar
@@ -265,6 +274,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "pipe of clips": _pipe("clips"),
     "at_grid": _method("at_grid", grid=(4, 4)),
     "label_index": _method("label_index", label=0),
+    "pipe.edit": _edit,
     "pipe.decode": _method("decode", **_CODES),
     "pipe.pictures": _method("pictures", output_type="pil", **_CODES),
     "generate": _generate("generate"),
@@ -283,6 +293,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "Dropout": _config("nar.model", "Dropout"),
     "ImageTokenizerConfig": _config("nar.tokenizer.image", "ImageTokenizerConfig"),
     "CausalTokenizerConfig": _config("nar.tokenizer.causal", "CausalTokenizerConfig"),
+    "MultiScaleTokenizerConfig": _config("nar.tokenizer.multiscale", "MultiScaleTokenizerConfig"),
     "VideoTokenizerConfig": _config("nar.tokenizer.larp", "VideoTokenizerConfig"),
     "TextEncoderConfig": _config("nar.text", "TextEncoderConfig"),
     "DataConfig": _config("nar.data.config", "DataConfig"),
@@ -292,6 +303,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "manhattan": _order("manhattan", grid=(4, 4)),
     "raster": _order("raster", grid=(4, 4)),
     "par": _order("par", grid=(4, 4), regions=(2, 2)),
+    "scales": _order("scales", sides=(1, 2, 4)),
     "build": _order("build", name="par", grid=(4, 4), regions=(2, 2)),
     "from_pretrained": _load(
         "nar",
@@ -330,6 +342,11 @@ CALLS: dict[str, Callable[[Path], Call]] = {
 }
 
 
+def _given(key: str, value: Any) -> Any:
+    """A wrong argument; no function where one belongs, whose own errors would come through, as they must."""
+    return Strange() if "callback" in key and callable(value) else value
+
+
 def draw_call(draw: random.Random, world: Path) -> tuple[str, Callable[[Path], Any]]:
     """A call with one or two wrong arguments: its title, and what makes it in a folder."""
     name = draw.choice([*CALLS])
@@ -344,7 +361,7 @@ def draw_call(draw: random.Random, world: Path) -> tuple[str, Callable[[Path], A
         names = sorted(arguments)
         for number, value in enumerate(values):
             key = names[int(pick * len(names) + number * 7) % len(names)]
-            arguments[key] = value()
+            arguments[key] = _given(key, value())
             try:
                 shown = short(arguments[key])
             except Exception:
@@ -363,7 +380,8 @@ def call_together(world: Path, draw: random.Random) -> list[tuple[str, BaseExcep
     """
     pipe, given = _pipe("model")(world)
     alone = pipe(**given).images
-    wrong: list[dict[str, Any]] = [{}, *({draw.choice(sorted(given)): draw.choice(VALUES)()} for _ in range(3))]
+    keys = [draw.choice(sorted(given)) for _ in range(3)]
+    wrong: list[dict[str, Any]] = [{}, *({key: _given(key, draw.choice(VALUES)())} for key in keys)]
     with ThreadPoolExecutor(len(wrong)) as pool:
         calls = [pool.submit(pipe, **given | more) for more in wrong]
     if not np.array_equal(calls[0].result().images, alone):

@@ -85,6 +85,11 @@ def swapped(tree: Any, draw: random.Random) -> tuple[Any, str]:
     return tree, f"{key}: {what}"
 
 
+def parted(text: str) -> list[str]:
+    """Words that are joined by `|`."""
+    return text.split("|")
+
+
 def short(value: Any) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 2**70 else "10**400"
     return text if len(text) < 60 else f"{text[:50]}..."

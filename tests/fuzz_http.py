@@ -5,14 +5,16 @@ Each is answered with pictures, or with an error in OpenAI's form that is the cl
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
+import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,22 +47,40 @@ FIELDS: dict[str, Any] = {
     "output_compression": 100,
     "user": "x",
 }
-PATHS = ("/v1/images/generations", "/v1/images/edits", "/v1/models", "/v1/models/model", "/metrics", "/health", "/")
+CLIP: dict[str, Any] = {
+    "model": "clips",
+    "prompt": "red",
+    "seconds": "1",
+    "num_frames": 5,
+    "fps": 8,
+    "size": "auto",
+    "seed": 1,
+    "guidance_scale": 1.5,
+    "temperature": 1.0,
+    "top_k": 5,
+    "negative_prompt": "",
+    "deadline_ms": 5000,
+}
+PATHS = (
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/models",
+    "/v1/models/model",
+    "/metrics",
+    "/health",
+    "/",
+    "/v1/videos",
+)
 ODD_PATHS = ("/v1/models/..%2f..%2fetc", "//", "/v1/videos", "/%00", "/static/../app.py", "/v1/models/" + "x" * 9000)
 Send = Callable[[httpx2.Client], httpx2.Response | None]
 
 
 def attack(world: Path, draw: random.Random, *, count: int = 6) -> None:
-    """Serve two models in this process and send them requests; says on standard output what is wrong with answers."""
-    from nar.serving.models import Served
-
-    models = [
-        Served.load(f"{name}={world / name}", slots=2, text_encoder=str(world / "encoder") if name == "words" else None)
-        for name in ("model", "words")
-    ]
-    with _serving(models) as url, httpx2.Client(base_url=url, timeout=30) as client:
+    """Serve three models in this process and send them requests; says on standard output what is wrong with answers."""
+    kinds = (_fields, _fields, _bytes, _form, _form, _path, _socket, _clip, _clip, _job)
+    with serving(world) as url, httpx2.Client(base_url=url, timeout=30) as client:
         for _ in range(count):
-            how, send = draw.choice((_fields, _fields, _bytes, _form, _form, _path, _socket))(draw, world)
+            how, send = draw.choice(kinds)(draw, world)
             print("damage:", how.encode("utf-8", "replace").decode())
             try:
                 answer = send(client)
@@ -74,13 +94,17 @@ def attack(world: Path, draw: random.Random, *, count: int = 6) -> None:
 
 
 @contextmanager
-def _serving(models: list[Any]) -> Iterator[str]:
-    """A server that ends as after SIGTERM: what runs may end."""
+def serving(world: Path, names: Sequence[str] = ("model", "words", "clips")) -> Iterator[str]:
+    """A server of examples, that ends as after SIGTERM: what runs may end."""
     from nar.serving.app import App
+    from nar.serving.jobs import Store
+    from nar.serving.models import Served
     from nar.serving.server import Server, bound
 
-    place = bound("127.0.0.1", 0)
-    server = Server(App(models, keepalive_seconds=0.05), drain_seconds=5, log_level="warning")
+    encoders = {"words": str(world / "encoder")}
+    models = [Served.load(f"{name}={world / name}", slots=2, text_encoder=encoders.get(name)) for name in names]
+    place, store = bound("127.0.0.1", 0), Store(Path("jobs"))
+    server = Server(App(models, keepalive_seconds=0.05, store=store), drain_seconds=5, log_level="warning")
     thread = threading.Thread(target=server.run_on, args=(place,), daemon=True)
     thread.start()
     while not server.started:
@@ -94,6 +118,8 @@ def _serving(models: list[Any]) -> Iterator[str]:
             print("WRONG: the server does not end")
         for served in models:
             served.close()
+        if failed := [job for job in store.jobs() if (job.get("error") or {}).get("code") == "internal_error"]:
+            print("WRONG: a clip failed:", failed[0]["fields"])
 
 
 def _wrong(answer: httpx2.Response | None) -> str:
@@ -108,11 +134,11 @@ def _wrong(answer: httpx2.Response | None) -> str:
     return f"{answer.status_code} in a form of its own: {answer.text[:200]}"
 
 
-def _changed(draw: random.Random) -> tuple[dict[str, Any], str]:
-    kept = {name: FIELDS[name] for name in draw.sample([*FIELDS], draw.randrange(1, 6))}
+def _changed(draw: random.Random, fields: Mapping[str, Any] = FIELDS) -> tuple[dict[str, Any], str]:
+    kept = {name: fields[name] for name in draw.sample([*fields], draw.randrange(1, 6))}
     said = []
     for _ in range(draw.choice((1, 1, 2))):
-        name = draw.choice([*FIELDS, "x", "", "__proto__", "image", "mask"])
+        name = draw.choice([*fields, "x", "", "__proto__", "image", "mask", "input_reference"])
         kept[name] = value = draw.choice(HOSTILE)
         said.append(f"{name} = {short(value)}")
     return kept, ", ".join(said)
@@ -169,6 +195,63 @@ def _form(draw: random.Random, world: Path) -> tuple[str, Send]:
     fields = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     said.append(how)
     return "form " + ", ".join(said), lambda client: client.post("/v1/images/edits", data=fields, files=parts or None)
+
+
+def _clip(draw: random.Random, world: Path) -> tuple[str, Send]:
+    """A job, by JSON with a data URL or by a form, and what can be done with it."""
+    values, how = _changed(draw, CLIP)
+    values |= {"model": "clips"} if draw.random() < 0.8 else {}
+    file = Path("start.gif")
+    shutil.copy(world / "clip/start.gif", file)
+    if draw.random() < 0.5:
+        how += f", start: {fuzz_damage.damage(file, draw)}"
+    data = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+    encoded = base64.b64encode(data).decode()
+    url = draw.choice(
+        (f"data:image/gif;base64,{encoded}", f"data:;base64,{encoded[:-3]}", "http://127.0.0.1/x", "", 5, None)
+    )
+    kind = draw.choice(("plain", "json", "form"))
+    after = draw.choice(("wait", "delete", "look"))
+
+    def send(client: httpx2.Client) -> httpx2.Response | None:
+        if kind == "form":
+            texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+            answer = client.post("/v1/videos", data=texts, files={"input_reference": ("a.gif", data, "image/gif")})
+        else:
+            more = {"input_reference": draw.choice(({"image_url": url}, url, [url]))} if kind == "json" else {}
+            body = json.dumps(values | more).encode()
+            answer = client.post("/v1/videos", content=body, headers={"content-type": "application/json"})
+        if answer.status_code != 200:
+            return answer
+        place = f"/v1/videos/{answer.json()['id']}"
+        if after == "delete":
+            return client.delete(place)
+        for _ in range(40 if after == "wait" else 1):
+            if client.get(place).json()["status"] in ("completed", "failed"):
+                break
+            time.sleep(0.1)
+        return client.get(
+            f"{place}/content", params={"variant": draw.choice(("video", "thumbnail", "spritesheet", "x"))}
+        )
+
+    return f"clip by {kind}, {how}, then {after}", send
+
+
+def _job(draw: random.Random, _: Path) -> tuple[str, Send]:
+    """A look at jobs that are not there, or by odd names and bounds."""
+    number = draw.choice((*HOSTILE[:12], "..%2f..", "video_", "video_x/../..", "%00", "video_" + "0" * 300, "content"))
+    method, tail = draw.choice(("GET", "DELETE", "POST")), draw.choice(("", "", "/content", "/remix", "/content/x"))
+    bounds = {name: str(draw.choice(HOSTILE)) for name in draw.sample(("after", "limit", "order", "variant"), 2)}
+    path = draw.choice((f"/v1/videos/{number}{tail}", "/v1/videos"))
+    said = f"{method} {short(path)} with {short(bounds)}"
+
+    def send(client: httpx2.Client) -> httpx2.Response | None:
+        answer = client.request(
+            method, path, params={key: value for key, value in bounds.items() if "\x00" not in value}
+        )
+        return None if answer.status_code in (400, 414, 431) and not answer.content else answer
+
+    return said, send
 
 
 def _path(draw: random.Random, _: Path) -> tuple[str, Send]:
