@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "src/nar/bundled"
@@ -43,7 +43,8 @@ def on_files(files: Files, config: Any) -> Files:
         if file.abs_src_path is not None:
             led(Path(file.abs_src_path), file.src_uri, moved, linked)
     for path in sorted(linked):
-        files.append(File.generated(config, f"files/{path}", abs_src_path=str(ROOT / path)))
+        aside = InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, f"files/{path}", abs_src_path=str(ROOT / path), inclusion=aside))
     files.append(File.generated(config, "reference/commands.md", content=commands()))
     return files
 

@@ -22,6 +22,7 @@ from nar.training.checkpoint import Checkpoints
 from nar.training.distributed import Workers
 from nar.training.loop import Plan, Task
 from nar.training.models import ModelTask, mixed
+from nar.training.optim import OptimConfig
 from nar.training.tasks import run_recipe
 from test_golden_models import Case, fixtures
 from training_runs import equal, losses, recipe, weights
@@ -208,6 +209,10 @@ def test_plans_end_after_images_or_epochs() -> None:
         Plan(num_images=5, epochs=5)
     assert Plan(steps=8).num_steps(100) == 8
     assert Plan(minutes=3, steps=8).num_steps(100) == 8
+    slow = OptimConfig(warmup_images=300)
+    assert Plan(steps=8, optim=slow).optim_for(1000) is slow
+    assert Plan(minutes=3, steps=8, optim=slow).optim_for(1000).warmup_images == 200
+    assert Plan(minutes=3, steps=8, optim=slow).optim_for(9000) == slow
 
 
 def test_metrics_from_outside_and_what_is_logged(tmp_path: Path) -> None:

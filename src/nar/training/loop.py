@@ -155,7 +155,7 @@ def _check(task: Task, plan: Plan, workers: Workers) -> None:
     if task.num_samples < 1:
         raise ValueError("the training set is empty")
     num_images = plan.num_steps(task.num_samples) * plan.batch_size
-    if plan.optim.warmup_images > num_images and workers.first:
+    if plan.optim_for(num_images).warmup_images > num_images and workers.first:
         warnings.warn(
             f"the learning rate rises for optim.warmup_images={plan.optim.warmup_images:,} images and the run has "
             f"{num_images:,}: it ends before it gets there; set a shorter warm-up",
@@ -269,7 +269,8 @@ class _Run:
     def _step(self, step: int, batches: list[Batch], fetched: list[Any], stopping: _Stopping) -> _Step:
         """One step of all optimizers, and what follows it: upkeep of the task, averages."""
         plan, task, workers = self.plan, self.task, self.workers
-        factor = learning_rate_factor(plan.optim, (step + 1) * plan.batch_size, self.num_steps * plan.batch_size)
+        total = self.num_steps * plan.batch_size
+        factor = learning_rate_factor(plan.optim_for(total), (step + 1) * plan.batch_size, total)
         for group in self.state.groups():
             group["lr"] = group["initial_lr"] * factor
         loss, values = _backward(self.state, plan, workers, step, batches, fetched)

@@ -6,7 +6,7 @@ Knows settings; does not know data, networks or files.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from nar.storage.fields import OneOf, Range, Size, check
@@ -29,7 +29,7 @@ class Plan:
         engine: processes, devices, number formats.
         batch_size: samples of a step, over all processes and pieces.
         num_images, epochs, steps, minutes: the length; one of them, which takes the place of what a base says. Minutes
-            become steps by a short measurement when the run begins.
+            become steps by a short measurement when the run begins; the warm-up is then at most a fifth of them.
         images_between: the fewest and most images of `epochs` that are given with it.
         ema_decay: of the averaged weights, a step.
         seed: of everything random.
@@ -75,6 +75,12 @@ class Plan:
             return self.steps
         low, high = self.images_between
         return math.ceil((self.num_images or min(max(self.epochs * num_samples, low), high)) / self.batch_size)
+
+    def optim_for(self, num_images: int) -> OptimConfig:
+        """`optim`, with a warm-up of at most a fifth of the images that `minutes` are enough for."""
+        if not self.minutes:
+            return self.optim
+        return replace(self.optim, warmup_images=min(self.optim.warmup_images, num_images // 5))
 
 
 def of_weights(config: dict[str, Any]) -> dict[str, Any]:
