@@ -131,9 +131,16 @@ class Clip(Generation):
     seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
+    width: Annotated[int, Field(ge=1)] | None = None  # vLLM-Omni's way to say the size
+    height: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Clip:
+        if self.width is not None or self.height is not None:
+            size = f"{self.width}x{self.height}"
+            if None in (self.width, self.height) or self.size not in ("auto", size):
+                raise ValueError("give size, or width and height")
+            self.size = size
         if self.seconds is not None and self.num_frames is not None:
             raise ValueError("give seconds or num_frames, not both")
         return self
