@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 COUNT ?= 3000
 
-.PHONY: demo test test-browser slow check docs fuzz test-lowest
+.PHONY: demo test test-browser slow check docs fuzz test-lowest release
 
 demo: .venv/.runtime
 	$(BIN)/nar sample fashion -o out/fashion.png --gif
@@ -47,6 +47,10 @@ test-lowest:
 	$$folder/bin/python -m pip install --quiet --no-cache-dir $(LOWEST) && \
 	PYTHONPATH=src OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -p no:cacheprovider \
 		-k "not muon and not changed_rates and not without_drawing" $(CORE:%=tests/test_%.py)
+
+# Wheel and sdist in dist/, each installed into an environment without this checkout, where it samples, serves and trains.
+release:
+	rm -rf dist && $(PYTHON) scripts/release.py
 
 # torch first and alone, so that no other package's range can bring a build with CUDA.
 .venv/.torch: constraints.txt

@@ -144,7 +144,7 @@ def peak_memory(way: str, preset: str, batch: int) -> float:
 
 def high_water() -> float:
     """Peak memory of this process in MB."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024 / 1e6
 
 
 def check(preset: str) -> None:
@@ -181,7 +181,7 @@ def main() -> None:
     batches = [int(part) for part in given.batch_sizes.split(",")]
     if given.only:
         run, built = runner(given.only, given.preset, scale), high_water()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
         run(batches[0])
         print("building, drawing, both:", built, high_water(), max(built, high_water()))
         return

@@ -137,7 +137,7 @@ class Process:
         await asyncio.to_thread(self._process.wait)
 
     def resident_bytes(self) -> int:
-        text = Path(f"/proc/{self.number}/status").read_text()
+        text = Path(f"/proc/{self.number}/status").read_text(encoding="utf-8")
         return 1024 * int(text.partition("VmRSS:")[2].split()[0])
 
     def tracebacks(self) -> int:

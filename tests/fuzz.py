@@ -140,7 +140,7 @@ def judge(given: Input, folder: Path) -> Verdict:
             _enter(log)
             os.chdir(folder / "here")
             os.environ["HOME"] = str(folder / "here")
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, size + BYTES))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
             resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))

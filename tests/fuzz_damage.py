@@ -101,19 +101,19 @@ def _nested(draw: random.Random) -> str:
 
 def _json(path: Path, draw: random.Random) -> str:
     lines = path.suffix == ".jsonl" and draw.random() < 0.9
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if draw.random() < 0.08:
-        path.write_text(_nested(draw))
+        path.write_text(_nested(draw), encoding="utf-8")
         return "nested"
     if lines:
         rows = text.splitlines()
         index = draw.randrange(len(rows))
         tree, how = swapped(json.loads(rows[index]), draw)
         rows[index] = json.dumps(tree)
-        path.write_text("\n".join(rows))
+        path.write_text("\n".join(rows), encoding="utf-8")
     else:
         tree, how = swapped(json.loads(text) if path.suffix == ".json" else None, draw)
-        path.write_text(json.dumps(tree))
+        path.write_text(json.dumps(tree), encoding="utf-8")
     return how
 
 
@@ -143,10 +143,10 @@ def _yaml(path: Path, draw: random.Random) -> str:
                 _nested(draw),
             )
         )
-        path.write_text(path.read_text() + extra)
+        path.write_text(path.read_text(encoding="utf-8") + extra, encoding="utf-8")
         return f"with {extra[:40]!r}"
-    tree, how = swapped(yaml.safe_load(path.read_text()), draw)
-    path.write_text(yaml.safe_dump(tree) if draw.random() < 0.5 else json.dumps(tree))
+    tree, how = swapped(yaml.safe_load(path.read_text(encoding="utf-8")), draw)
+    path.write_text(yaml.safe_dump(tree) if draw.random() < 0.5 else json.dumps(tree), encoding="utf-8")
     return how
 
 
@@ -194,7 +194,7 @@ def _place(path: Path, draw: random.Random) -> str:
 
 
 def _text(path: Path, draw: random.Random) -> str:
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     index = draw.randrange(len(lines))
     odd = draw.choice(
         (*WORDS, "\0", "\r", "\x85", "\u2028", '"', ",,,,,", "a,b\tc", "\ud800", "/../../etc/passwd,1", "," * 9999)

@@ -43,7 +43,7 @@ def test_command_writes_table_file_and_plot(toy_folder: Path, tmp_path: Path) ->
     assert result.exit_code == 0
     assert "manhattan is" in result.stdout
     assert "ratio of steps 2.29" in result.stdout
-    rows = json.loads(Path(files[0]).read_text())
+    rows = json.loads(Path(files[0]).read_text(encoding="utf-8"))
     assert [(row["schedule"], row["steps"], row["batch_size"]) for row in rows] == [
         ("raster", 16, 1),
         ("raster", 16, 2),
@@ -142,7 +142,7 @@ def test_models_stand_beside_those_of_the_nearest_fid(tmp_path: Path, monkeypatc
     command = ["bench", "--efficiency", "--preset", "NAR-t", "--against", "VAR-t,LlamaGen-t", "--against", "PAR-t-4x"]
     command += ["--batch-sizes", "2", "--repetitions", "2", "--device", "cpu", "--json", files[0]]
     said = CliRunner().invoke(app, [*command, "--plot", files[1]], catch_exceptions=False).stdout
-    written = json.loads(Path(files[0]).read_text())
+    written = json.loads(Path(files[0]).read_text(encoding="utf-8"))
     assert [row["batch_size"] for row in written["rows"]] == [2] * 4
     for row in written["rows"]:
         assert row["latency_shortest_seconds"] <= row["latency_seconds"] <= row["latency_longest_seconds"]
@@ -157,8 +157,8 @@ def test_models_stand_beside_those_of_the_nearest_fid(tmp_path: Path, monkeypatc
     monkeypatch.setattr(efficiency, "bench_preset", lambda *_: pytest.fail("it is in the file"))
     said = CliRunner().invoke(app, [*command, "--plot", files[2]], catch_exceptions=False).stdout
     assert "4 rows were in" in said
-    assert json.loads(Path(files[0]).read_text()) == written
-    Path(files[0]).write_text("[]")
+    assert json.loads(Path(files[0]).read_text(encoding="utf-8")) == written
+    Path(files[0]).write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no comparison of efficiency"):
         CliRunner().invoke(app, command, catch_exceptions=False)
 

@@ -110,7 +110,8 @@ def test_mistakes_of_sampling(refused: Callable[..., str], toy_folder: Path, tmp
     assert "grid (4, 4, 4) does not fit this model" in refused("sample", toy_folder, "--grid", "4x4x4", "-o", out)
     assert "is not usable here" in refused("sample", toy_folder, "--device", "warp", "-o", out)
     assert "No such option" in refused("sample", toy_folder, "--sed", 3, "-o", out)
-    assert "can't be written" in refused("sample", toy_folder, "-o", "/proc/nowhere/out.png")
+    if Path("/proc").is_dir():
+        assert "can't be written" in refused("sample", toy_folder, "-o", "/proc/nowhere/out.png")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert "must be new or empty" in refused("sample", toy_folder, "-o", tmp_path / "full")

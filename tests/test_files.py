@@ -21,7 +21,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "settings.json"
 
     def slow(staged: Path) -> None:
-        staged.write_text("first")
+        staged.write_text("first", encoding="utf-8")
         write_text(path, "second")  # begins and ends while this one writes
         assert path.read_text() == "second"
 
@@ -35,7 +35,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path.write_text("before")
 
     def fails(staged: Path) -> None:
-        staged.write_text("half")
+        staged.write_text("half", encoding="utf-8")
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

@@ -37,11 +37,13 @@ MODEL = {
     "preview_every": 100,
     "checkpoint_every": 2,
 }
-# A server that has imported everything forks the processes: each starts in a tenth of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["nar.training.tasks", "torch.distributed.fsdp", "torch.utils.tensorboard", "training_runs"]
-)
+# A server that has imported everything forks the processes: each starts in a tenth of a second. Windows can't fork.
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_CONTEXT = multiprocessing.get_context(_METHOD)
+if _METHOD == "forkserver":
+    _CONTEXT.set_forkserver_preload(
+        ["nar.training.tasks", "torch.distributed.fsdp", "torch.utils.tensorboard", "training_runs"]
+    )
 
 
 def random_tokenizer(folder: Path, seed: int = 0) -> Path:
@@ -106,7 +108,7 @@ def nar(*arguments: object, processes: int = 1, code: int = 0) -> str:
 
 def _main(arguments: list[str], environment: dict[str, str], output: Path | None) -> None:
     os.environ.update(environment)
-    with Path(output or os.devnull).open("w") as file:
+    with Path(output or os.devnull).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["nar", *arguments]

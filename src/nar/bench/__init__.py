@@ -360,7 +360,7 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it uses now
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the process's peak to what it uses now
 
 
 def _peak(device: torch.device) -> int | None:

@@ -15,6 +15,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -27,6 +28,7 @@ from nar.storage.text import read_text
 _REPLACED = "replaced"
 _SYSTEM = (("/", "dev"), ("/", "proc"))
 _FULL = 2**20  # bytes free, below which a failed write is the disk's fault
+_PATIENCE = 2.0  # seconds for which Windows may refuse to move what a virus scanner or a reader has open
 
 
 def atomically(path: Path, write: Callable[[Path], Any], *, replace_folder: bool = False) -> None:
@@ -48,10 +50,10 @@ def atomically(path: Path, write: Callable[[Path], Any], *, replace_folder: bool
             _refuse_folder(path)
         elif path.is_dir() and replace_folder:
             (staged.parent / _REPLACED).mkdir()  # from where it is restored if the new one never comes
-            path.replace(staged.parent / _REPLACED / path.name)
+            _move(path, staged.parent / _REPLACED / path.name)
         elif path.is_dir():
             path.rmdir()
-        staged.replace(path)
+        _move(staged, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,6 +173,19 @@ def _staged(path: Path) -> Iterator[Path]:
         if staging is not None:
             _restore(staging, path.parent)
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, replacing what is there; on Windows again and again for as long as something holds a file open."""
+    end = time.monotonic() + (_PATIENCE if sys.platform == "win32" else 0)
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
 
 
 def _opened(path: Path) -> BufferedReader:

@@ -6,6 +6,7 @@ Knows files and names of tensors; does not know what kind of model they belong t
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -210,10 +211,14 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Read `model.safetensors` of a model folder; raises ValueError if it is truncated or of another format."""
-    weights = Weights(folder)
+    """Read `model.safetensors` of a model folder; raises ValueError if it is truncated or of another format.
+
+    Tensors are mapped from the file, but on Windows, where a mapped file can't be replaced.
+    """
+    weights, copied = Weights(folder), sys.platform == "win32"
     with weights.opened() as file:
-        return {name: weights.checked(name, file.get_tensor(name)) for name in weights.shapes}
+        read = {name: weights.checked(name, file.get_tensor(name)) for name in weights.shapes}
+        return {name: tensor.clone() for name, tensor in read.items()} if copied else read
 
 
 def model_digest(folder: str | Path) -> str:
