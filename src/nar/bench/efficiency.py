@@ -217,14 +217,15 @@ def plot(comparison: Comparison, path: Path) -> None:
     """Plot figure 6: above what was measured over batch sizes, below what is arithmetic; log axes, error bars are the
     shortest and longest repetition, hollow marks the paper's own points."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")
     above, below = figure.subplots(2, 3)
     names = [facts.model for facts in comparison.arithmetic]
     batches = sorted({row.batch_size for row in comparison.rows})
     for number, facts in enumerate(comparison.arithmetic):
-        stated, colour = PAPER.get(facts.model), f"C{number}"
-        label = facts.model if stated is None else f"{facts.model} (FID {stated.fid})"
+        paper, colour = PAPER.get(facts.model), f"C{number}"
+        label = facts.model if paper is None else f"{facts.model} (FID {paper.fid})"
         own = sorted((row for row in comparison.rows if row.model == facts.model), key=lambda row: row.batch_size)
         sizes = [row.batch_size for row in own]
         seconds = [row.latency_seconds for row in own]
@@ -242,20 +243,22 @@ def plot(comparison: Comparison, path: Path) -> None:
         slow = [rate - row.batch_size / most for rate, row, most in zip(rates, own, longest, strict=True)]
         fast = [row.batch_size / least - rate for rate, row, least in zip(rates, own, shortest, strict=True)]
         above[2].errorbar(sizes, rates, yerr=(slow, fast), color=colour, marker="o", markersize=4, capsize=3)
-        if stated is not None:
+        if paper is not None:
             hollow: dict[str, Any] = {"color": colour, "marker": "*", "markersize": 11, "fillstyle": "none"}
-            if stated.batch_256_seconds is not None:
-                above[0].plot([256], [stated.batch_256_seconds], linestyle="", **hollow)
-            above[2].plot([256], [stated.images_per_second], linestyle="", **hollow)
+            if paper.batch_256_seconds is not None:
+                above[0].plot([256], [paper.batch_256_seconds], linestyle="", **hollow)
+            above[2].plot([256], [paper.images_per_second], linestyle="", **hollow)
     panels = (
         ("seconds for a batch", "measured; stars: the paper, A100, batch 256"),
         ("peak memory of the process, GB", "measured; dotted: weights and cache, arithmetic"),
         ("pictures per second", "measured; stars: the paper, A100, largest batch"),
     )
-    for axes, (quantity, title) in zip(above, panels, strict=True):
+    stated = [PAPER[name] for name in names if name in PAPER]
+    starred = any(each.batch_256_seconds is not None for each in stated), False, bool(stated)
+    for axes, (quantity, title), has_stars in zip(above, panels, starred, strict=True):
         axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel=quantity)
         axes.set_title(title, fontsize=9)
-        ticks = sorted({*batches, 256}) if axes is not above[1] else batches
+        ticks = sorted({*batches, *([256] if has_stars else [])})
         axes.set_xticks(ticks, labels=[str(size) for size in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -270,5 +273,13 @@ def plot(comparison: Comparison, path: Path) -> None:
         axes.set(yscale="log", ylabel=quantity, ylim=(min(values) / 3, max(values) * 2))
         axes.set_title("arithmetic", fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
+    for axes in (*above, *below):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
     above[0].legend(fontsize=8)
+    if comparison.rows:
+        row = comparison.rows[0]
+        setup = f"{row.dtype}, guidance {row.guidance_scale:g}, {row.device}, threads: {row.threads}"
+        figure.suptitle(setup, fontsize=10)
     figure.savefig(path, dpi=150)
