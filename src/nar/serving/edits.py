@@ -14,12 +14,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from nar.media.pictures import num_frames, opened, to_rgb, upright_rgb
 from nar.media.pixels import as_pixels
 from nar.pipeline import Pipeline
+from nar.pipeline.canvas import Box, Canvas
 from nar.pipeline.edit import codes_given
 from nar.pipeline.requests import Given
 from nar.serving.protocol import Refusal
@@ -42,17 +43,15 @@ CLIPS: dict[str, Callable[[bytes], bool]] = {
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """The `codes` that a model is given of a picture, its `given` pixels at the model's size, and `mask`, an 8-bit
-    picture that is 255 where pixels are new."""
+    """The `codes` that a model is given of a picture, and the `canvas` of its pixels at the model's size, on which what
+    is new is pasted."""
 
     codes: Given
-    given: Image.Image
-    mask: Image.Image
+    canvas: Canvas
 
-    def paste(self, made: Image.Image) -> Image.Image:
-        """The new pixels inside of the mask, with a soft edge of a pixel, over the given ones, which stay as sent."""
-        soft = ImageChops.darker(self.mask, self.mask.filter(ImageFilter.BoxBlur(1)))
-        return Image.composite(made, self.given, soft)
+    def paste(self, made: Image.Image, *, blend: bool = True) -> Image.Image:
+        """The new pixels inside of the mask, moved towards the given ones at its edge, which stay as sent."""
+        return Image.fromarray(self.canvas.pasted(as_pixels(np.array(made)[None])[0], blend=blend))
 
 
 def prepare(pipeline: Pipeline, image: bytes, mask: bytes | None) -> Edit:
@@ -87,7 +86,7 @@ def prepare(pipeline: Pipeline, image: bytes, mask: bytes | None) -> Edit:
     given = opaque.resize((width, height), Image.Resampling.LANCZOS) if opaque.size != (width, height) else opaque
     pixels, hidden = as_pixels(np.array(given)[None]), torch.from_numpy(new)[None]
     codes = codes_given(pipeline.tokenizer, pixels, hidden, pipeline.config.grid, holes=pipeline.continuation.has_holes)
-    return Edit(codes, given, Image.fromarray(np.where(new, 255, 0).astype(np.uint8)))
+    return Edit(codes, Canvas(np.array(given), new, Box(0, 0, width, height), pixels, hidden))
 
 
 def read_frames(pipeline: Pipeline, file: bytes) -> Tensor:

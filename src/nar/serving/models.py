@@ -222,7 +222,7 @@ class Served:
 
         def encode(codes: Tensor, undecided: bool) -> bytes:
             picture = self.picture(codes, undecided=undecided)
-            picture = picture if edit is None else edit.paste(picture)
+            picture = picture if edit is None else edit.paste(picture, blend=not undecided)
             return encoded(picture, asked.output_format, asked.output_compression)
 
         return Running(self, work, encode, fronts)
