@@ -14,6 +14,9 @@ from PIL import Image
 
 from conftest import make_model
 from nar import Pipeline, cli
+from nar.evaluation.edits import seam_steps
+from nar.evaluation.floors import Floors
+from nar.media.pixels import as_pixels
 from nar.pipeline.canvas import Box, Canvas, around, blended, masked, windows
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 from toy_models import causal, larp
@@ -337,15 +340,52 @@ def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout
         for index in range(4):
             Image.fromarray(picture()).save(real / name / f"{index}.png")
     model = folder if layout == "holes" else toy_folder
-    assert run("eval", "edit", model, "--real", real, "-n", 6, "--json", report, "--samples", tmp_path / "made") == 0
+    options = ["--train", real, "--seeds", 2] if layout == "holes" else ["--particles", 2]
+    common = ["--real", real, "-n", 4, "--json", report, "--samples", tmp_path / "made"]
+    assert run("eval", "edit", model, *common, *options) == 0
     found = json.loads(report.read_text())
-    assert found["settings"]["num_real"] == 6
+    assert found["extended: seam_ratio_glued"] > 0
+    if layout == "holes":
+        assert found["centre: psnr_nearest"] == 60  # they are training pictures
+        assert len(found["seeds"]["centre: psnr"]) == 2
+    assert found["settings"]["num_real"] == 4
     assert found["centre: psnr_mean"] > found["centre: psnr"]
     assert ("right: bits_gain" in found) == (layout == "holes")
     completed = np.load(tmp_path / "made" / "centre.npz")["arr_0"]
     true = np.load(tmp_path / "made" / "real.npz")["arr_0"]
     outside = ~box_mask((8, 8), (2, 2, 4, 4))
     assert (completed[:, outside] == true[:, outside]).all()
+
+
+def test_seams_of_glued_pictures_fail_where_true_ones_pass() -> None:
+    waves = np.sin(np.arange(64)[None, :, None] / 3 + RNG.uniform(0, 6, (24, 1, 1)) + np.arange(16)[None, None] / 5)
+    pixels = torch.from_numpy(waves).float().transpose(1, 2)[:, None].expand(-1, 3, -1, -1)
+    mask = torch.zeros(24, 16, 64, dtype=torch.bool)
+    mask[:, :, 32:] = True
+    glued = torch.where(mask[:, None], pixels.roll(1, 0), pixels)
+    true, failing = (seam_steps(each, mask).mean(0) for each in (pixels, glued))
+    assert true[0] / true[1] == pytest.approx(1, abs=0.1)
+    assert failing[0] / failing[1] > 2
+    blank = seam_steps(torch.cat([glued, -torch.ones(24, 3, 16, 64)]), mask.repeat(2, 1, 1)).mean(0)
+    assert blank[0] / blank[1] == pytest.approx(failing[0] / failing[1])  # blank backgrounds are left out
+
+
+def test_floors_find_what_is_there() -> None:
+    """The nearest by what is visible is the picture itself, and a regression finds what depends on it linearly."""
+    basis = RNG.normal(size=(3, 8 * 8 * 3))
+    flat = 128 + 12 * RNG.normal(size=(300, 3)) @ basis
+    images, labels = flat.clip(0, 255).round().astype(np.uint8).reshape(300, 8, 8, 3), np.arange(300) % 2
+    floors, mask = Floors(images[:280], labels[:280]), torch.zeros(20, 8, 8, dtype=torch.bool)
+    mask[:, 2:6, 2:6] = True
+    pixels = as_pixels(images[280:])
+    made = floors.measured(pixels, mask, labels[280:])
+    assert made["psnr_regression"].mean() > made["psnr_nearest"].mean() + 5
+    hidden = pixels.masked_fill(mask[:, None], 0.3)  # has no part in it
+    again = floors.regression(hidden, mask, labels[280:])
+    assert torch.allclose(again, floors.regression(pixels, mask, labels[280:]))
+    assert (floors.nearest(hidden, mask) == floors.nearest(pixels, mask)).all()
+    own = floors.measured(as_pixels(images[:20]), mask, labels[:20])
+    assert (own["psnr_nearest"] == 60).all()
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

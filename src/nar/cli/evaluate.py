@@ -197,19 +197,28 @@ def edit(
     split: Split = "test",
     number: Annotated[int, Option("--number", "-n", min=4, help="Pictures, at most.")] = 400,
     guidance_scale: Annotated[float, Option(help="Strength of guidance, 1.0 is off.")] = 1.0,
+    temperature: Annotated[float, Option(help="Divides the logits.")] = 1.0,
+    particles: Annotated[
+        int, Option(min=1, help="Of models not trained to edit: samples weighted by what is kept.")
+    ] = 1,
+    train: Annotated[str | None, Option(help="Training pictures, for floors: nearest ones and a regression.")] = None,
+    distances: Annotated[
+        bool, Option("--distances", help="KID and FD of completed pictures from the true ones.")
+    ] = False,
     samples: Annotated[
         str | None, Option(help="A folder for the completed pictures, a .npz a mask, and the true ones.")
     ] = None,
     seed: Seed = 0,
+    seeds: Annotated[int, Option(min=1, help="Seeds of sampling, from --seed on, of the same pictures and masks.")] = 1,
     device: shared.Device = None,
     dtype: Dtype = "float32",
     json_file: Json = None,
 ) -> None:
     """How well a model fills five holes in held-out pictures: PSNR, its diversity, seams, bits per token."""
-    from nar.evaluation.edits import ROWS, judge_edits
+    from nar.evaluation.edits import EXTENDED, ROWS, judge_edits
     from nar.media.masks import FIXED
 
-    rows = {f"{mask}: {key}": f"{mask}: {said}" for mask in FIXED for key, said in ROWS.items()}
+    rows = {f"{mask}: {key}": f"{mask}: {said}" for mask in (*FIXED, EXTENDED) for key, said in ROWS.items()}
     _report(lambda: judge_edits(**_options(context)), json_file, "value", rows)
 
 
