@@ -75,6 +75,19 @@ ALLOWED = {
     },
     "serving": {"pipeline", "sampling", "model", "attention", "condition", "media", "storage"},
     "bench": {"pipeline", "sampling", "model", "condition", "order", "precision", "tokenizer", "media", "storage"},
+    "study": {
+        "progress",
+        "storage",
+        "training",
+        "evaluation",
+        "bench",
+        "pipeline",
+        "metrics",
+        "data",
+        "sampling",
+        "model",
+        "tokenizer",
+    },
     "cli": None,
 }
 
