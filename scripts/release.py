@@ -1,4 +1,4 @@
-"""Build wheel and sdist, and use each in an environment without the checkout: `make release`.
+"""Build wheel and sdist, check them, and use each in an environment without the checkout: `make release`.
 
 From each a first picture, then with its extras a server that answers and `nar train toy`. Needs a package index, and
 takes as long as installing PyTorch twice.
@@ -48,9 +48,10 @@ def check_version() -> str:
 
 def build(folder: Path, python: Path) -> list[Path]:
     """The wheel and the sdist, no larger than they may be."""
-    run(python, "-m", "pip", "install", "--quiet", "build", "twine", "cffconvert")
+    run(python, "-m", "pip", "install", "--quiet", "build", "twine", "cffconvert", "zizmor")
+    run(_command(python, "zizmor"), "--offline", "--no-progress", ROOT / ".github/workflows")
     run(python, "-m", "build", "--outdir", folder)
-    run(python, "-m", "cffconvert", "--validate", "-i", ROOT / "CITATION.cff")
+    run(_command(python, "cffconvert"), "--validate", "-i", ROOT / "CITATION.cff")
     built = sorted(folder.glob("nar_gen-*"))
     print(run(python, "-m", "twine", "check", "--strict", *built).strip())
     for path in built:
@@ -67,6 +68,10 @@ def environment(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def _command(python: Path, name: str) -> Path:
+    return python.with_name(f"{name}.exe" if sys.platform == "win32" else name)
+
+
 def use(artifact: Path, work: Path, *, train: bool) -> None:
     """Install an artifact, and do in an empty folder what the README begins with."""
     began = time.monotonic()
@@ -74,7 +79,7 @@ def use(artifact: Path, work: Path, *, train: bool) -> None:
     limits = ("--constraint", ROOT / "constraints.txt")
     run(python, "-m", "pip", "install", "--quiet", *limits, "torch", cwd=work)
     run(python, "-m", "pip", "install", "--quiet", *limits, artifact, cwd=work)
-    nar = python.with_name("nar.exe" if sys.platform == "win32" else "nar")
+    nar = _command(python, "nar")
     run(nar, "sample", "fashion", "--class-label", "sneaker", "-n", "1", "-o", "first.png", "--seed", "1", cwd=work)
     place = run(python, "-c", "import nar; print(nar.__file__)", cwd=work).strip()
     if ROOT in Path(place).parents and "site-packages" not in place:
