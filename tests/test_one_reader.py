@@ -612,6 +612,45 @@ def test_tars_say_what_they_leave_out(tmp_path: Path) -> None:
     assert found.captions == ["words"]
 
 
+def test_words_that_are_missing_or_there_twice_are_said(tmp_path: Path) -> None:
+    plain(tmp_path, range(3))
+    for name in ("000.txt", "000.caption", "002.txt"):
+        (tmp_path / name).write_text("" if name == "002.txt" else name)
+    with pytest.warns(UserWarning, match="have no caption") as said:
+        assert open_source(tmp_path).captions == ["000.txt", "", ""]
+    assert [str(one.message) for one in said] == [
+        "1 file is left out: 1 .caption beside a .txt (000.caption)",
+        "2 of 3 pictures have no caption (001.png, 002.png)",
+    ]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "001.png", "text": "one"}\n')
+    (tmp_path / "metadata.csv").write_text("file_name,text\n001.png,two\n")
+    with pytest.warns(UserWarning, match=r"1 \.csv \(metadata\.csv\)"):
+        assert open_source(tmp_path).captions == ["one"]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text,Text ,text\n001.png,one,two,three\n")
+    with pytest.raises(ValueError, match=r"has the column 'text' twice in its header; leave one out"):
+        open_source(tmp_path)
+
+
+def test_a_name_that_comes_again_in_a_tar_is_said(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for seed in (0, 1):
+            member = tarfile.TarInfo("a.png")
+            member.size = len(encoded(seed))
+            tar.addfile(member, io.BytesIO(encoded(seed)))
+    with pytest.warns(UserWarning, match=r"1 file is left out: 1 of a name that comes again \(a\.tar:a\.png\)"):
+        found = open_source(tmp_path / "a.tar")
+    np.testing.assert_array_equal(np.asarray(found.picture(0)), picture(1))
+
+
+@pytest.mark.parametrize("name", ["#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir"])
+def test_folders_of_systems_are_no_classes(tmp_path: Path, name: str) -> None:
+    for folder in ("cats", "dogs", name):
+        plain(tmp_path / folder, range(2))
+    found = open_source(tmp_path)
+    assert (found.class_names, len(found)) == (("cats", "dogs"), 4)
+
+
 def test_every_listed_ending_can_be_read(tmp_path: Path) -> None:
     """By the Pillow and the PyAV that are installed, of which `make test-lowest` has the lowest."""
     for ending in sorted(pictures.ENDINGS):

@@ -42,7 +42,10 @@ SPLITS = {
 WORDS = (".json", ".caption", ".txt", ".cls")  # files beside a picture; of two that hold a caption the later counts
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 # What systems and archivers leave in folders; names that begin with a dot are hidden too.
-_HIDDEN = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
+_HIDDEN = frozenset(
+    {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+    | {"lost+found"}
+)
 _LOOKED_AT = 4  # files that are opened to see whether a folder of pictures holds animations
 
 
@@ -146,7 +149,8 @@ def _open_folder(folder: Path, wanted: Wanted) -> Source:
             return _with_left_out(open_files(tables, wanted), _by_ending(folder, files, {*tables}))
     if listing := {file for file in top if file.name in METADATA}:
         shown = [file for file in files if file.suffix.lower() in wanted.endings]
-        return _with_left_out(open_listed(folder, shown, wanted), _by_ending(folder, files, listing | {*shown}))
+        read = next(folder / name for name in METADATA if folder / name in listing)
+        return _with_left_out(open_listed(folder, shown, wanted), _by_ending(folder, files, {read, *shown}))
     return _open_classes(folder, [file for file in files if file.name != SAMPLES], wanted)
 
 
@@ -256,6 +260,8 @@ def pair(samples: Sequence[str], others: Sequence[str]) -> tuple[dict[str, dict[
             beside[owner][end] = name
         if not owners:
             left_out[f"{end} without a picture" if end in WORDS else end or "without an ending"].append(name)
+    passed = {texts[".caption"] for texts in beside.values() if ".txt" in texts and ".caption" in texts}
+    left_out |= {".caption beside a .txt": sorted(passed)} if passed else {}
     return dict(beside), dict(left_out)
 
 
@@ -306,10 +312,10 @@ def _open_tars(paths: Sequence[Path], wanted: Wanted) -> Source:
     names, places, records = list[str](), list[tuple[Path, int, int]](), list[dict[str, Any]]()
     left_out = defaultdict[str, list[str]](list)
     for path in paths:
-        found, links = _members(path)
+        found, others = _members(path)
         shown = [name for name in found if _ending(name) in wanted.endings]
-        beside, others = pair(shown, [name for name in found if _ending(name) not in wanted.endings])
-        for what, which in {**others, "that is a link or a device": links}.items():
+        beside, unread = pair(shown, [name for name in found if _ending(name) not in wanted.endings])
+        for what, which in {**unread, **others}.items():
             left_out[what] += [f"{path.name}:{name}" for name in which]
 
         def read(name: str, found: dict[str, tuple[Path, int, int]] = found) -> bytes:
@@ -327,18 +333,20 @@ def _open_tars(paths: Sequence[Path], wanted: Wanted) -> Source:
     return _with_left_out(as_clips(made) if wanted.clips else made, left_out)
 
 
-def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], list[str]]:
-    """Where the files of a tar lie, by name, and what else is in it."""
-    found, links = dict[str, tuple[Path, int, int]](), list[str]()
+def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], dict[str, list[str]]]:
+    """Where the files of a tar lie, by name, and what else is in it; of one name the last counts, as it is unpacked."""
+    found, others = dict[str, tuple[Path, int, int]](), defaultdict[str, list[str]](list)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
                     continue
                 if member.isfile():
+                    if member.name in found:
+                        others["of a name that comes again"].append(member.name)
                     found[member.name] = (path, member.offset_data, member.size)
                 elif not member.isdir():
-                    links.append(member.name)
+                    others["that is a link or a device"].append(member.name)
             end = _part_of(path, tar.offset, 4 * tarfile.RECORDSIZE).getvalue()
             if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise ValueError(f"it is damaged or cut off, or another tar follows, at byte {tar.offset:,}")
@@ -347,7 +355,7 @@ def _members(path: Path) -> tuple[dict[str, tuple[Path, int, int]], list[str]]:
         if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):
             raise ValueError(f"shard {path} is compressed, and pictures are read where they lie; unpack it") from error
         raise ValueError(f"shard {path} can't be read ({error}); copy it again") from error
-    return found, links
+    return found, others
 
 
 def _part_of(path: Path, offset: int, length: int) -> io.BytesIO:

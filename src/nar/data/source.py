@@ -223,9 +223,11 @@ class Source:
         return listed(self.left_out)
 
     def warn_left_out(self) -> None:
-        """Warn of what was left out, if anything was."""
+        """Warn of what was left out, if anything was, and of samples without words where there are words."""
         if text := self.left_out_text():
             warnings.warn(text, stacklevel=4)
+        if blank := [name for name, text in zip(self.names, self.captions or (), strict=False) if not text]:
+            warnings.warn(f"{len(blank)} of {len(self)} {self.noun}s have no caption ({some(blank)})", stacklevel=4)
 
     def too_many(self, broken: int) -> bool:
         """Whether so many broken samples end the work at once."""

@@ -60,13 +60,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Read the rows of a csv file by the names in its header; cells that say nothing are left out.
 
     Raises:
-        ValueError: it is no csv file, or a row has more cells than the header; named.
+        ValueError: it is no csv file, its header has a name twice, or a row more cells than the header; named.
     """
     csv.field_size_limit(_LONGEST_CELL)
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True))
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+        rows, header = list(reader), [composed(name) for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise ValueError(f"{path} is no csv file ({error})") from error
+    if twice := next((name for name in header if name and header.count(name) > 1), ""):
+        raise ValueError(f"{path} has the column {twice!r} twice in its header; leave one out")
     if wrong := next((number for number, row in enumerate(rows, 1) if None in row), 0):
         raise ValueError(f"{path}: row {wrong} has more cells than the header; put quotes around text with commas")
     return [{composed(key): value for key, value in row.items() if value} for row in rows]
