@@ -392,7 +392,7 @@ def run_line(
     from nar.serving import server
 
     here = here or Path.cwd()
-    if "serve" in words:
+    if words[0] == "serve":
         begun = server.Server.startup
 
         async def startup(own: Any, *given: Any, **more: Any) -> None:

@@ -49,6 +49,11 @@ FOUND = [
     ("train toy run={out} tokenizer_recipe=toy", "tokenizer_recipe toy trains a model; give the recipe of a tokenizer"),
     ("train toy run={out} tokenizer_path={model}/tokenizer init=x", "no model 'x'"),
     ("train toy-tokenizer run={out} epochs=1e308", "epochs must be at least 0 and at most 1000000, not 1e+308"),
+    ("extract {model} --data toy --size 8 --text-encoder minilm -o {out}", "toy has no captions for --text-encoder"),
+    (
+        "train toy run={out} tokenizer_path={model}/tokenizer text_encoder.source=minilm",
+        "toy has no captions for text_encoder.source",
+    ),
     ("eval composed {nested}", "metadata.jsonl is not valid JSON (nested too deeply)"),
 ]
 

@@ -345,7 +345,7 @@ def test_a_model_of_captions_goes_on_at_a_larger_grid(trained: Path, tmp_path: P
 
 def test_captions_are_needed(tmp_path: Path) -> None:
     path = words_recipe(tmp_path)
-    with pytest.raises(ValueError, match="have no captions"):
+    with pytest.raises(ValueError, match=r"toy has no captions for text_encoder\.source; leave it out"):
         run_recipe(str(path), [f"run={tmp_path / 'run'}", "data.source=toy", "data.group=", "data.heldout_pairs=0"])
     with pytest.raises(ValueError, match=r"captions need text_encoder\.source"):
         run_recipe(str(path), [f"run={tmp_path / 'run'}", "text_encoder.source=", "model.text_dim=16"])

@@ -117,6 +117,8 @@ def extract(
         if text_encoder:  # before the work
             encoder = TextEncoder(TextEncoderConfig(text_encoder, max_length, clean), device=workers.device)
             encoder.encode([""])  # its weights too
+            if source.captions is None:
+                raise ValueError(f"{data} has no captions for --text-encoder; leave it out, or give a source with some")
         wanted = [(source, output)]
         for given in given_frames or ():
             if not isinstance(source, ClipSource):

@@ -431,7 +431,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         error = refusal_of(error.errors(), Pictures.model_fields)
     elif isinstance(error, HTTPException):
         headers = dict(error.headers or {})
-        said = {404: f"no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+        path = request.url.path[:80]
+        said = {404: f"no {path}", 405: f"{request.method} is not for {path}"}
         detail = said.get(error.status_code, str(error.detail))
         error = Refusal(400 if error.status_code == 422 else error.status_code, detail)
     elif not isinstance(error, Refusal):  # its traceback goes into the log, by the server

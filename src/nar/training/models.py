@@ -76,6 +76,10 @@ class ModelTask(Task):
         words = recipe.text_encoder
         if words.source and not any(found(words, folder) for folder in _feature_folders(recipe)):
             TextEncoder(words, device="cpu")  # says what is wrong with it before codes are made
+            if any(source.captions is None for source in sources):
+                raise ValueError(
+                    f"{recipe.data.source} has no captions for text_encoder.source; leave it out, or add some"
+                )
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
