@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,21 @@ def test_revisions_of_the_hub(folder: Path, toy_folder: Path, tmp_path: Path, mo
         newest = load("me/toy", trust_remote_code=True, cache_dir=str(tmp_path / "cache"))
         assert str(newest.nar.folder).endswith(commit_of("main"))
         assert f"me/toy/resolve/{commit_of('main')}/tokenizer/model.safetensors" in asked
+        found = huggingface_hub.snapshot_download("me/toy", revision="v1")
+    use(monkeypatch, address, tmp_path / "cache", offline=True)
+    assert huggingface_hub.snapshot_download("me/toy", revision="v1") == found
+    assert load(found, trust_remote_code=True).nar.folder == Path(found)
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of docs/howto/integrations.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/howto/integrations.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "integrations.md", "exec"), names)
+    ours = Pipeline.from_pretrained("fashion", device="cpu")
+    assert names["image"].tobytes() == ours("sneaker", seed=drawn(0)).images[0].tobytes()
 
 
 def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,3 +281,13 @@ def test_pairs_are_held_out_of_every_style() -> None:
     assert out.sum() == 20
     assert len({group for group, is_out in zip(groups, out, strict=True) if is_out}) == 20
     assert 4 < sum(is_out and style == "flat" for style, is_out in zip(styles, out, strict=True)) < 16
+
+
+def test_the_folder_of_a_run_is_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nar train toy run=toy`: the run has locked a folder of this name before it reads the data of this name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        open_source("toy")
+    (tmp_path / "toy/run.lock").touch()
+    assert len(open_source("toy").class_names) == 4
