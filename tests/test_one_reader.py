@@ -643,6 +643,16 @@ def test_a_name_that_comes_again_in_a_tar_is_said(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(found.picture(0)), picture(1))
 
 
+def test_a_link_to_a_class_is_said_and_takes_nothing_from_it(tmp_path: Path) -> None:
+    for name in ("m", "n"):
+        plain(tmp_path / name, range(2))
+    for name in ("a", "z"):
+        (tmp_path / name).symlink_to("m")
+    with pytest.warns(UserWarning, match=r"2 that is a link to a folder that is read \(a, z\)"):
+        found = open_source(tmp_path)
+    assert (found.class_names, len(found)) == (("m", "n"), 4)
+
+
 @pytest.mark.parametrize("name", ["#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir"])
 def test_folders_of_systems_are_no_classes(tmp_path: Path, name: str) -> None:
     for folder in ("cats", "dogs", name):

@@ -60,7 +60,10 @@ def walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        # Links last: a folder is read under its own name.
+        folders[:] = sorted(
+            (name for name in folders if not is_hidden(name)), key=lambda name: Path(parent, name).is_symlink()
+        )
         files += [Path(parent, name) for name in names if not is_hidden(name)]
     return sorted((file for file in files if file.is_file() or file.is_symlink()), key=pictures.natural)
 
@@ -167,7 +170,12 @@ def _open_classes(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source
         )
     flat = len(here) == len(samples)
     classes = {name: noun if flat else composed(name.partition("/")[0]) for name in samples}
-    folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    below = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    read = {os.path.realpath(path.parent) for path in files}
+    again = [path.name for path in below if path.is_symlink() and os.path.realpath(path) in read]
+    again = [name for name in sorted(again) if composed(name) not in classes.values()]
+    folders = [path.name for path in below if path.name not in again]
+    left_out |= {"that is a link to a folder that is read": again} if again else {}
     empty = [] if flat and samples else [name for name in sorted(folders) if composed(name) not in classes.values()]
     if empty or not samples:
         _refuse_empty(folder / empty[0] if empty else folder, left_out, wanted)
