@@ -106,6 +106,23 @@ def test_threads_that_wait_for_each_other_are_left_out(monkeypatch: pytest.Monke
         assert choice.thread_seconds == pytest.approx({slow: 0.02, wanted: 0.001})
 
 
+def test_threads_are_those_of_the_format_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are the best for float32, one for what is taken."""
+    monkeypatch.setattr(formats, "perf_counter", Clock())
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+    def load(name: str) -> Transformer:
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {name} has no kernels here")
+        model, best = make_model("nar"), 2 if name == "float32" else 1
+        slow = 9 if name == "float32" else 2
+        model.output.register_forward_hook(lambda *_: _wait(slow - (torch.get_num_threads() == best)))
+        return model
+
+    _, choice = choose_of(load, "either", CPU)
+    assert (choice.dtype, choice.threads, torch.get_num_threads()) == ("bfloat16", 1, 1)
+
+
 def test_a_damaged_memory_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "perf_counter", Clock())
     load, _ = slowed({"float32": 2, "bfloat16": 1}, {})

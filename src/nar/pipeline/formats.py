@@ -139,7 +139,8 @@ def _measured(
             costs[name] = float((exact.exp() * (exact - other)).sum(-1).mean() / entropy)
             if costs[name] <= LARGEST_COST:
                 best, chosen = model, name
-    return best, Choice(chosen, torch.get_num_threads(), seconds, costs, _best_threads(best))
+    threads = _best_threads(best)
+    return best, Choice(chosen, torch.get_num_threads(), seconds, costs, threads)
 
 
 def _best_threads(model: Transformer) -> dict[int, float]:
