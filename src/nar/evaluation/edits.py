@@ -47,9 +47,9 @@ ROWS = {
     "psnr_mean": f"PSNR of the mean of {NUM_SAMPLES} samples (dB)",
     "distance": "PSNR of one sample against another (dB): higher is less diverse",
     "seam": "step across the mask's edge in excess of the true picture's (0..255), before blending",
-    "seam_ratio": "step across the mask's edge, of ordinary ones within 4 pixels, as it comes back",
+    "seam_ratio": "steps at the mask's edge and 3 pixels inside, as it comes back, of ordinary ones next to them",
     "seam_ratio_true": "the same of the true pictures",
-    "seam_ratio_glued": "the same of others' pixels glued in",
+    "seam_ratio_glued": "the same of another picture's pixels, blended in",
     "psnr_blank": "PSNR of the blank itself (dB)",
     "psnr_reconstructed": "PSNR of the true picture's reconstruction (dB)",
     "bits_plain": "bits per token of all codes, nothing given",
@@ -64,10 +64,10 @@ ROWS = {
     "KID-EffLite0 reconstructed": "KID where the hole holds the true picture's reconstruction",
     "FD-EffLite0 reconstructed": "Frechet distance where the hole holds the true picture's reconstruction",
 }
-EXTENDED = "extended"  # pictures continued to twice their width, both sides
+EXTENDED = "extended"  # the middle half of pictures, continued to twice the model's width
 _BATCH = 100
 _MOST_EXTENDED = 100  # pictures, each in passes of its own
-_NEAR = 4  # pixels from a seam: steps there are the ordinary ones
+_BLENDED, _NEAR = 3, 4  # pixels: inside of a mask's edge, where results are blended, and then of ordinary steps
 
 
 def judge_edits(
@@ -190,12 +190,12 @@ class _Edits:
             "psnr": np.mean([psnr_inside(own, pixels, inside) for own in made.unbind(1)], 0),
             "psnr_mean": psnr_inside(made.mean(1), pixels, inside),
             "distance": psnr_inside(made[:, 0], made[:, 1], inside),
-            "seam": seam_steps(torch.where(inside, made[:, 0], pixels), mask)[:, 0] - seam_steps(pixels, mask)[:, 0],
+            "seam": _edge_step(torch.where(inside, made[:, 0], pixels), mask) - _edge_step(pixels, mask),
             "psnr_blank": psnr_inside(blanked(pixels, mask), pixels, inside),
             "psnr_reconstructed": psnr_inside(self.reconstructed, pixels, inside),
             "seam_ratio": seam_steps(completed, mask),
             "seam_ratio_true": seam_steps(pixels, mask),
-            "seam_ratio_glued": seam_steps(torch.where(inside, pixels.roll(1, 0), pixels), mask),
+            "seam_ratio_glued": seam_steps(_glued(pixels, mask), mask),
         }
         return found, completed
 
@@ -221,22 +221,22 @@ class _Edits:
         return found
 
     def extended(self, seed: int) -> dict[str, np.ndarray]:
-        """Steps across the seams of pictures that are continued to twice their width, a half of it on each side."""
+        """Steps at the edges of the middle half of pictures that is continued to twice the model's width."""
         pipe, number = self.pipe, min(len(self.asked), _MOST_EXTENDED)
         options = {**dataclasses.asdict(self.sampling), "output_type": "pt", "seed": [seed]}
         if not pipe.continuation.has_holes:
             options["particles"] = self.particles
-        height, width = pipe.pixel_shape
-        made = []
-        for picture, one in zip(as_images(self.pixels[:number]), self.asked, strict=False):
+        pixels, (height, width) = self.pixels[:number], pipe.pixel_shape
+        middle, mask = slice(width // 4, width - width // 4), torch.ones(number, height, width, dtype=torch.bool)
+        mask[:, :, middle], made = False, list[Tensor]()
+        for picture, one in zip(as_images(pixels[..., middle]), self.asked, strict=False):
             options["class_labels"] = one.label if one.label >= 0 else None
             options["prompt"] = one.prompt or None
-            made.append(pipe.extend(picture, (height, 2 * width), **options).images[0])
-        mask = torch.ones(number, height, 2 * width, dtype=torch.bool)
-        mask[:, :, width // 2 : width // 2 + width] = False
-        left, right = (self.pixels[:number].roll(turn, 0) for turn in (1, 2))
-        glued = torch.cat([left[..., width - width // 2 :], self.pixels[:number], right[..., : width - width // 2]], -1)
-        return {"seam_ratio": seam_steps(torch.stack(made), mask), "seam_ratio_glued": seam_steps(glued, mask)}
+            wide = pipe.extend(picture, (height, 2 * width), **options).images[0]
+            made.append(wide[..., width // 2 : width // 2 + width])  # around what is given, where it is in the picture
+        ratios = torch.stack(made), pixels, _glued(pixels, mask)
+        names = "seam_ratio", "seam_ratio_true", "seam_ratio_glued"
+        return {name: seam_steps(each, mask) for name, each in zip(names, ratios, strict=True)}
 
     def _filling(self, mask: Tensor) -> list[Request]:
         """What is asked for under masks (M, H, W): the codes of blanked pictures are given."""
@@ -272,21 +272,45 @@ class _Edits:
         return torch.cat(parts)
 
 
-def seam_steps(pixels: Tensor, mask: Tensor) -> np.ndarray:
-    """Mean differences (M, 2), of 0..255, of neighbours in pixels (M, 3, H, W): of those of which one lies in the mask
-    (M, H, W), and of the others within 4 pixels of them.
+def _glued(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pixels (M, 3, H, W) with those of the next picture in the mask (M, H, W), blended as results are."""
+    return torch.where(mask[:, None], blended(pixels.roll(1, 0), pixels, mask), pixels)
 
-    A ratio of sums of both leaves blank backgrounds out: they add nothing to either.
+
+def seam_steps(pixels: Tensor, mask: Tensor) -> np.ndarray:
+    """Mean differences (M, 2), of 0..255, of neighbours in pixels (M, 3, H, W): at the edge of the mask (M, H, W) and
+    up to 3 pixels inside of it, where results are blended, and of the ordinary ones 4 pixels beyond on both sides.
+
+    A ratio of means of both leaves blank backgrounds out: they add nothing to either. With the edge alone two pictures
+    pass that are glued and blended.
     """
     total, count = torch.zeros(len(pixels), 2), torch.zeros(len(pixels), 2)
     for axis in (1, 2):
-        size = mask.shape[axis]
-        crossed = mask.narrow(axis, 0, size - 1) != mask.narrow(axis, 1, size - 1)
-        window = [1, 1]
-        window[axis - 1] = 2 * _NEAR + 1
-        near = F.max_pool2d(crossed[:, None].float(), window, 1, [side // 2 for side in window])[:, 0].bool() & ~crossed
-        difference = pixels.narrow(axis + 1, 0, size - 1) - pixels.narrow(axis + 1, 1, size - 1)
-        for column, where in enumerate((crossed, near)):
-            total[:, column] += (difference.abs().mean(1) * where).sum((1, 2)) * 127.5
+        first, second = (mask.narrow(axis, start, mask.shape[axis] - 1) for start in (0, 1))
+        crossed = first != second
+        band = crossed | (_along(crossed, axis, _BLENDED) & first & second)
+        near = _along(crossed, axis, _BLENDED + _NEAR) & ~band
+        left, right = (pixels.narrow(axis + 1, start, mask.shape[axis] - 1) for start in (0, 1))
+        for column, where in enumerate((band, near)):
+            total[:, column] += ((left - right).abs().mean(1) * where).sum((1, 2)) * 127.5
             count[:, column] += where.sum((1, 2))
     return (total / count).double().numpy()
+
+
+def _edge_step(pixels: Tensor, mask: Tensor) -> np.ndarray:
+    """Mean difference (M,), of 0..255, of neighbours of which one lies in the mask (M, H, W)."""
+    total, count = torch.zeros(len(pixels)), torch.zeros(len(pixels))
+    for axis in (1, 2):
+        size = mask.shape[axis]
+        crossed = mask.narrow(axis, 0, size - 1) != mask.narrow(axis, 1, size - 1)
+        difference = pixels.narrow(axis + 1, 0, size - 1) - pixels.narrow(axis + 1, 1, size - 1)
+        total += (difference.abs().mean(1) * crossed).sum((1, 2)) * 127.5
+        count += crossed.sum((1, 2))
+    return (total / count).double().numpy()
+
+
+def _along(pairs: Tensor, axis: int, distance: int) -> Tensor:
+    """Pairs (M, h, w) of which one marked lies no farther along an axis."""
+    window = [1, 1]
+    window[axis - 1] = 2 * distance + 1
+    return F.max_pool2d(pairs[:, None].float(), window, 1, [side // 2 for side in window])[:, 0].bool()

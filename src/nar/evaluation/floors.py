@@ -17,6 +17,9 @@ from nar.media.pixels import as_pixels
 
 NEAREST = 8
 COMPONENTS = 256  # principal ones, in which the regression is solved
+# What is beside the components is alike in neighbours and in colours, and counts as so many times fewer pixels: in the
+# centre of Fashion-MNIST 14.7 dB with 1, 16.0 with 3, 16.4 with 10; with the whole covariance of grey 16.5.
+_ALIKE = 10
 _FITTED = 10_000  # training pictures that the components are found in
 _ROWS = 5_000  # at once
 
@@ -37,8 +40,8 @@ class Floors:
             torch.manual_seed(0)
             _, scale, self._basis = torch.svd_lowrank(rows, rank)  # (rank,), (D, rank)
         self._variance = (scale**2 / len(rows)).clamp_min(1e-6)
-        rest = rows.square().mean() - self._variance.sum() / rows.shape[1]
-        self._noise = float(rest.clamp_min(1e-4))
+        rest = rows.square().mean(0) - (self._basis.square() * self._variance).sum(1)
+        self._noise = _ALIKE * rest.clamp_min(1e-3)  # (D,)
 
     @classmethod
     def of(cls, source: str, *, size: int, label: str, class_names: Sequence[str]) -> Floors:
@@ -73,8 +76,8 @@ class Floors:
         for row, (own, mean) in enumerate(zip(pixels.flatten(1), means, strict=True)):
             seen = (~mask[row]).expand(3, *mask.shape[1:]).flatten()
             basis = self._basis[seen]
-            precision = basis.T @ basis / self._noise + torch.diag(1 / self._variance)
-            state = torch.linalg.solve(precision, basis.T @ (own - mean)[seen] / self._noise)
+            weighted = basis.T / self._noise[seen]
+            state = torch.linalg.solve(weighted @ basis + torch.diag(1 / self._variance), weighted @ (own - mean)[seen])
             made[row] = (mean + self._basis @ state).clamp(-1, 1).view_as(made[row])
         return made
 

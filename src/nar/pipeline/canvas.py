@@ -185,20 +185,31 @@ def around(mask: np.ndarray, size: tuple[int, int]) -> Box:
     return Box(left, top, wide, tall)
 
 
-def blended(made: Tensor, pixels: Tensor, hidden: Tensor, *, width: int = 2) -> Tensor:
-    """What is made (B, 3, [T,] h, w), in `hidden` (B, [T,] h, w) moved by its difference from the visible `pixels`
-    nearby in its frame."""
+def blended(made: Tensor, pixels: Tensor, hidden: Tensor, *, width: int = 3) -> Tensor:
+    """What is made (B, 3, [T,] h, w), in `hidden` (B, [T,] h, w) moved by its difference from the visible `pixels` at
+    the edge, in its frame.
+
+    The difference goes over to the next hidden pixels whole, and fades over `width` of them. A mean over 5x5 pixels in
+    its place left the step across the right half's edge at 1.37 times ordinary ones, beside 0.80 (true pictures 0.90).
+    """
     shape = made.movedim(1, -3).shape
     made, pixels = (each.movedim(1, -3).flatten(0, -4) for each in (made, pixels.expand_as(made)))
-    visible = (~hidden).flatten(0, -3)[:, None].float()
+    known = (~hidden).flatten(0, -3)[:, None].float()
+    difference, moved = (pixels - made) * known, made
+    for ring in range(width):
+        share = _neighbours(known)
+        new = (share > 0) & (known == 0)
+        difference = torch.where(new, _neighbours(difference) / share.clamp_min(1.0), difference)
+        moved = torch.where(new, made + (1 - ring / width) * difference, moved)
+        known = known.masked_fill(new, 1.0)
+    return moved.clamp(-1, 1).view(shape).movedim(-3, 1)
 
-    def near(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, 2 * width + 1, 1, width)
 
-    share = near(visible)
-    difference = near((pixels - made) * visible) / share.clamp_min(1e-6)
-    moved = (made + difference * (2 * share).clamp(max=1.0)).clamp(-1, 1)
-    return moved.view(shape).movedim(-3, 1)
+def _neighbours(values: Tensor) -> Tensor:
+    """The sum of the four values beside each of (B, C, h, w)."""
+    padded = F.pad(values, (1, 1, 1, 1))
+    rows, columns = padded[..., 1:-1], padded[..., 1:-1, :]
+    return rows[..., 2:, :] + rows[..., :-2, :] + columns[..., 2:] + columns[..., :-2]
 
 
 def read(image: Picture) -> np.ndarray:
