@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHORT = " steps=2 tokenizer_recipe.steps=2 tokenizer.channels=8 model.num_layers=1 engine.device=cpu"
+SHORT += " optim.warmup_images=0 tokenizer_recipe.optim.warmup_images=0"
 
 
 def writer() -> Any:
