@@ -80,12 +80,12 @@ def judge_likelihood(
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     pipes = [Pipeline.from_pretrained(folder, device=usable_device(device), dtype=dtype) for folder in folders]
-    heldout = _held_out(pipes, trained_on(folders[0]), real, split, number, seed)
+    heldout = held_out(pipes, trained_on(folders[0]), real, split, number, seed)
     found: dict[str, np.ndarray] = {}
     warnings: list[str] = []
     for index, (pipe, folder) in enumerate(zip(pipes, folders, strict=True)):
         prefix = "against: " if index else ""
-        samples = _Samples(pipe, heldout, trained_on(folder).get("wording", "plain"))
+        samples = Samples(pipe, heldout, trained_on(folder).get("wording", "plain"))
         for count in pipe.continuation.counts:
             name = f"bits_per_token_given_{count}" if count else "bits_per_token"
             found[prefix + name] = samples.bits(count)
@@ -117,7 +117,7 @@ def judge_likelihood(
     }
 
 
-class _Samples:
+class Samples:
     """Held-out samples as one model is conditioned on them: by its classes, its text encoder, its context frames."""
 
     def __init__(self, pipe: Pipeline, heldout: HeldOut, wording: str) -> None:
@@ -142,13 +142,16 @@ class _Samples:
 
     def condition(self, rows: slice, count: int) -> tuple[Condition, Tensor | None]:
         """The condition of some samples, of clips with their first `count` frames, and what codes it decides."""
+        condition = self.pipe.condition(self.requests(rows, count))[0]
+        return condition, self.pipe.continuation.known(condition)
+
+    def requests(self, rows: slice, count: int) -> list[Request]:
+        """What some samples are conditioned on, of clips their first `count` frames too."""
         frames: Sequence[Tensor | None] = [None] * len(self.labels[rows])
         if count and self.heldout.frames is not None:
             frames = list(as_pixels(self.heldout.frames[rows, :count]).to(self.pipe.model.device))
         columns = zip(self.labels[rows].tolist(), self.prompts[rows], frames, strict=True)
-        asked = [Request(label, prompt, frames=clip) for label, prompt, clip in columns]
-        condition = self.pipe.condition(asked)[0]
-        return condition, self.pipe.continuation.known(condition)
+        return [Request(label, prompt, frames=clip) for label, prompt, clip in columns]
 
     def bits(self, count: int) -> np.ndarray:
         """Bits per token (M,) of what follows the first `count` frames."""
@@ -165,20 +168,26 @@ class _Samples:
         return independence_cost(self.pipe.model, self.heldout.codes, condition, known=known, seed=seed).numpy()
 
 
-def _held_out(
-    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str, split: str, number: int, seed: int
+def held_out(
+    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str | Source, split: str, number: int, seed: int
 ) -> HeldOut:
-    """Pictures, or the windows of clips that were trained on, as codes of the tokenizer; at random, not by class."""
+    """Pictures, or the windows of clips that were trained on, as codes of the tokenizer; at random, not by class.
+
+    `real` is a path, or what was opened already.
+    """
     pipe, windows = pipes[0], None
     if pipe.makes_clips:
         kept = {name: trained[name] for name in ("stride", "frame_rate") if name in trained}
         windows = Windows(pipe.pixel_shape[0], kind=trained.get("windows", "centre"), **kept)
     size = pipe.pixel_shape[-1]
-    opening = partial(open_source, real, size=size, split=split, whole=True, windows=windows)
-    try:  # of tables the column that the classes were learned from
-        source = opening(label=trained.get("label", "label"))
-    except ValueError:
-        source = opening()
+    if isinstance(real, Source):
+        source = real
+    else:
+        opening = partial(open_source, real, size=size, split=split, whole=True, windows=windows)
+        try:  # of tables the column that the classes were learned from
+            source = opening(label=trained.get("label", "label"))
+        except ValueError:
+            source = opening()
     source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good = [], [], []

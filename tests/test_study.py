@@ -1,0 +1,240 @@
+"""Studies: what a file says, which runs it means, what is kept, and the tables that are made of the logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from nar.model import ModelConfig
+from nar.storage.config import load
+from nar.storage.files import write_json
+from nar.storage.folder import find_model
+from nar.study.figures import write_figures
+from nar.study.judge import Judged, golden_section
+from nar.study.plan import STUDY, Prediction, Study, model_config, read_study, training_flops
+from nar.study.run import compare_models, run_study, write_log
+from nar.study.tables import FAILED, HELD, OPEN, markdown, read_result, write_tables
+from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
+from nar.training.recipe import Recipe
+from training_runs import recipe, start
+
+STUDIES = Path(__file__).parents[1] / "studies"
+ARMS = {"raster": {"settings": ["model.schedule=raster"]}, "nar": {"settings": ["model.schedule=manhattan"]}}
+JUDGING = {"number": 64, "num_sampled": 0, "independence": False, "batch_sizes": []}
+
+
+def tiny(folder: Path, **values: object) -> Path:
+    """A study of two arms and two seeds of four steps, as a YAML file."""
+    path = folder / "study.yaml"
+    plain = {"recipe": str(recipe(folder)), "arms": ARMS, "seeds": [0, 1], "judging": JUDGING, **values}
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def study_of(folder: Path, **values: object) -> Study:
+    return read_study(str(tiny(folder, **values)), [f"run={folder / 'out'}"])
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When the models and logs of a study were written."""
+    paths = [*folder.glob("runs/*/model/config.json"), *folder.glob("logs/*.json")]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
+
+
+def test_a_study_trains_judges_and_keeps(tmp_path: Path) -> None:
+    out = run_study(study_of(tmp_path, seeds=[1]))
+    assert out is not None
+    first = times(out)
+    assert sorted(path.name for path in (out / "logs").glob("*.json")) == ["nar-1.json", "raster-1.json"]
+    found = read_result(out)
+    assert found.arms["raster"]["steps"].mean == 16
+    assert found.arms["nar"]["steps"].mean == 7
+    assert np.load(out / "logs" / "nar-1.npz")["bits_per_token"].shape == (32,)
+    assert (out / "runs").resolve() in (run := next((out / "runs").iterdir())).resolve().parents
+    assert (run / "codes").resolve() == (out / "codes").resolve()
+
+    assert run_study(study_of(tmp_path, seeds=[1])) == out  # nothing is left to do
+    assert times(out) == first
+
+    arms = ARMS | {"nar": {"settings": ["model.schedule=manhattan", "model.dim=48"]}}
+    run_study(study_of(tmp_path, arms=arms, seeds=[1]))  # one arm anew, others are not
+    again = times(out)
+    kept = [name for name in first if "raster" in name]
+    assert [first[name] for name in kept] == [again[name] for name in kept]
+    assert len([name for name in again if "runs/nar-" in name]) == 2
+    assert read_result(out).arms["nar"]["num_parameters"] != found.arms["nar"]["num_parameters"]
+
+
+@pytest.mark.slow
+def test_learning_rates_are_chosen_by_arm_and_arms_share_models(tmp_path: Path) -> None:
+    arms = ARMS | {"horizontal": {"of": "nar", "heads": "horizontal"}}
+    sweep = {"optim.learning_rate": ["1e-9", "3e-3"]}
+    out = run_study(study_of(tmp_path, arms=arms, sweep=sweep, seeds=[3]))
+    assert out is not None
+    logs = {path.stem: json.loads(path.read_text()) for path in (out / "logs").glob("*.json")}
+    assert {log["chosen"][0] for log in logs.values()} == {"optim.learning_rate=3e-3"}
+    assert logs["horizontal-3"]["run"] == logs["nar-3"]["run"]
+    assert logs["horizontal-3"]["metrics"]["bits_per_token"] != logs["nar-3"]["metrics"]["bits_per_token"]
+    assert len(list((out / "runs").iterdir())) == 4
+
+
+def test_budgets_in_flops(tmp_path: Path) -> None:
+    arms = ARMS | {"longer": {"settings": ["model.schedule=raster"], "flops_of": "nar"}}
+    study = study_of(tmp_path, arms=arms, num_images=3200)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    costs = {arm: training_flops(model_config(study.recipe_of(arm), tokenizer)) for arm in ARMS}
+    longer = study.recipe_of("longer", tokenizer=tokenizer)
+    assert longer.num_images == pytest.approx(3200 * costs["nar"] / costs["raster"], abs=longer.batch_size)
+    assert longer.num_images % longer.batch_size == 0
+    fixed = study_of(tmp_path, training_flops=1e9)
+    assert fixed.recipe_of("nar", tokenizer=tokenizer).num_images == pytest.approx(1e9 / costs["nar"], abs=32)
+
+
+def test_training_flops_are_counted_as_stated() -> None:
+    """By hand: blocks, output, attention. NAR takes 1.25 times the multiplications of raster order at width 128."""
+    sizes = {"grid": (8, 8), "vocab_size": 1024, "dim": 128, "num_layers": 6, "num_heads": 4, "hidden_dim": 352}
+    raster = ModelConfig(**sizes, num_classes=10, schedule="raster")
+    block = 4 * 128 * 128 + 3 * 128 * 352
+    attention = 2 * 128 * sum(range(1, 65))
+    forward = 6 * (64 * block + attention) + 64 * 128 * 1024
+    assert training_flops(raster) == 6 * forward
+    ours = dataclasses.replace(raster, schedule="manhattan")
+    assert training_flops(ours) / training_flops(raster) == pytest.approx(1.25, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"arms": {}}, "a study needs a recipe, arms and seeds"),
+        ({"seeds": [1, 1]}, "two trainings with one seed are the same"),
+        ({"arms": {"a b": {}}}, "the name of an arm must be letters"),
+        ({"arms": {"a": {"setings": []}}}, "unknown key 'setings' in arm a .did you mean 'settings'"),
+        ({"arms": {"a": {"of": "b"}}}, "of must name another arm"),
+        ({"arms": {"a": {"settings": ["model.dimm=3"]}}}, "unknown key 'model.dimm'"),
+        ({"baseline": "rster"}, "did you mean 'raster'"),
+        ({"expect": ["nar is better"]}, "must be `METRIC of ARM < ARM`"),
+        ({"expect": ["FD of nar < rastr"]}, "did you mean 'raster'"),
+        ({"sweep": {"batch_size": "7"}}, "sweep: batch_size must have a list of values"),
+        ({"num_images": 5, "training_flops": 1e9}, "a budget is num_images or training_flops"),
+        ({"judging": {"guidance": [3, 1]}}, "must be two rising scales"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said(tmp_path: Path, values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        study_of(tmp_path, **values)
+
+
+def logged(folder: Path, means: dict[str, list[float]], expect: list[str]) -> Path:
+    """The folder of a study with logs of arms whose seeds have these bits."""
+    study = Study(recipe="toy", arms={name: {} for name in means}, seeds=(0, 1, 2), expect=tuple(expect))
+    write_json(folder / STUDY, dataclasses.asdict(study))
+    noise = np.random.default_rng(0).normal(0, 1, 400)
+    noise -= noise.mean()
+    for arm, values in means.items():
+        for seed, mean in enumerate(values):
+            facts = {"arm": arm, "seed": seed, "metrics": {"bits_per_token": mean, "latency_seconds": 0.1 * len(arm)}}
+            facts |= {"interval": {}, "sampling": {"guidance_scale": 1.5}, "num_images": 640}
+            facts |= {"curve": [[320, mean + 1], [640, mean]]}
+            write_log(folder / "logs" / f"{arm}-{seed}.json", Judged(facts, {"bits_per_token": mean + noise}))
+    return folder
+
+
+def test_tables_say_what_held_with_intervals(tmp_path: Path) -> None:
+    expect = ["bits_per_token of nar < raster", "bits_per_token of nar > raster", "bits_per_token of par < raster"]
+    expect += ["bits_per_token of nar < 5.0", "bits_per_token of nar < raster - 0.5", "FD of nar < raster"]
+    means = {"raster": [5.0, 5.01, 5.02], "par": [5.0, 5.03, 4.99], "nar": [4.8, 4.81, 4.83]}
+    found = read_result(logged(tmp_path, means, expect))
+    answers = [found.held(prediction)[0] for prediction in found.study.predictions]
+    assert answers == [HELD, FAILED, OPEN, HELD, FAILED, OPEN]
+    each, corrected = found.differences["nar"]["bits_per_token"]
+    assert each.mean == pytest.approx(-0.1967, abs=1e-4)
+    assert each.seeds == pytest.approx((-0.2111, -0.1823), abs=1e-3)
+    assert each.pictures == pytest.approx((-0.1967, -0.1967), abs=2e-3)  # paired by picture: their spread cancels
+    assert corrected == pytest.approx(2 * (each.p or 0))
+    text = markdown(found)
+    assert "| bits per token | 5.01 [4.985, 5.035] | 5.007 [4.955, 5.058] | 4.813 [4.775, 4.851] |" in text
+    assert "| bits_per_token of nar < raster | **held** |" in text
+    written = write_tables(tmp_path, found)
+    assert [path.suffix for path in written] == [".md", ".tex", ".csv", ".json"]
+    assert json.loads((tmp_path / "table.json").read_text())["expect"][1]["answer"] == FAILED
+    assert "nar,bits_per_token,raster,-0.196" in (tmp_path / "table.csv").read_text()
+    assert (tmp_path / "table.tex").read_text().count(r"\\") == 5
+    pytest.importorskip("matplotlib")
+    assert {path.name for path in write_figures(tmp_path, found)} == {"curves.png", "quality.png"}
+
+
+def test_predictions_are_read() -> None:
+    assert Prediction.of("FD of nar > raster - 0.5", ["nar", "raster"]) == Prediction(
+        "FD of nar > raster - 0.5", "FD", "nar", False, "raster", -0.5
+    )
+
+
+def test_golden_section_closes_in_on_the_least() -> None:
+    best, tried = golden_section(lambda value: (value - 2.2) ** 2, 1.0, 4.0, 10)
+    assert best == pytest.approx(2.2, abs=0.05)
+    assert len(tried) == 10
+    assert best == min(tried, key=lambda pair: pair[1])[0]
+
+
+@pytest.mark.slow
+def test_finished_models_are_compared(tmp_path: Path) -> None:
+    out = run_study(study_of(tmp_path, seeds=[0]))
+    assert out is not None
+    models = [str(path / "model") for path in sorted((out / "runs").iterdir())]
+    study, logs = compare_models(models, "toy", dataclasses.replace(study_of(tmp_path).judging), tmp_path / "models")
+    assert len(logs) == 2
+    found = read_result(tmp_path / "models")
+    assert [each.seeds for each in (found.arms[arm]["bits_per_token"] for arm in study.arms)] == [None, None]
+    assert "which says nothing of seeds" in markdown(found)
+    difference = next(iter(found.differences.values()))["bits_per_token"][0]
+    assert difference.pictures is not None
+
+
+def stand_in(study: Study) -> Tokenizer:
+    """A tokenizer of the sizes that a study's is of: the bundled one, or that of the recipe before its own."""
+    base = study.recipe_of(next(iter(study.all_arms)))
+    if (base.tokenizer_path or "runs/").startswith("runs/"):
+        name = base.tokenizer_recipe or f"{study.recipe}-tokenizer"
+        return new_tokenizer(load(Recipe, name).tokenizer_config).eval()
+    return load_tokenizer(find_model(base.tokenizer_path))
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_parse_and_every_arm_builds(path: Path) -> None:
+    study = read_study(str(path))
+    assert study.question
+    assert study.cost
+    assert study.predictions
+    tokenizer = stand_in(study)
+    costs = {}
+    for name, arm in study.all_arms.items():
+        if not arm.of:
+            recipe = study.recipe_of(name, tokenizer=tokenizer)
+            costs[name] = recipe.num_images * training_flops(model_config(recipe, tokenizer))
+    for name in costs:
+        if other := study.all_arms[name].flops_of:
+            assert costs[name] == pytest.approx(costs[other], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_study_goes_on(tmp_path: Path, jobs: int) -> None:
+    path, out = tiny(tmp_path), tmp_path / "out"
+    process = start("compare", path, f"run={out}", "--jobs", jobs, "settings=[num_images=1280]")
+    while not list(out.glob("runs/*/model")):
+        process.join(0.1)
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    finished = times(out)
+    assert 0 < len(finished) < 8
+    process = start("compare", path, f"run={out}", "--jobs", jobs, "settings=[num_images=1280]")
+    process.join()
+    assert process.exitcode == 0
+    assert finished.items() <= times(out).items()
+    assert (out / "table.md").is_file()
