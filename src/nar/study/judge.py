@@ -68,7 +68,8 @@ def judge(
     elif how.guidance and how.num_sampled:
 
         def distance(scale: float) -> float:
-            return first.scores(dataclasses.replace(chosen, guidance_scale=scale), how.tuning_number)[0]["FD"]
+            guided = dataclasses.replace(chosen, guidance_scale=scale)
+            return first.scores(guided, how.tuning_number, resamplings=0)[0]["FD"]
 
         scale, tried = golden_section(distance, how.guidance[0], how.guidance[1], how.tuning_steps)
         chosen = dataclasses.replace(chosen, guidance_scale=scale)
@@ -127,7 +128,9 @@ class _Half:
         self.pipe, self.heldout, self.how, self.cache = pipe, heldout, how, cache
         self.samples, self.count = Samples(pipe, heldout, wording), pipe.continuation.counts[0]
 
-    def scores(self, sampling: Sampling, number: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    def scores(
+        self, sampling: Sampling, number: int, resamplings: int = 1000
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Scores of `number` samples, each under the condition of a real one, against this half; by short names."""
         pipe, clips = self.pipe, self.pipe.makes_clips
         asked = self.samples.requests(slice(None), self.count)
@@ -146,6 +149,7 @@ class _Half:
                 detector=detector,
                 size=None if clips else pipe.pixel_shape[-1],
                 calibration=0,
+                resamplings=resamplings,
                 batch_size=batch,
                 device=pipe.device,
                 cache=self.cache,
