@@ -643,6 +643,12 @@ def test_a_name_that_comes_again_in_a_tar_is_said(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(found.picture(0)), picture(1))
 
 
+def test_clips_for_a_tokenizer_of_pictures_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.npz holds clips and .* encodes pictures; take one of clips"):
+        extract(tokenizer, open_source(tmp_path / "a.npz"), tmp_path / "codes", size=SIZE, quiet=True)
+
+
 def test_a_link_to_a_class_is_said_and_takes_nothing_from_it(tmp_path: Path) -> None:
     for name in ("m", "n"):
         plain(tmp_path / name, range(2))

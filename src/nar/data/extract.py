@@ -70,6 +70,8 @@ def extract(
         raise ValueError("there are no pictures to extract codes from")
     folder = Path(folder)
     tokenizer = load_tokenizer(tokenizer_folder).to(usable_device(device))
+    if len(tokenizer.pixel_axes) == 2 and isinstance(source, ClipSource):
+        raise ValueError(f"{source.origin} holds clips and {tokenizer_folder} encodes pictures; take one of clips")
     encoder = _Encoder(tokenizer, size, kind, batch_size, threads, pad, device)
     source, named = _as_begun(source, folder / _SETTINGS)
     if not (folder / _SETTINGS).is_file():
