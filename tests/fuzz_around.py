@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def fill(folder: Path, draw: random.Random, world: Path) -> list[str]:
             writer(path, draw, world)
             if draw.random() < 0.1 and path.is_file() and not path.is_symlink():
                 fuzz_damage.damage(path, draw)
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, tarfile.TarError):
             continue
         said.append(f"{path.relative_to(folder)} {writer.__name__}")
     return said

@@ -17,12 +17,16 @@ import typer.main
 from PIL import Image
 from safetensors.torch import load, save_file
 
+from conftest import make_model
 from nar import Pipeline, Transformer, bench, cli
+from nar.convert import convert
 from nar.data.config import DataConfig
 from nar.data.extract import extract
 from nar.metrics import evaluate
 from nar.storage.folder import find_model
 from nar.text import TextEncoder
+from text_encoders import tiny_encoder
+from toy_models import clips_folder
 
 COUNT = 200
 # The line, and what it must answer.
@@ -179,3 +183,19 @@ TAKE_A_DEVICE: dict[str, Callable[[Any], object]] = {
 def test_a_device_that_is_not_there_is_named(name: str, device: str) -> None:
     with pytest.raises(ValueError, match=rf"device '{device}' is not usable here \(.*\); try cpu"):
         TAKE_A_DEVICE[name](device)
+
+
+def test_codes_may_be_bytes_and_lists_have_one_axis(toy_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(toy_folder, device="cpu")
+    codes = torch.tensor([[[1, 2, 3, 4]] * 4])
+    assert torch.equal(pipe.decode(codes.to(torch.uint8)), pipe.decode(codes))
+    with pytest.raises(ValueError, match=r"grid must be a list, each a whole number, or null, not a Tensor"):
+        convert("nar-c2i", "nowhere", tmp_path / "m", grid=torch.ones(1, 2, 2, dtype=torch.long))
+
+
+def test_a_prefix_that_is_no_part_of_the_grid_is_refused(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder", "t5")
+    model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 1, 2), text_dim=16, text_length=10)
+    folder = clips_folder(tmp_path / "c", model, encoder)
+    with pytest.raises(ValueError, match=r"prefix_grid \(2, 1, 2\) must be frames of the model's grid \(3, 2, 2\)"):
+        Pipeline.from_pretrained(folder, device="cpu")

@@ -274,8 +274,8 @@ def _steps(
     condition = Condition.of(condition)
     batch, negative = len(condition), None if negative is None else Condition.of(negative)
     for name, rows in (("indices", indices), ("negative", negative), ("known", known)):
-        if rows is not None and len(rows) != batch:
-            raise ValueError(f"{name} has {len(rows)} rows for a batch of {batch}")
+        if rows is not None and (count := 0 if getattr(rows, "ndim", 1) == 0 else len(rows)) != batch:
+            raise ValueError(f"{name} has {count} rows for a batch of {batch}")
     check_known(model, known)
     guided = last_guided(sampling, schedule) >= 0
     embedded, key_mask = embed_sides(model, condition, negative) if guided else model.embed(condition)

@@ -62,6 +62,10 @@ class Continuation:
         self.grid, self.prefix = model.config.grid, model.config.prefix_grid
         shape = tokenizer.pixel_shape(self.grid)
         self.makes_clips = len(shape) == 3
+        if self.makes_clips and self.prefix and self.prefix[1:] != self.grid[1:]:
+            raise ValueError(
+                f"prefix_grid {self.prefix} must be frames of the model's grid {self.grid}; mend config.json"
+            )
         self.num_frames = shape[0] if self.makes_clips else 1
         self.has_holes = model.config.prefix_holes == "token"
         self.causal = bool(self.prefix) and self.prefix[0] < self.grid[0]

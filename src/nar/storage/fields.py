@@ -272,7 +272,8 @@ def _listed(value: Any, kind: Any, key: str, optional: bool) -> Any:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
         raise _refusal(key, ["a list"], optional, value)
     plain, dtype = unwrap(kind)[0], getattr(value, "dtype", None)
-    if dtype is not None and not str(dtype).removeprefix("torch.").startswith(_DTYPES.get(plain, "")):
+    other = dtype is not None and not str(dtype).removeprefix("torch.").startswith(_DTYPES.get(plain, ""))
+    if other or (plain in _WORDS and getattr(value, "ndim", 1) != 1):
         raise _refusal(key, [f"a list, each {_WORDS[plain]}"], optional, value)
     return value
 

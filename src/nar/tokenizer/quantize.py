@@ -109,7 +109,7 @@ class VectorQuantizer(Quantizer):
         return nearest_entries(points, self.codebook().detach().float())
 
     def entries(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.codebook())
+        return F.embedding(codes.long(), self.codebook())  # which takes no bytes
 
     @torch.no_grad()
     def restart(self, latents: Tensor, dead: Tensor, generator: torch.Generator) -> None:
