@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 from conftest import make_model
-from nar import Pipeline, Transformer, bench, cli
+from nar import ClassCondition, Pipeline, Transformer, bench, cli, generate
 from nar.convert import convert
 from nar.data.config import DataConfig
 from nar.data.extract import extract
@@ -189,6 +189,10 @@ def test_codes_may_be_bytes_and_lists_have_one_axis(toy_folder: Path, tmp_path: 
     pipe = Pipeline.from_pretrained(toy_folder, device="cpu")
     codes = torch.tensor([[[1, 2, 3, 4]] * 4])
     assert torch.equal(pipe.decode(codes.to(torch.uint8)), pipe.decode(codes))
+    with pytest.raises(ValueError, match=r"class labels must be \(batch,\), not \(1, 4, 4\)"):
+        generate(pipe.model, ClassCondition(torch.zeros(1, 4, 4, dtype=torch.long)))
+    with pytest.raises(ValueError, match="known has 0 rows for a batch of 1"):
+        generate(pipe.model, ClassCondition(torch.tensor([1])), known=torch.tensor(True))
     with pytest.raises(ValueError, match=r"grid must be a list, each a whole number, or null, not a Tensor"):
         convert("nar-c2i", "nowhere", tmp_path / "m", grid=torch.ones(1, 2, 2, dtype=torch.long))
 

@@ -498,6 +498,8 @@ class Transformer(nn.Module):
 
         To be called before they are moved to a GPU: there a look at them would wait, and a wrong one ends the process.
         """
+        if labels.ndim != 1:
+            raise ValueError(f"class labels must be (batch,), not {tuple(labels.shape)}")
         low, high = (int(end) for end in labels.aminmax()) if len(labels) else (0, -1)
         if high >= self.config.num_classes:
             raise ValueError(f"class label {high} is not one of 0..{self.config.num_classes - 1}")
