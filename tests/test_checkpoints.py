@@ -442,6 +442,21 @@ def test_other_data_are_noticed(tmp_path: Path, task: str, change: str) -> None:
     assert run_recipe(str(path), [f"run={run}"], override=True)
 
 
+def test_a_full_disk_is_one_line_that_names_the_log(tmp_path: Path) -> None:
+    """Also where TensorBoard's thread notices first, which prints what it raises."""
+    code = (
+        "import resource, sys; from nar.training.log import Log; from pathlib import Path\n"
+        "with Log(Path(sys.argv[1]), 0, 1) as log:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
+        "    for step in range(2000): log.scalars(step, {'loss': 1.0})"
+    )
+    for most in ("300", "30000"):  # metrics.jsonl is the longer of both
+        made = subprocess.run([sys.executable, "-c", code, str(tmp_path), most], capture_output=True, text=True)
+        assert made.returncode == 1
+        assert made.stderr.count("Exception in thread") == 0
+        assert re.search(r"OSError: \[Errno 27\] .*(metrics\.jsonl|tensorboard)'", made.stderr), made.stderr
+
+
 def test_a_damaged_log_is_named_and_goes_on(tmp_path: Path) -> None:
     path, run = recipe(tmp_path), tmp_path / "run"
     run_recipe(str(path), [f"run={run}", "num_images=64"])

@@ -190,7 +190,13 @@ def test_training_takes_extracted_codes_and_refuses_those_of_another_tokenizer(t
     with pytest.raises(ValueError, match=r"were made by another tokenizer than .*other .*; extract them again"):
         run_recipe(str(path), [f"run={tmp_path / 'run2'}", f"data.codes={codes}", f"tokenizer_path={other}"])
     shard = next(codes.glob("*.arrow"))
-    shard.write_bytes(shard.read_bytes()[:1000])
+    whole = shard.read_bytes()
+    code = Codes.open(codes).read(np.arange(1))[0].astype(np.uint16).tobytes()
+    start, length = whole.index(code), 200 * len(code)
+    shard.write_bytes(whole[:start] + b"\xff" * length + whole[start + length :])
+    with pytest.raises(ValueError, match=r"codes is damaged: it holds the code \d+, and its tokenizer"):
+        run_recipe(str(path), [f"run={tmp_path / 'run4'}", f"data.codes={codes}"])
+    shard.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*; delete it and run the same"):
         run_recipe(str(path), [f"run={tmp_path / 'run3'}", f"data.codes={codes}"])
 

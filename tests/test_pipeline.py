@@ -58,8 +58,8 @@ def test_seeds(pipe: Pipeline) -> None:
     again = pipe([0] * 4, generator=torch.Generator().manual_seed(8), output_type="codes")
     assert torch.equal(again.images, first.images)
     assert torch.equal(pipe([0] * 4, seed=first.seed, output_type="codes").images, first.images)
-    for wrong in ({"generator": generator, "seed": 1}, {"generator": [generator]}):
-        with pytest.raises(ValueError, match="either seed or one"):
+    for wrong in ({"generator": generator, "seed": 1}, {"generator": [generator, 1]}):
+        with pytest.raises(ValueError, match="either seed, or"):
             pipe(0, **wrong)
     free = pipe([0] * 4, output_type="codes")
     assert torch.equal(pipe([0] * 4, seed=free.seed, output_type="codes").images, free.images)

@@ -436,7 +436,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         detail = said.get(error.status_code, str(error.detail))
         error = Refusal(400 if error.status_code == 422 else error.status_code, detail)
     elif not isinstance(error, Refusal):  # its traceback goes into the log, by the server
-        headers = {"x-request-id": str(request.scope.get("nar.request_id", ""))}
+        # The server closes the connection after such an error: a client must not send the next request there.
+        headers = {"x-request-id": str(request.scope.get("nar.request_id", "")), "connection": "close"}
         error = Refusal(500, "the server failed on this request")
     return _body(error, headers)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,33 +43,54 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             first = self._first_step * self._batch_size + 1
-            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=first)
+            # Its thread hands errors to the next call, which names the file; it need not print them too.
+            self._stack.callback(setattr, threading, "excepthook", previous := threading.excepthook)
+            threading.excepthook = lambda args: _is_board(args.thread) or previous(args)
+            with self._named("tensorboard"):
+                self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=first)
             self._stack.callback(self._board.close)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError) if kind else self._named("metrics.jsonl"):  # the first error is the one to see
+            self._stack.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers, after `step` steps."""
         self.record(step, values)
-        for name, value in values.items() if self._board else ():
-            self._board.add_scalar(name, value, step * self._batch_size)
+        with self._named("tensorboard"):
+            for name, value in values.items() if self._board else ():
+                self._board.add_scalar(name, value, step * self._batch_size)
 
     def record(self, step: int, values: Mapping[str, float | str]) -> None:
         """Log numbers or words in `metrics.jsonl` alone."""
         if self._quiet:
             return
         record = {"step": step, "images_seen": step * self._batch_size, "time": round(time.time(), 1), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._named("metrics.jsonl"):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Write a preview."""
         path = self._run / "previews" / f"{step:07d}.png"
         atomically(path, lambda staging: picture.save(staging, format="png"))
-        if self._board is not None:
+        with self._named("tensorboard"):
+            if self._board is None:
+                return
             self._board.add_image("preview", np.asarray(picture), step * self._batch_size, dataformats="HWC")
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Errors of writing, a full disk's say, name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._run / name)) from error
+
+
+def _is_board(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.partition(".")[0] == "tensorboard"
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

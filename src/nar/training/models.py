@@ -110,7 +110,7 @@ class ModelTask(Task):
         if recipe.edit:
             places = zip(sources, (train, heldout), strict=True)
             self.holes = [Holes(recipe.edit, source, codes, self.tokenizer) for source, codes in places]
-        kind = classes, self.text, recipe.data.wording, self.continuation
+        kind = classes, self.text, recipe.data.wording, self.continuation, sizes["vocab_size"]
         self.train = Samples(train, *kind, composed=composed, composed_share=recipe.data.composed)
         self.heldout = Samples(heldout, *kind)
         self.pairs = None if pairs is None else Samples(pairs, *kind)

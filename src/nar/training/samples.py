@@ -47,11 +47,12 @@ class Samples:
         text: Text | None,
         wording: str,
         continuation: Continuation,
+        vocab_size: int,
         *,
         composed: Codes | None = None,
         composed_share: float = 0.0,
     ) -> None:
-        self.codes, self._composed, self._share = codes, composed, composed_share
+        self.codes, self._composed, self._share, self._vocab_size = codes, composed, composed_share, vocab_size
         labels = [codes.labels, *([] if composed is None else [composed.labels])]
         self._labels = np.concatenate(labels) if classes else None
         scenes = [] if composed is None else composed.wordings("plain")
@@ -77,6 +78,9 @@ class Samples:
         `views`, `wordings` and `composed` (b,) are numbers in [0, 1) that pick a view, a wording and perhaps a composed
         scene in place of the sample; None takes the first, and no scene. `counts` (b,) are those of given frames, in
         whose place a `prefix` may be given.
+
+        Raises:
+            ValueError: a code that the tokenizer does not have.
         """
         codes = self.codes.read(rows, views)
         conditioned = rows
@@ -87,6 +91,11 @@ class Samples:
             codes[taken] = self._composed.read(scenes)
             conditioned = rows.copy()
             conditioned[taken] = len(self.codes) + scenes
+        if (largest := int(codes.max())) >= self._vocab_size:
+            raise ValueError(
+                f"{self.codes.folder} is damaged: it holds the code {largest}, and its tokenizer has "
+                f"{self._vocab_size}; delete its shards and run the same command again"
+            )
         parts = []
         if self._labels is not None:
             parts.append(ClassCondition(torch.from_numpy(self._labels[conditioned])))
