@@ -332,7 +332,7 @@ def test_the_command(folder: Path, toy_folder: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "no.png").exists()
 
 
-@pytest.mark.parametrize("layout", ["holes", "plain"])
+@pytest.mark.parametrize("layout", ["holes", pytest.param("plain", marks=pytest.mark.slow)])
 def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout: str) -> None:
     real, report = tmp_path / "real", tmp_path / "report.json"
     for name in ("red apple", "pear"):

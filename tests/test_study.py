@@ -204,7 +204,13 @@ def stand_in(study: Study) -> Tokenizer:
     return load_tokenizer(find_model(base.tokenizer_path))
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in ("toy", "heads") else pytest.mark.slow)
+        for path in sorted(STUDIES.glob("*.yaml"))
+    ],
+)
 def test_shipped_studies_parse_and_every_arm_builds(path: Path) -> None:
     study = read_study(str(path))
     assert study.question
