@@ -144,8 +144,11 @@ def test_a_picture_grows_and_is_kept(visit: Callable[..., Any]) -> None:
     page = visit()
     choose(page, "model", "emoji")
     page.fill("#prompt", "a red apple")
-    page.evaluate(COLLECT)
-    generate(page)
+    for _ in range(3):  # beside other work a browser shows fewer frames
+        page.evaluate(COLLECT)
+        generate(page)
+        if page.evaluate("window.seen.size") >= 8:
+            break
     assert page.evaluate("window.seen.size") >= 8
     assert page.get_attribute(".tile img", "alt") == "a red apple"
     result = pixels(page, ".tile img")
