@@ -141,8 +141,13 @@ class Held:
 @pytest.fixture
 def held(toy: Pipeline) -> Iterator[tuple[Batcher, threading.Event]]:
     """Both of two slots are taken, and nothing moves before the event is set; three may wait, two of each key."""
-    batcher = Batcher(toy, slots=2, max_waiting=3, max_waiting_per_key=2)
-    released = Held(batcher, toy).released
+    while True:
+        batcher = Batcher(toy, slots=2, max_waiting=3, max_waiting_per_key=2)
+        released = Held(batcher, toy).released
+        if batcher.running == 2:  # else the first was sampled before the second was prepared
+            break
+        released.set()
+        batcher.close(drain=False)
     yield batcher, released
     released.set()
     batcher.close(drain=False)

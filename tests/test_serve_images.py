@@ -273,13 +273,14 @@ def test_a_stream_that_is_closed_frees_its_work(server: tuple[str, App]) -> None
 
 
 def test_small_answers_are_not_held_back(url: str) -> None:
-    """Heads and bodies are two packets; where the second waits for the first one's receipt that is 40 ms on Linux."""
+    """Heads and bodies are two packets; where the second waits for the first one's receipt that is 40 ms on Linux,
+    but for the first packets of a connection."""
     seconds = []
-    for _ in range(8):
+    for _ in range(40):
         begun = time.perf_counter()
         assert http.get(f"{url}/v1/models").status_code == 200
         seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.02, seconds
+    assert min(seconds[-10:]) < 0.02, seconds
 
 
 def test_health_and_metrics(url: str, client: openai.OpenAI) -> None:
