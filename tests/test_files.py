@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nar.storage import files
 from nar.storage.files import atomically, check_output, claim, digest, read_json, write_json, write_text
@@ -64,6 +66,20 @@ def test_an_error_names_the_file(tmp_path: Path, error: Exception, free: int, mo
     elif isinstance(error, OSError):
         assert str(path) in str(caught.value)
         assert ".nar-" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_an_error_of_the_file(tmp_path: Path) -> None:
+    """The library that writes them has errors of its own kind, which only say the number of the system's."""
+    resource = pytest.importorskip("resource", reason="this system can't limit the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            atomically(tmp_path / "a.safetensors", lambda staged: save_file({"a": torch.zeros(5_000)}, staged))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "a.safetensors"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_error_about_the_staged_file_names_the_target(tmp_path: Path) -> None:

@@ -964,6 +964,67 @@ def test_what_lies_beside_splits_is_said(tmp_path: Path) -> None:
         assert len(open_source(tmp_path)) == 2
 
 
+def test_pictures_that_a_table_names_are_not_left_out(tmp_path: Path) -> None:
+    for seed in range(3):
+        save(tmp_path / "paths" / f"{seed}.png", seed)
+        save(tmp_path / "cells" / f"{seed}.png", seed)
+    make_parquet(tmp_path / "paths/data.parquet", image=["0.png", "1.png"])
+    with pytest.warns(UserWarning, match=r"1 file is left out: 1 \.png \(2\.png\)"):
+        assert len(open_source(tmp_path / "paths")) == 2
+    cells = [{"bytes": None, "path": "0.png"}, {"bytes": encoded(9), "path": "2.png"}]  # the second is not read
+    make_parquet(tmp_path / "cells/train.parquet", image=cells)
+    make_parquet(tmp_path / "cells/test.parquet", image=[{"bytes": None, "path": "1.png"}])
+    with pytest.warns(UserWarning, match=r"1 beside the splits \(2\.png\)"):
+        found = load_pictures(open_source(tmp_path / "cells"), size=20)
+    assert as_set(found.images) == as_set(
+        np.stack([centre_crop(Image.fromarray(picture(seed)), 20) for seed in (0, 9)])
+    )
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "cls", "parquet"])
+def test_labels_that_are_numbers_and_names_are_said(tmp_path: Path, kind: str) -> None:
+    labels = ["cat", 5, "dog"]
+    if kind == "cls":
+        members = {f"{row}.png": encoded(row) for row in range(3)}
+        source = make_tar(tmp_path / "a.tar", members | {f"{row}.cls": str(labels[row]).encode() for row in range(3)})
+    elif kind == "parquet":  # files of one data set, each with its own type
+        cells = [{"bytes": encoded(row), "path": None} for row in range(3)]
+        make_parquet(tmp_path / "train-0.parquet", image=cells[::2], label=labels[::2])
+        make_parquet(tmp_path / "train-1.parquet", image=cells[1:2], label=labels[1:2])
+        source = tmp_path
+    else:
+        source = plain(tmp_path, range(3))
+        rows = [{"file_name": f"{row:03d}.png", "label": label} for row, label in enumerate(labels)]
+        lines = [f"{row['file_name']},{row['label']}" for row in rows]
+        text = json.dumps(rows) if kind == "json" else "\n".join(["file_name,label", *lines])
+        (tmp_path / f"metadata.{kind}").write_text(text)
+    with pytest.warns(UserWarning, match="1 of 3 labels are numbers and the others names; all are taken as names"):
+        found = open_source(source)
+    assert found.class_names == ("5", "cat", "dog")
+    assert len(found.counts()["notes"]) == 1
+
+
+def test_frames_that_are_not_numbered_evenly_are_said(tmp_path: Path) -> None:
+    for clip, rows in {"even": (0, 5, 10, 15), "gap": (8, 9, 10, 13), "one": (3,)}.items():
+        for number in rows:
+            save(tmp_path / clip / f"{clip}2_{number}.png", number)
+    save(tmp_path / "cover/1.png", 0)
+    save(tmp_path / "cover/cover.png", 1)
+    with pytest.warns(UserWarning, match="frames of 2 of 4 clips are not numbered evenly") as said:
+        found = open_source(tmp_path, windows=Windows())
+    assert "gap (gap2_13.png after gap2_10.png)" in str(said[0].message)
+    assert "cover (cover.png has no number)" in str(said[0].message)
+    assert len(found) == 4
+
+
+def test_frames_of_two_sizes_are_no_clip(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / f"a/{number}.png", number)
+    Image.fromarray(picture(3)[:-2]).save(tmp_path / "a/3.png")
+    with pytest.raises(ValueError, match="has frames of 20x22 and 20x24 pixels; a clip has one size"):
+        load_pictures(open_source(tmp_path, windows=Windows()), size=8)
+
+
 def test_a_metadata_file_says_which_pictures_it_does_not_list(tmp_path: Path) -> None:
     plain(tmp_path, range(3))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "001.png", "text": "one"}\n')

@@ -306,3 +306,19 @@ def test_the_loop_is_as_fast_as_a_bare_one(tmp_path: Path) -> None:
     bare = float(np.median(rates))
     print(f"loop {looped:.1f} images/s, bare {bare:.1f} images/s")
     assert looped > 0.95 * bare
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_refused_part_of_the_pictures_leaves_no_codes(tmp_path: Path, part: str) -> None:
+    """Codes of the other part would refuse the same command once the pictures are repaired."""
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for index in range(40):
+            Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "data" / split / f"{index:02d}.png")
+    broken = tmp_path / "data" / part / "07.png"
+    broken.write_bytes(broken.read_bytes()[:30])
+    with pytest.raises(ValueError, match="1 of 40 pictures cannot be read"):
+        trained(tmp_path, f"data.source={tmp_path / 'data'}")
+    assert not [*tmp_path.rglob("*.arrow"), *tmp_path.rglob("extraction.json")]
+    broken.unlink()
+    trained(tmp_path, f"data.source={tmp_path / 'data'}")

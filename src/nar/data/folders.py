@@ -12,17 +12,19 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from nar.data.clips import open_list
-from nar.data.source import Source, Wanted, listed
+from nar.data.source import Source, Wanted, listed, some
 from nar.data.tables import (
     METADATA,
     as_clips,
     columns_of,
+    files_named,
     number_or_name,
     open_array,
     open_listed,
@@ -115,8 +117,10 @@ def open_split(folder: Path, splits: Mapping[str, Sequence[Path]], name: str, wa
     found = dataclasses.replace(open_files(splits[name], wanted), splits=tuple(splits))
     used = {path for paths in splits.values() for path in paths}
     files = [] if any(path.suffix.lower() == ".csv" for path in used) else sorted(folder.iterdir())
-    beside = [path.name for path in files if path.is_file() and path not in used and not is_hidden(path.name)]
-    return _with_left_out(found, {"beside the splits": beside} if beside else {})
+    beside = [path for path in files if path.is_file() and path not in used and not is_hidden(path.name)]
+    read = files_named(used) if beside else set()
+    names = [path.name for path in beside if path not in read]
+    return _with_left_out(found, {"beside the splits": names} if names else {})
 
 
 def open_files(paths: Sequence[Path], wanted: Wanted) -> Source:
@@ -149,7 +153,8 @@ def _open_folder(folder: Path, wanted: Wanted) -> Source:
     top = [file for file in files if file.parent == folder]
     for ending in (".tar", ".parquet"):
         if tables := [file for file in top if file.suffix.lower() == ending]:
-            return _with_left_out(open_files(tables, wanted), _by_ending(folder, files, {*tables}))
+            used = {*tables, *(files_named(tables) if len(files) > len(tables) else ())}
+            return _with_left_out(open_files(tables, wanted), _by_ending(folder, files, used))
     if listing := {file for file in top if file.name in METADATA}:
         shown = [file for file in files if file.suffix.lower() in wanted.endings]
         read = next(folder / name for name in METADATA if folder / name in listing)
@@ -192,7 +197,27 @@ def _open_classes(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source
         class_names = sorted(set(classes.values()))
         labels = np.array([class_names.index(classes[name]) for name in names], np.int64)
         found = dataclasses.replace(found, labels=labels, class_names=tuple(class_names), class_numbers=())
+    if uneven := _uneven(samples):
+        found = dataclasses.replace(found, notes=(*found.notes, uneven))
     return _with_left_out(as_clips(found) if wanted.clips else found, left_out)
+
+
+def _uneven(samples: Mapping[str, Path | list[Path]]) -> str:
+    """Say which clips of frames are numbered unevenly: a frame may be missing, or the pictures be no frames."""
+    gaps = {name: _gap(frames) for name, frames in samples.items() if isinstance(frames, list)}
+    found = [f"{name} ({gap})" for name, gap in gaps.items() if gap]
+    few = f"the frames of {len(found)} of {len(samples)} clips are not numbered evenly, and are taken in their order"
+    return f"{few}: {some(found)}" if found else ""
+
+
+def _gap(frames: Sequence[Path]) -> str:
+    """Where the last numbers in the names of frames do not rise evenly; "" where they do."""
+    numbers = [re.search(r"([0-9]+)[^0-9]*$", frame.stem) for frame in frames]
+    if None in numbers:
+        return f"{frames[numbers.index(None)].name} has no number" if len(frames) > 1 else ""
+    steps = [int(after[1]) - int(before[1]) for before, after in pairwise(filter(None, numbers))]
+    odd = next((place for place, step in enumerate(steps) if step != min(steps)), None)
+    return "" if odd is None else f"{frames[odd + 1].name} after {frames[odd].name}"
 
 
 def _refuse_empty(place: Path, left_out: Mapping[str, Sequence[str]], wanted: Wanted) -> NoReturn:

@@ -90,6 +90,7 @@ class Source:
         class_numbers: what the table calls each class, where labels are numbers; else empty.
         numbered: the classes have no names: their numbers are places among a model's classes.
         left_out: what lies in the place and is not read: the names of files by what they are.
+        notes: what is odd about it and how it is taken, in sentences.
         splits: the parts that the place has, whichever was opened.
         broken: what is done with pictures that can't be decoded: "skip" them, up to BROKEN_SHARE, or "refuse" them.
         origin: what was opened: a path, a word or a hub id.
@@ -107,6 +108,7 @@ class Source:
     class_numbers: tuple[int, ...] = ()
     numbered: bool = False
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     broken: str = "skip"
     origin: str = ""
@@ -216,15 +218,15 @@ class Source:
             f"num_{self.noun}s": len(self),
             "num_classes": len(self.class_names) if self.has_classes else 0,
             "left_out": {what: len(names) for what, names in self.left_out.items()},
-        }
+        } | ({"notes": [*self.notes]} if self.notes else {})
 
     def left_out_text(self) -> str:
         """What was left out in one line; "" where nothing was."""
         return listed(self.left_out)
 
     def warn_left_out(self) -> None:
-        """Warn of what was left out, if anything was, and of samples without words where there are words."""
-        if text := self.left_out_text():
+        """Warn of what was left out or is odd, if anything is, and of samples without words where there are words."""
+        for text in filter(None, (self.left_out_text(), *self.notes)):
             warnings.warn(text, stacklevel=4)
         if blank := [name for name, text in zip(self.names, self.captions or (), strict=False) if not text]:
             warnings.warn(f"{len(blank)} of {len(self)} {self.noun}s have no caption ({some(blank)})", stacklevel=4)

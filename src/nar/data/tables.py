@@ -9,7 +9,8 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -209,6 +210,34 @@ def open_parquet(paths: Sequence[Path], wanted: Wanted) -> Source:
     return found if cell == "image" else as_clips(found, strips=cell == "strip")
 
 
+def files_named(paths: Iterable[Path]) -> set[Path]:
+    """The files whose paths stand in the cells of parquet files in place of pictures; damaged files name none here."""
+    found = set[Path]()
+    for path in paths:
+        if path.suffix.lower() == ".parquet":
+            with suppress(ImportError, OSError, KeyError, ValueError):  # pyarrow's errors are some of these
+                found |= {inside(path.parent, name, path) for name in _paths_in(path)}
+    return found
+
+
+def _paths_in(path: Path) -> Iterator[str]:
+    """Yield what cells without bytes name; row groups whose statistics say that all have bytes are not read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    cell = next(key for key in _CELLS if key in file.schema_arrow.names)
+    leaves = {file.schema.column(place).path: place for place in range(len(file.schema))}
+    kind = file.schema_arrow.field(cell).type
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    place = leaves.get(cell if binary else f"{cell}.bytes")
+    for group in range(file.num_row_groups):
+        held = None if place is None else file.metadata.row_group(group).column(place).statistics
+        if held is None or held.null_count:
+            cells = file.read_row_group(group, columns=[cell]).column(0).to_pylist()
+            yield from (name for data, name in map(_held, cells) if isinstance(name, str) and data is None)
+
+
 def as_clips(source: Source, *, strips: bool = False) -> ClipSource:
     """The same rows as clips: their files, or `strips`, which are pictures of stacked frames."""
     class_names = source.class_names if source.has_classes else (ClipSource.noun,)
@@ -216,12 +245,18 @@ def as_clips(source: Source, *, strips: bool = False) -> ClipSource:
 
 
 def _opened(cell: Any, folder: Path | None, origin: Path | str) -> Any:
-    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
-    if isinstance(data, bytes):
+    data, name = _held(cell)
+    if data is not None:
         return io.BytesIO(data)
     if isinstance(name, str):
         return inside(folder, name, origin) if folder is not None else Path(name)
     raise ValueError("neither bytes nor a path")
+
+
+def _held(cell: Any) -> tuple[bytes | None, Any]:
+    """The bytes and the path that a cell holds: both in a structure, or one of them alone."""
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    return data if isinstance(data, bytes) else None, name
 
 
 def table(
@@ -309,7 +344,13 @@ def _classes(
     if any(isinstance(value, str) for value in values) and all(type(value) in (int, str) for value in values):
         texts = [composed(str(value)) for value in values]
         order = {name: index for index, name in enumerate(sorted(set(texts)))}
-        return {"labels": np.array([order[text] for text in texts], np.int64), "class_names": tuple(order)}
+        whole = sum(isinstance(value, int) for value in values)
+        mixed = f"{path}: {whole} of {count} labels are numbers and the others names; all are taken as names"
+        return {
+            "labels": np.array([order[text] for text in texts], np.int64),
+            "class_names": tuple(order),
+            "notes": (mixed,) if whole else (),
+        }
     if not all(type(value) is int and value >= 0 for value in values):
         wrong = next(value for value in values if type(value) is not int or value < 0)
         raise ValueError(f"{path}: labels must be integers from 0 or strings, not {str(wrong)[:60]!r}")

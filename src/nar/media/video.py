@@ -150,10 +150,13 @@ def read_clip(file: File, windows: Windows | None = None, *, start: int = 0, siz
         raise ValueError(f"{_name(file)} has {len(shown)} frames, so no window can start at frame {start}")
     rows = shown[windows.rows(len(shown), start)]
     made: list[np.ndarray] = []
+    several = isinstance(file, Sequence) and not isinstance(file, str)  # files, which may be pictures of anything
+    first: tuple[int, ...] = ()
     for frame in frames(file, rows.tolist()):
         made.append(squared(frame, size) if size else frame)
-        if made[0].shape != made[-1].shape:
-            sizes = " and ".join(f"{width}x{height}" for height, width, _ in sorted({made[0].shape, made[-1].shape}))
+        own = frame.shape if several else made[-1].shape
+        if (first := first or own) != own:
+            sizes = " and ".join(f"{width}x{height}" for height, width, _ in sorted({first, own}))
             raise ValueError(f"{_name(file)} has frames of {sizes} pixels; a clip has one size")
         if len(rows) * made[0].size > 3 * _PIXELS_OF_WINDOW * most_pixels():
             raise ValueError(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import sys
@@ -235,6 +236,8 @@ def _named(error: Exception, path: Path, staging: Path | None) -> Exception:
     about, number = (getattr(error, name, None) for name in ("filename", "errno"))
     if about is not None and not (staging and str(about).startswith(str(staging))):
         return error
+    if stated := re.search(r"\(os error ([0-9]+)\)", str(error)):  # safetensors and other libraries in Rust
+        number = int(stated[1])
     if number is None and not _is_full(path.parent):
         named = str(path) in str(error) or not isinstance(error, OSError)
         return error if named else OSError(f"{path}: {error}")

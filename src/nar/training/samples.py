@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,13 @@ def code_sets(recipe: Recipe, sources: Sequence[Source], tokenizer: Path, worker
     if sources:
         if recipe.learns_classes:  # before the work
             _labels_in(sources[0].class_names, sources[1])
-        parts = zip(_SETS, sources, strict=True)
-        train, heldout = (_extract(recipe, source, name, tokenizer, workers) for name, source in parts)
+        heldout = _extract(recipe, sources[1], _SETS[1], tokenizer, workers)  # small: soon refused
+        try:
+            train = _extract(recipe, sources[0], _SETS[0], tokenizer, workers)
+        except ValueError:
+            if workers.first and not any(Path(recipe.run, "codes", _SETS[0]).glob("*")):
+                shutil.rmtree(heldout.folder)  # it would refuse the same command with other pictures
+            raise
     elif data.heldout_codes:
         train, heldout = Codes.open(data.codes), Codes.open(data.heldout_codes)
     else:
