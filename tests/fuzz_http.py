@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,7 +95,9 @@ def attack(world: Path, draw: random.Random, *, count: int = 6) -> None:
 
 
 @contextmanager
-def serving(world: Path, names: Sequence[str] = ("model", "words", "clips")) -> Iterator[str]:
+def serving(
+    world: Path, names: Sequence[str] = ("model", "words", "clips"), jobs: Path = Path("jobs")
+) -> Iterator[str]:
     """A server of examples, that ends as after SIGTERM: what runs may end."""
     from nar.serving.app import App
     from nar.serving.jobs import Store
@@ -103,7 +106,7 @@ def serving(world: Path, names: Sequence[str] = ("model", "words", "clips")) -> 
 
     encoders = {"words": str(world / "encoder")}
     models = [Served.load(f"{name}={world / name}", slots=2, text_encoder=encoders.get(name)) for name in names]
-    place, store = bound("127.0.0.1", 0), Store(Path("jobs"))
+    place, store = bound("127.0.0.1", 0), Store(jobs)
     server = Server(App(models, keepalive_seconds=0.05, store=store), drain_seconds=5, log_level="warning")
     thread = threading.Thread(target=server.run_on, args=(place,), daemon=True)
     thread.start()
@@ -182,7 +185,7 @@ def _form(draw: random.Random, world: Path) -> tuple[str, Send]:
         file = io.BytesIO()
         size = draw.choice(((8, 8), (8, 8), (8, 8), (1, 1), (9, 7), (3000, 1)))
         Image.new(draw.choice(("RGB", "RGBA", "L", "1", "P", "I;16", "CMYK")), size).save(file, draw.choice(("TIFF",)))
-        picture = Path(f"{name.rstrip('[]')}-{len(parts)}.png")
+        picture = Path(tempfile.mkdtemp(dir="."), f"{name.rstrip('[]')}.png")  # damage may make a folder of it
         picture.write_bytes(file.getvalue())
         if draw.random() < 0.6:
             picture.write_bytes((world / "captioned/0.png").read_bytes())

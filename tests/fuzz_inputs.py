@@ -400,7 +400,11 @@ def run_line(
             own.handle_exit(signal.SIGTERM, None)
 
         server.Server.startup = startup  # type: ignore[method-assign]
-    asked = fuzz_http.serving(world, ("model",)) if "{url}" in words else contextlib.nullcontext("")
+    asked = (
+        fuzz_http.serving(world, ("model",), here.absolute() / "jobs")
+        if "{url}" in words
+        else contextlib.nullcontext("")
+    )
     code: Any = 0
     with asked as url:
         sys.argv = ["nar", *(word.replace("{url}", url) if url else word for word in words)]

@@ -165,6 +165,8 @@ def test_masks_in_every_form_say_the_same(pipe: Pipeline, tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"box": (1, 2, 3)}, "box must be four whole numbers"),
+        ({"box": torch.tensor(1)}, "box must be four whole numbers"),
+        ({"box": 4}, "box must be four whole numbers"),
         ({"box": (20, 20, 4, 4)}, "covers nothing"),
         ({"box": (0, 0, 2, 2), "mode": "erase"}, "mode must be one of fill, replace, not 'erase'"),
         ({"box": (0, 0, 2, 2), "output_type": "codes"}, "output_type must be pil, np or pt"),

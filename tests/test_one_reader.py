@@ -1032,6 +1032,14 @@ def test_a_metadata_file_says_which_pictures_it_does_not_list(tmp_path: Path) ->
         assert len(open_source(tmp_path)) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such links on this system")
+@pytest.mark.parametrize("target", ["nowhere.csv", "/dev/null"])
+def test_a_list_that_is_a_link_to_no_file_is_named(tmp_path: Path, target: str) -> None:
+    (plain(tmp_path, range(3)) / "metadata.csv").symlink_to(target)
+    with pytest.raises(OSError, match=r"metadata\.csv"):
+        open_source(tmp_path)
+
+
 def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
     for name in ("pics #2", "a: b", "[x]", "2024", "null", "'q'", "ünï"):
         plain(tmp_path / name, range(2))

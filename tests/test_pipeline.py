@@ -85,6 +85,13 @@ def test_half_precision_reaches_the_decoder(pipe: Pipeline, toy_folder: Path) ->
     assert 0 < (half - pipe.decode(codes)).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("codes", [torch.tensor(3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 4, 4)])
+def test_what_are_no_codes_are_refused(pipe: Pipeline, codes: torch.Tensor) -> None:
+    for call in (pipe.decode, pipe.pictures):
+        with pytest.raises(ValueError, match="codes must be"):
+            call(codes)
+
+
 def test_own_settings_are_the_default(pipe: Pipeline) -> None:
     assert pipe.sampling.guidance_scale == 1.5
     own = pipe([0] * 4, seed=1, output_type="codes").images

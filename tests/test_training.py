@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nar.condition import ClassCondition, TextCondition
 from nar.data.open import load_pictures
+from nar.evaluation.likelihood import judge_likelihood
 from nar.likelihood import token_losses
 from nar.model import ModelConfig, Transformer
 from nar.pipeline import Pipeline
@@ -322,3 +323,11 @@ def test_a_refused_part_of_the_pictures_leaves_no_codes(tmp_path: Path, part: st
     assert not [*tmp_path.rglob("*.arrow"), *tmp_path.rglob("extraction.json")]
     broken.unlink()
     trained(tmp_path, f"data.source={tmp_path / 'data'}")
+
+
+def test_seeds_are_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed must be at least 0 and at most 18446744073709551615, not -1"):
+        trained(tmp_path, "seed=-1")
+    assert not [*tmp_path.rglob("codes")]
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        judge_likelihood("toy", "toy", seed=-1)

@@ -158,7 +158,7 @@ def _open_folder(folder: Path, wanted: Wanted) -> Source:
     if listing := {file for file in top if file.name in METADATA}:
         shown = [file for file in files if file.suffix.lower() in wanted.endings]
         read = next(folder / name for name in METADATA if folder / name in listing)
-        return _with_left_out(open_listed(folder, shown, wanted), _by_ending(folder, files, {read, *shown}))
+        return _with_left_out(open_listed(read, shown, wanted), _by_ending(folder, files, {read, *shown}))
     return _open_classes(folder, [file for file in files if file.name != SAMPLES], wanted)
 
 

@@ -30,9 +30,9 @@ _WORDS = (*_CAPTIONS, "tags", "style")
 _CELLS = ("image", "strip", "video")
 
 
-def open_listed(folder: Path, files: Sequence[Path], wanted: Wanted) -> Source:
-    """A folder whose `metadata.jsonl`, `.csv` or `.json` lists its pictures; `files` are those that lie in it."""
-    path = next(folder / name for name in METADATA if (folder / name).is_file())
+def open_listed(path: Path, files: Sequence[Path], wanted: Wanted) -> Source:
+    """The folder of a `metadata.jsonl`, `.csv` or `.json` that lists its pictures; `files` are those that lie in it."""
+    folder = path.parent
     records = read_records(path)
     if not records:
         raise ValueError(f"{path} lists no pictures")

@@ -38,6 +38,7 @@ from nar.pipeline.requests import Given
 from nar.precision import usable_device
 from nar.progress import steps
 from nar.sampling import Sampling
+from nar.storage.fields import Seed, checked
 from nar.storage.files import atomically, check_output
 from nar.storage.folder import find_model, model_digest
 
@@ -70,13 +71,14 @@ _MOST_EXTENDED = 100  # pictures, each in passes of its own
 _BLENDED, _NEAR = 3, 4  # pixels: inside of a mask's edge, where results are blended, and then of ordinary steps
 
 
+@checked
 def judge_edits(
     model: str,
     real: str,
     *,
     split: str = "test",
     number: int = 400,
-    seed: int = 0,
+    seed: Seed = 0,
     seeds: int = 1,
     guidance_scale: float = 1.0,
     temperature: float = 1.0,

@@ -15,19 +15,21 @@ from torch import Tensor
 from nar.condition import Condition
 from nar.model import Transformer
 from nar.progress import steps
+from nar.storage.fields import Seed, checked
 
 RANK = 16
 STEPS = 120
 RATES = (3e-2, 5e-4)  # for strong and for faint dependence; the better one on checked pictures counts
 
 
+@checked
 def independence_cost(
     model: Transformer,
     codes: Tensor,
     condition: Condition,
     *,
     known: Tensor | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int = 32,
 ) -> Tensor:
     """Bits per token (M / 2,) that sampling the tokens of a front independently costs at least; of the second half.

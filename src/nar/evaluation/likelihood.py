@@ -32,6 +32,7 @@ from nar.pipeline import Pipeline, Request
 from nar.pipeline.folder import format_facts
 from nar.precision import usable_device
 from nar.progress import Progress, steps
+from nar.storage.fields import Seed, checked
 from nar.storage.folder import find_model, model_digest
 
 ROWS = {
@@ -55,6 +56,7 @@ class HeldOut:
         return len(self.codes)
 
 
+@checked
 def judge_likelihood(
     model: str,
     real: str,
@@ -62,7 +64,7 @@ def judge_likelihood(
     against: str | None = None,
     split: str = "test",
     number: int = 10_000,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from nar.metrics.reference import is_reference
 from nar.pipeline import Pipeline, Request
 from nar.pipeline.folder import format_facts
 from nar.precision import usable_device
+from nar.storage.fields import Seed
 from nar.storage.folder import bundled_names, find_model, model_digest
 from nar.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,7 +62,7 @@ class Comparison:
     tokenizer: str | None = None
     calibration: float = 0.05
     resamplings: int = 1000
-    seed: int = 0
+    seed: Seed = 0
     cache: Path | None = None
     batch_size: int | None = None
     device: str | None = None

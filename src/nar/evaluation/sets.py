@@ -31,6 +31,7 @@ from nar.pipeline import Pipeline, Request
 from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.arrays import read_arrays
+from nar.storage.fields import Seed, checked
 from nar.storage.files import atomically, claim, parse_json
 from nar.storage.folder import model_digest, read_config
 from nar.storage.text import read_lines
@@ -113,6 +114,7 @@ def made_by(folder: Path) -> dict[str, Any]:
     return digests | {"ema_decay": averaged, "images_seen": training.get("images_seen")}
 
 
+@checked
 def sample_set(
     pipe: Pipeline,
     output: Path,
@@ -120,7 +122,7 @@ def sample_set(
     labels: str | Sequence[str | int],
     *,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int = 40,
     rank: int = 0,
     num_processes: int = 1,
@@ -212,6 +214,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
+@checked
 def geneval_set(
     pipe: Pipeline,
     output: Path,
@@ -219,7 +222,7 @@ def geneval_set(
     count: int,
     *,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int = 40,
     rank: int = 0,
     num_processes: int = 1,

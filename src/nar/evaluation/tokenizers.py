@@ -37,6 +37,7 @@ from nar.metrics.reconstruction import (
 from nar.metrics.reference import ENOUGH
 from nar.precision import usable_device
 from nar.progress import steps
+from nar.storage.fields import Seed, checked
 from nar.storage.files import atomically
 from nar.storage.folder import find_model, model_digest
 from nar.tokenizer import load_tokenizer
@@ -48,6 +49,7 @@ _TRAIN_BYTES = 2**28  # of pictures that baselines are fitted to
 _SHOWN = 16  # pairs on the sheet
 
 
+@checked
 def judge_tokenizer(
     folder: str,
     real: str,
@@ -58,7 +60,7 @@ def judge_tokenizer(
     number: int = 10_000,
     pad: bool = False,
     refine: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int | None = None,
     device: str | None = None,
     inception: Path | None = None,

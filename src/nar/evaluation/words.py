@@ -14,9 +14,11 @@ from PIL import Image
 from nar.data.open import load_pictures, open_source
 from nar.data.source import Source
 from nar.precision import usable_device
+from nar.storage.fields import Seed, checked
 from nar.storage.text import read_lines
 
 
+@checked
 def judge_captions(
     fake: str,
     *,
@@ -25,7 +27,7 @@ def judge_captions(
     clip_prefix: str = "",
     retrieval: bool = False,
     size: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
     """The CLIP score of pictures with their captions, by the model in the folder `clip`, and `retrieval`.

@@ -30,7 +30,7 @@ from nar.metrics.pictures import Opened, Source, extent, opened
 from nar.metrics.reference import ENOUGH, is_reference, read_reference, reference_pictures
 from nar.metrics.scores import scores, some_places
 from nar.storage.arrays import read_arrays
-from nar.storage.fields import Length, Range, Size, checked
+from nar.storage.fields import Length, Range, Seed, Size, checked
 from nar.storage.files import digest, read_json
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
@@ -52,7 +52,7 @@ def evaluate(
     keep: Annotated[int, Range(2)] = 50_000,
     batch_size: Size = 64,
     resamplings: Length = 1000,
-    seed: Annotated[int, Range(0)] = 0,
+    seed: Seed = 0,
     cache: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar.metrics.frechet import RunningStatistics, frechet_distance, nearest
+from nar.storage.fields import Seed, checked
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) of pictures (B, 3, H, W) in -1..1."""
@@ -116,12 +117,13 @@ def compare(
     return numbers | dict(zip(("ssim", *(distances or {})), means.tolist(), strict=True))
 
 
+@checked
 def frechet_distances(
     real: np.ndarray,
     reconstructed: np.ndarray,
     features: Callable[[Tensor], Tensor],
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int = 64,
 ) -> dict[str, tuple[float, int, int]]:
     """Frechet distances of `real` and `reconstructed` pictures or clips (B, ...), and the counts of both sides.
@@ -173,6 +175,7 @@ def num_fitted_patches(train: np.ndarray, patch: tuple[int, ...], vocab_size: in
     return min(there, 64 * vocab_size, _PRODUCTS // (vocab_size * 3 * math.prod(patch)))
 
 
+@checked
 def nearest_patches(
     train: np.ndarray,
     real: np.ndarray,
@@ -180,7 +183,7 @@ def nearest_patches(
     vocab_size: int,
     *,
     iterations: int = 15,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """`real` pictures or clips with each patch replaced by the nearest of `vocab_size` ones.

@@ -19,10 +19,12 @@ from nar.metrics.features import FeatureSet, Reading, Reservoir, gather, gaussia
 from nar.metrics.frechet import Statistics
 from nar.metrics.pictures import Opened, Source, opened
 from nar.storage.arrays import array_names, read_arrays
+from nar.storage.fields import Seed, checked
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 
 
+@checked
 def write_reference(
     path: str | Path,
     pictures: Source,
@@ -31,7 +33,7 @@ def write_reference(
     detector: Detector | None = None,
     size: int | None = None,
     num_pictures: int = 10_000,
-    seed: int = 0,
+    seed: Seed = 0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     progress: bool = True,

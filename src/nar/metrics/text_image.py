@@ -23,6 +23,7 @@ from nar.metrics.frechet import nearest
 from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import Source, batches
 from nar.metrics.scores import mean_interval
+from nar.storage.fields import Seed, checked
 from nar.storage.files import digest, read_json
 from nar.text.encoder import load_pretrained
 
@@ -81,6 +82,7 @@ class ClipScorer:
         return resized.crop((left, top, left + self.size, top + self.size))
 
 
+@checked
 def clip_score(
     pictures: Source,
     captions: Sequence[str],
@@ -88,7 +90,7 @@ def clip_score(
     *,
     prefix: str = "",
     size: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """100 * max(cosine, 0) of every picture and its caption: the mean, its 95 % interval and all values.
 

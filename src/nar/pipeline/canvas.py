@@ -245,7 +245,7 @@ def _mask(mask: Mask) -> np.ndarray:
 
 def _of_box(box: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """The mask of a box, of which a part lies in the picture."""
-    values = list(box)
+    values = list(box) if isinstance(box, Sequence | np.ndarray) else []
     if len(values) != 4 or not all(isinstance(value, int | np.integer) for value in values) or min(values[2:]) < 1:
         raise ValueError(f"box must be four whole numbers, (left, top, width, height), not {box!r}")
     left, top, width, height = values

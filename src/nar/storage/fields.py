@@ -71,6 +71,7 @@ class OneOf:
 
 Size = Annotated[int, Range(1, 2**20)]  # of a tensor's axis
 Length = Annotated[int, Range(0, 2**20)]  # the same, where 0 means none
+Seed = Annotated[int, Range(0, 2**64 - 1)]  # what torch and numpy both take
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]

@@ -21,7 +21,7 @@ from nar.pipeline.continuation import prefix_grid
 from nar.pipeline.requests import HEADS
 from nar.sampling import Sampling
 from nar.storage.config import load
-from nar.storage.fields import Length, NotNegative, OneOf, Range, Size, check, from_dict, suggestion
+from nar.storage.fields import Length, NotNegative, OneOf, Range, Seed, Size, check, from_dict, suggestion
 from nar.storage.folder import without_weights
 from nar.tokenizer import Tokenizer
 from nar.training.models import equal_to_nar
@@ -80,7 +80,7 @@ class Judging:
     independence: bool = True
     batch_sizes: tuple[Size, ...] = (1, 32)
     repetitions: Size = 3
-    seed: Annotated[int, Range(0)] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check(self, "judging.")
@@ -120,7 +120,7 @@ class Study:
     tokenizer: tuple[str, ...] = ()
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     num_images: Annotated[int, Range(0, 10**12)] = 0
     training_flops: NotNegative = 0.0
     sweep: dict[str, Any] = field(default_factory=dict)

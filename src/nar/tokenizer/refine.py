@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nar.storage.fields import Seed, checked
 from nar.tokenizer.base import Tokenizer
 
 MOST_ENTRIES = 2**18  # distances to all entries are taken
@@ -24,9 +25,10 @@ _HOT, _COLD = 0.15, 0.02  # half or twice as hot: within 0.15 dB (emoji, clips)
 _CHUNK = 2**27  # distances held at once: half a gigabyte
 
 
+@checked
 @torch.inference_mode(False)
 @torch.enable_grad()
-def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed: int = 0) -> Tensor:
+def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed: Seed = 0) -> Tensor:
     """Codes of `pixels` that decode closer to them than those of `tokenizer.encode`, of the same shape.
 
     Args:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
-from nar.storage.fields import OneOf, Range, Size, check
+from nar.storage.fields import OneOf, Range, Seed, Size, check
 from nar.training.distributed import Engine
 from nar.training.optim import OptimConfig
 
@@ -53,7 +53,7 @@ class Plan:
     minutes: Annotated[float, Range(0, 10**6)] = 0.0  # two years
     images_between: tuple[int, int] = (0, 2**62)
     ema_decay: Annotated[float, Range(0, below=1)] = 0.999
-    seed: int = 0
+    seed: Seed = 0
     log_every: Annotated[int, Range(1)] = 50
     preview_every: Annotated[int, Range(1)] = 500
     checkpoint_every: Annotated[int, Range(1)] = 500
