@@ -113,6 +113,7 @@ def _pipe(name: str) -> Callable[[Path], Call]:
                 "guidance_scale",
                 "guidance_interval",
                 "guidance_curve",
+                "guidance_power",
                 "temperature",
                 "top_k",
                 "top_p",

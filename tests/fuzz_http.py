@@ -37,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "guidance_scale": 2.0,
     "guidance_interval": 3,
     "guidance_curve": "constant",
+    "guidance_power": 1.0,
     "temperature": 1.0,
     "top_k": 5,
     "top_p": 0.9,

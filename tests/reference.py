@@ -22,16 +22,18 @@ def stream(seed: int, index: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(words)).random(count, dtype=np.float32)
 
 
-def guidance(sampling: Sampling, front: int, num_fronts: int) -> float:
-    """The guidance scale of a front, the interval aside."""
-    progress = front / (num_fronts - 1) if num_fronts > 1 else 0.0
+def guidance(sampling: Sampling, front: int, fronts: tuple[int, ...]) -> float:
+    """The guidance scale of a front, the interval aside; `fronts` are numbers of tokens."""
+    by_tokens = sampling.guidance_curve.endswith("-tokens")
+    progress = sum(fronts[:front]) / sum(fronts) if by_tokens else front / max(1, len(fronts) - 1)
+    progress = progress**sampling.guidance_power
     risen = {
         "constant": 1.0,
         "linear": progress,
         "cosine": 0.5 - 0.5 * math.cos(math.pi * progress),
         "power": progress * progress * progress,
     }
-    return 1.0 + (sampling.guidance_scale - 1.0) * risen[sampling.guidance_curve]
+    return 1.0 + (sampling.guidance_scale - 1.0) * risen[sampling.guidance_curve.removesuffix("-tokens")]
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -80,7 +82,7 @@ def reference_generate(
         if guided and sampling.guidance_scale != 1.0:
             null = model(codes, condition.drop(torch.ones(batch, dtype=torch.bool)))
             null = null.flatten(1, -2)[:, schedule.order[positions]]
-            logits = null + guidance(sampling, front, schedule.num_steps) * (logits - null)
+            logits = null + guidance(sampling, front, schedule.fronts) * (logits - null)
         for row in range(batch):
             for place in range(positions.start, positions.stop):
                 own = logits[row, place - positions.start].numpy()

@@ -191,9 +191,9 @@ def test_greedy_codes_and_logits_of_both_halves(fixture: Fixture) -> None:
     codes = generate(model, condition, Sampling(temperature=0))
     assert torch.equal(codes, io["greedy.tokens"])
     torch.testing.assert_close(decoded_logits(model, codes, condition), io["greedy.logits"], **CLOSE)
-    steps = model.layout.schedule.num_steps
+    order = model.layout.schedule
     sampling = Sampling(temperature=0, guidance_scale=1 + fixture.meta["cfg"], guidance_curve="linear")
-    assert [sampling.guidance_at(front, steps) for front in range(steps)] == pytest.approx(
+    assert [sampling.guidance_at(front, order) for front in range(order.num_steps)] == pytest.approx(
         fixture.meta["guidance_scale_per_scale"]
     )
     guided = generate(model, condition, sampling)
@@ -204,7 +204,7 @@ def test_greedy_codes_and_logits_of_both_halves(fixture: Fixture) -> None:
     for run, made in (("greedy", codes), ("greedy_cfg", guided)):
         *_, total = model.sums.totals(made)
         torch.testing.assert_close(total, io[f"{run}.f_hat"], **INPUTS)
-        torch.testing.assert_close(model.sums(made, range(steps - 1)), io[f"{run}.var_input"], **INPUTS)
+        torch.testing.assert_close(model.sums(made, range(order.num_steps - 1)), io[f"{run}.var_input"], **INPUTS)
 
 
 @torch.no_grad()

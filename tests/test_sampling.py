@@ -11,6 +11,7 @@ import torch
 from conftest import make_condition, make_model
 from nar import ClassCondition, Sampling, Transformer, generate, generate_fronts
 from nar.condition import PrefixCondition
+from nar.order import manhattan
 from nar.sampling import probabilities, sample, uniforms
 from reference import reference_generate
 
@@ -22,6 +23,7 @@ SETTINGS = {
     "interval": Sampling(guidance_scale=3.0, guidance_interval=4),
     "interval-0": Sampling(guidance_scale=3.0, guidance_interval=0, top_p=0.8),
     "curve": Sampling(guidance_scale=3.0, guidance_curve="cosine", temperature=0.8),
+    "tokens": Sampling(guidance_scale=4.0, guidance_curve="cosine-tokens", guidance_power=1.5),
     "filters": Sampling(guidance_scale=2.0, guidance_curve="linear", temperature=1.5, top_k=15, top_p=0.9),
 }
 
@@ -157,10 +159,20 @@ def test_a_filter_takes_its_share_of_the_tempered_distribution() -> None:
 @pytest.mark.parametrize("curve", ["constant", "linear", "cosine", "power"])
 def test_curves_end_at_the_scale_and_all_but_one_begin_without_guidance(curve: str) -> None:
     sampling = Sampling(guidance_scale=5.0, guidance_curve=curve)
-    scales = [sampling.guidance_at(front, 7) for front in range(7)]
+    scales = [sampling.guidance_at(front, manhattan((4, 4))) for front in range(7)]
     assert scales[-1] == 5.0
     assert scales[0] == (5.0 if curve == "constant" else 1.0)
     assert scales == sorted(scales)
+
+
+def test_curves_by_tokens_are_those_of_other_models() -> None:
+    """A 4x4 diagonal has 0, 1, 3, 6, 10, 13 and 15 tokens before its fronts; RAR: 1 + (s - 1) (1 - cos(pi t^p)) / 2."""
+    order, shares = manhattan((4, 4)), [before / 16 for before in (0, 1, 3, 6, 10, 13, 15)]
+    linear = Sampling(guidance_scale=5.0, guidance_curve="linear-tokens")
+    assert [linear.guidance_at(front, order) for front in range(7)] == [1 + 4 * share for share in shares]
+    rar = Sampling(guidance_scale=5.0, guidance_curve="cosine-tokens", guidance_power=2.75)
+    expected = [1 + 2 * (1 - math.cos(math.pi * share**2.75)) for share in shares]
+    assert [rar.guidance_at(front, order) for front in range(7)] == pytest.approx(expected)
 
 
 def test_a_sum_in_parts_does_not_bring_back_what_a_filter_took_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +252,7 @@ def test_no_two_seeds_share_a_stream() -> None:
         ({"top_k": 2.5}, "top_k must be a whole number, at least 0"),
         ({"top_k": True}, "top_k must be a whole number, at least 0"),
         ({"top_p": torch.ones(2)}, "top_p"),
-        ({"guidance_curve": "square"}, "guidance_curve must be one of constant, linear, cosine, power"),
+        ({"guidance_curve": "square"}, "guidance_curve must be one of constant, linear, cosine, power, linear-tokens"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, object], message: str) -> None:

@@ -25,7 +25,7 @@ from nar.condition import AnyCondition, Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
-from nar.storage.fields import NotNegative, OneOf, Range, check, checked
+from nar.storage.fields import NotNegative, OneOf, Positive, Range, check, checked
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
@@ -35,8 +35,6 @@ LARGEST_GUIDANCE = 1000  # far above what helps (20), far below what overflows
 NUM_SEEDS = 2**64
 MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # sampled from at once, which takes a few copies
 SEQUENTIAL_SUMS = ("cpu",)  # devices whose cumsum adds number after number, and is flat where nothing is kept
-
-
 CURVES: dict[str, Curve] = {
     "constant": lambda _: 1.0,
     "linear": lambda progress: progress,
@@ -54,7 +52,9 @@ class Sampling:
         guidance_interval: guidance ends, for good, before the first front that finds more than this number of tokens
             generated; the first front is always guided. None never ends it.
         guidance_curve: "constant"; "linear", "cosine" or "power" (cubic) rise from 1.0 at the first front to
-            `guidance_scale` at the last.
+            `guidance_scale` at the last. "linear-tokens" and "cosine-tokens" rise with the share of tokens that are
+            sampled before a front, as other models' curves do: a diagonal's early fronts hold few.
+        guidance_power: exponent of how far a curve is: "cosine-tokens" with 2.75 is that of RAR-B (arXiv 2411.00776).
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens, ties included; 0 keeps all.
         top_p: keep the most likely tokens up to this mass, the one that crosses it included; 1.0 keeps all.
@@ -62,7 +62,8 @@ class Sampling:
 
     guidance_scale: Annotated[float, Range(0, LARGEST_GUIDANCE)] = 1.0
     guidance_interval: Annotated[int, Range(0)] | None = None
-    guidance_curve: Annotated[str, OneOf(*CURVES)] = "constant"
+    guidance_curve: Annotated[str, OneOf(*CURVES, "linear-tokens", "cosine-tokens")] = "constant"
+    guidance_power: Positive = 1.0
     temperature: NotNegative = 1.0
     top_k: Annotated[int, Range(0)] = 0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
@@ -70,10 +71,12 @@ class Sampling:
     def __post_init__(self) -> None:
         check(self)
 
-    def guidance_at(self, front: int, num_fronts: int) -> float:
+    def guidance_at(self, front: int, schedule: Schedule) -> float:
         """The guidance scale of one front."""
-        progress = front / max(1, num_fronts - 1)
-        return 1.0 + (self.guidance_scale - 1.0) * CURVES[self.guidance_curve](progress)
+        curve, by_tokens, _ = self.guidance_curve.partition("-tokens")
+        fronts, tokens = front / max(1, schedule.num_steps - 1), schedule.front(front).start / schedule.num_positions
+        progress = (tokens if by_tokens else fronts) ** self.guidance_power
+        return 1.0 + (self.guidance_scale - 1.0) * CURVES[curve](progress)
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def step(model: Transformer, buffers: _Buffers, sampling: Sampling, front: int) 
         earlier = torch.cat([earlier, earlier]) if cache.batch_size > batch else earlier
         hidden = model.decode(earlier, range(front - 1, front), cache)
     if cache.batch_size > batch:
-        scale = sampling.guidance_at(front, schedule.num_steps)
+        scale = sampling.guidance_at(front, schedule)
         hidden = hidden[:batch] if scale == 1.0 else hidden[batch:].lerp(hidden[:batch], scale)
     numbers, given = buffers.streams[:, positions], buffers.known[:, positions]
     sampled = sample_rows(model.logits(hidden).flatten(0, 1), numbers.flatten(), sampling)
@@ -302,9 +305,7 @@ def _steps(
 def check_known(model: Transformer, known: Tensor | None) -> None:
     """Raise ValueError for codes to keep that the model does not have."""
     if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
-        raise ValueError(
-            f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1}, and -1 where free"
-        )
+        raise ValueError(f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1} and -1 where free")
 
 
 def no_numbers(model: Transformer) -> ValueError:
@@ -414,7 +415,7 @@ def last_guided(sampling: Sampling, schedule: Schedule) -> int:
     guided = [
         front
         for front in range(schedule.num_steps)
-        if sampling.guidance_at(front, schedule.num_steps) != 1.0 and (front == 0 or schedule.front(front).start <= end)
+        if sampling.guidance_at(front, schedule) != 1.0 and (front == 0 or schedule.front(front).start <= end)
     ]
     return guided[-1] if guided else -1
 

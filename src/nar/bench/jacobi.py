@@ -65,7 +65,7 @@ def jacobi(
     token_of = _sampler(sampling, noise, seed, range(batch) if indices is None else indices, count, model)
     embedded, key_mask = embed_sides(model, condition, None) if guided >= 0 else model.embed(condition)
     cache = model.new_cache(len(embedded))
-    scales = torch.tensor([sampling.guidance_at(front, count) for front in range(count)], device=model.device)
+    scales = torch.tensor([sampling.guidance_at(front, schedule) for front in range(count)], device=model.device)
 
     def predicted(hidden: Tensor, positions: slice) -> Tensor:
         if guided >= 0:

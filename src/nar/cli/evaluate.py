@@ -103,6 +103,7 @@ def evaluate(
     guidance_scale: shared.GuidanceScale = None,
     guidance_interval: shared.GuidanceInterval = None,
     guidance_curve: shared.GuidanceCurve = None,
+    guidance_power: shared.GuidancePower = None,
     temperature: shared.Temperature = None,
     top_k: shared.TopK = None,
     top_p: shared.TopP = None,

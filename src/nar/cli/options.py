@@ -23,7 +23,11 @@ GuidanceScale = Annotated[
 GuidanceInterval = Annotated[
     int | None, typer.Option(help="End guidance once more than this number of tokens are sampled.")
 ]
-GuidanceCurve = Annotated[str | None, typer.Option(help="constant, linear, cosine or power, over the fronts.")]
+GuidanceCurve = Annotated[
+    str | None,
+    typer.Option(help="constant; linear, cosine or power, over the fronts; linear-tokens or cosine-tokens."),
+]
+GuidancePower = Annotated[float | None, typer.Option(help="Exponent of how far a curve is. Default: 1, the curve.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens, 0 is off.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this mass.")]

@@ -90,7 +90,7 @@ def weighted_fronts(
             hidden = model.decode(earlier, range(front - 1, front), cache)
         own, proposing = hidden[:rows], hidden[:rows]
         if cache.batch_size > rows:
-            proposing = hidden[rows:].lerp(own, sampling.guidance_at(front, schedule.num_steps))
+            proposing = hidden[rows:].lerp(own, sampling.guidance_at(front, schedule))
         there = given[:, positions]
         sampled = sample_rows(model.logits(proposing).flatten(0, 1), uniform[:, positions].flatten(), sampling)
         tokens[:, positions] = torch.where(there >= 0, there, sampled.view_as(there))

@@ -256,6 +256,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         guidance_curve: str | None = None,
+        guidance_power: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,

@@ -116,7 +116,7 @@ class Flight:
         self._next = slot + 1
         self._streams[slot], self._tokens[slot] = stream, -1
         self._known[slot] = -1 if row.known is None else model.in_order(row.known.to(model.device))[0]
-        scales = [row.sampling.guidance_at(front, schedule.num_steps) for front in range(last + 1)]
+        scales = [row.sampling.guidance_at(front, schedule) for front in range(last + 1)]
         self._scales[slot, : last + 1] = torch.tensor(scales)
         if key_mask is not None:
             self._key_mask[self._sides * slot :][: len(key_mask)] = key_mask

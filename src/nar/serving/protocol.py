@@ -90,6 +90,7 @@ class Generation(_Fields):
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     guidance_interval: Annotated[int, Field(ge=0)] | None = None
     guidance_curve: str | None = None
+    guidance_power: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
