@@ -248,8 +248,8 @@ def test_names_do_not_command_the_terminal(run: Run, toy_folder: Path, tmp_path:
 
 
 def test_every_setting_of_sampling_is_an_option(run: Run, toy_folder: Path, tmp_path: Path) -> None:
-    values = {"guidance_scale": 2.5, "guidance_interval": 3, "guidance_curve": "linear", "temperature": 0.5}
-    values |= {"top_k": 7, "top_p": 0.75}
+    values = {"guidance_scale": 2.5, "guidance_interval": 3, "guidance_curve": "linear"}
+    values |= {"guidance_power": 2.0, "temperature": 0.5, "top_k": 7, "top_p": 0.75}
     assert list(values) == [field.name for field in dataclasses.fields(Sampling)]
     options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
     run("sample", toy_folder, *options, "-n", 1, "-o", tmp_path / "folder")

@@ -19,6 +19,7 @@ from nar.storage.fields import Seed, checked
 
 RANK = 16
 STEPS = 120
+HELD_BYTES = 2**30  # of hidden states that are kept: the model is then run once on each picture, not 8,000 times
 RATES = (3e-2, 5e-4)  # for strong and for faint dependence; the better one on checked pictures counts
 
 
@@ -63,12 +64,20 @@ def independence_cost(
     circle = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
     another = torch.empty_like(circle).scatter_(0, circle, circle.roll(1))
 
+    @torch.no_grad()
+    def hidden(rows: Tensor) -> Tensor:
+        return model.hidden(codes[rows].long().to(device), condition.rows(rows).to(device))[:, places.to(device)]
+
+    held = None  # of the first half, which every step of the fits reads some of
+    if half * len(places) * len(model.config.head_depths) * model.config.dim * 4 <= HELD_BYTES:
+        held = torch.cat([hidden(part) for part in torch.arange(half).split(batch_size)])
+
     def losses(rows: Tensor, coupling: Tensor) -> Tensor:
         """Nats (2, B, n) with the two couplings."""
         tokens, others = (model.in_order(codes[some].long().to(device)) for some in (rows, another[rows]))
         with torch.no_grad():
-            hidden = model.hidden(codes[rows].long().to(device), condition.rows(rows).to(device))
-            logits = model.logits(hidden[:, places.to(device)])  # (B, n, V)
+            states = hidden(rows) if held is None or int(rows.max()) >= half else held[rows.to(device)]
+            logits = model.logits(states)  # (B, n, V)
         coupled = []
         for (left, right), source in zip(coupling, (tokens, others), strict=True):
             changed = logits + (embedding @ left)[source[:, places - 1]] @ (embedding @ right).T

@@ -58,10 +58,7 @@ def judge(
     pipe = Pipeline.from_pretrained(folder)
     if heads != "mean":
         pipe = pipe.with_heads(heads)
-    data = trained_on(folder)
-    heldout = held_out([pipe], data, real, "test", how.number, how.seed)
-    halves = [_part(heldout, half) for half in np.array_split(np.arange(len(heldout)), 2)]
-    first, second = (_Half(pipe, half, data.get("wording", "plain"), how, cache) for half in halves)
+    first, second = halves(pipe, trained_on(folder), real, how, cache)
     chosen, tried = dataclasses.replace(pipe.sampling, **sampling or {}), list[tuple[float, float]]()
     if guidance_scale is not None:
         chosen = dataclasses.replace(chosen, guidance_scale=guidance_scale)
@@ -121,7 +118,17 @@ def golden_section(
     return min(tried, key=lambda pair: pair[1])[0], tried
 
 
-class _Half:
+def halves(
+    pipe: Pipeline, trained: dict[str, Any], real: str | Source, how: Judging, cache: Path | None
+) -> tuple[Half, Half]:
+    """Held-out samples in two halves, as a pipeline is conditioned on them; `trained` is what it was trained on."""
+    heldout = held_out([pipe], trained, real, "test", how.number, how.seed)
+    first, second = (_part(heldout, half) for half in np.array_split(np.arange(len(heldout)), 2))
+    wording = trained.get("wording", "plain")
+    return Half(pipe, first, wording, how, cache), Half(pipe, second, wording, how, cache)
+
+
+class Half:
     """One half of the held-out samples, and what a model makes of the same conditions."""
 
     def __init__(self, pipe: Pipeline, heldout: HeldOut, wording: str, how: Judging, cache: Path | None) -> None:
