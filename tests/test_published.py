@@ -210,8 +210,13 @@ SIZES = ("--num-heads", 2, "--grid", "4x4")
 
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small files as they would be downloaded."""
     folder = tmp_path_factory.mktemp("downloads")
+    write_downloads(folder)
+    return folder
+
+
+def write_downloads(folder: Path) -> None:
+    """Write small files as they would be downloaded."""
     save_model(random_state(class_model_shapes(**TINY, num_classes=3)), folder / "c2i.pt", model="GPT-B")
     save_tokenizer(random_state(tokenizer_shapes(32, (1, 1), 32, 4, TINY["vocab_size"])), folder / "vq.pt")
     text = transformer_shapes(**TINY, num_extra=1, heads=IMAGE_HEADS) | {
@@ -227,7 +232,6 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames["tok_embeddings.weight"] = (TINY["vocab_size"], TINY["dim"])
     torch.save(random_state(frames), folder / "c2v.pth")
     (folder / "names.txt").write_text("ant\nbee\ncow\n")
-    return folder
 
 
 def video_tokenizer() -> VideoTokenizer:

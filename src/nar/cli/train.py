@@ -85,6 +85,7 @@ def extract(
     from nar.storage.folder import CONFIG, find_model, read_config
     from nar.text import TextEncoder, TextEncoderConfig, cached
     from nar.tokenizer import load_tokenizer
+    from nar.tokenizer.larp import VideoTokenizer
     from nar.training.distributed import joined
 
     folder = find_model(model)
@@ -95,6 +96,8 @@ def extract(
     own: tuple[int, ...] = ()
     if config.get("kind") == "transformer":
         own = tokenizer.pixel_shape(from_dict(ModelConfig, config.get("model"), find_model(model) / CONFIG).grid)
+    elif isinstance(tokenizer, VideoTokenizer):  # reads clips of one size
+        own = tokenizer.pixel_shape(tokenizer.config.grid)
     size = size or (own[-1] if own else 256)
     if frames is None:
         frames = own[0] if len(own) == 3 else 0 if len(tokenizer.pixel_axes) == 2 else 16
