@@ -245,7 +245,8 @@ def evaluation(folder: Path) -> None:
 
     pictures(folder / "photos/test", 40)
     pictures(folder / "samples", 40, classes=False, captions=True)
-    model(folder / "my-model", vq(folder / "vq", halvings=2), grid=(8, 8))
+    for name in ("my-model", "runs/mine/model"):
+        model(folder / name, vq(folder / "vq", halvings=3), grid=(8, 8))
     for number in range(8):
         clip(folder / f"clips/test/{number}.gif", number=number)
         clip(folder / f"clips/samples/{number}.gif", number=8 - number)
@@ -327,6 +328,7 @@ STAGES = {
             ("--against other-model", "--against fashion -n 20"),
             ("--nproc-per-node 8", "--nproc-per-node 2"),
             ("-n 10000 --labels", "-n 4 --labels"),
+            ("--real pictures/test", "--real photos/test --tuned 8 --sampled 8 --steps 3 --family constant"),
         ),
         "import numpy as np; real, fake = np.random.default_rng(0).integers(0, 256, (2, 40, 32, 32, 3), np.uint8)",
     ),
