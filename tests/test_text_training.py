@@ -18,7 +18,7 @@ from nar import Pipeline, cli
 from nar.condition import TextCondition
 from nar.data.codes import Codes
 from nar.data.extract import extract
-from nar.data.split import held_out_pairs
+from nar.data.split import held_out_pairs, without_styles
 from nar.data.wording import with_article, wordings
 from nar.likelihood import token_losses
 from nar.model import Transformer
@@ -30,7 +30,7 @@ from nar.training.batches import batch_of
 from nar.training.distributed import Workers
 from nar.training.models import ModelTask
 from nar.training.recipe import Recipe
-from nar.training.samples import composed_codes, without_styles
+from nar.training.samples import composed_codes
 from nar.training.tasks import run_recipe
 from nar.training.words import Text
 from text_encoders import tiny_encoder
@@ -165,10 +165,12 @@ def test_styles_are_held_out(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "held-out.json").read_text())["styles"] == ["noto"]
     recipe = load(Recipe, str(path), [*options, "data.heldout_styles=[noto]"])
     codes = Codes.open(tmp_path / "run" / "codes" / "train")
-    (left,) = without_styles(recipe, codes)
+    (left,) = without_styles([codes], recipe.data.heldout_styles)
     assert 0 < len(left) < len(codes)
     assert "noto" not in (left.styles or ())
-    rest, less = without_styles(recipe, left, codes)  # it is enough that one of the sets has the style
+    rest, less = without_styles(
+        [left, codes], recipe.data.heldout_styles
+    )  # it is enough that one of the sets has the style
     assert len(rest) == len(less) == len(left)
     with pytest.raises(ValueError, match=r"no picture has the style 'notto'; styles: flat, noto, old"):
         run_recipe(str(path), [*options, "data.heldout_styles=[notto]", f"run={tmp_path / 'other'}"])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nar import load_tokenizer
+from nar.media.crops import shifted
 from nar.media.pixels import pad_to_multiple
 from nar.storage.config import load
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
@@ -20,7 +21,7 @@ from nar.tokenizer.quantize import VectorQuantizer
 from nar.training.distributed import Workers
 from nar.training.recipe import Recipe
 from nar.training.tasks import run_recipe
-from nar.training.tokenizers import TokenizerTask, shifted, spread_rows
+from nar.training.tokenizers import TokenizerTask, spread_rows
 from training_runs import tokenizer_recipe
 
 

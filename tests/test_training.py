@@ -331,3 +331,14 @@ def test_seeds_are_refused_before_the_work(tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("codes")]
     with pytest.raises(ValueError, match="seed must be at least 0"):
         judge_likelihood("toy", "toy", seed=-1)
+
+
+def test_batches_are_pinned_for_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = list[int]()
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: (pinned.append(len(tensor)), tensor)[1])
+    batch = torch.zeros(2, 4), ClassCondition(torch.zeros(3, dtype=torch.int64)), None
+    assert ALONE.pinned(batch) is batch
+    assert not pinned
+    codes, condition, weight = Workers(0, 1, torch.device("cuda")).pinned(batch)
+    assert pinned == [2, 3]
+    assert (codes.shape, len(condition), weight) == ((2, 4), 3, None)

@@ -1,6 +1,6 @@
-"""Which samples are held out, by a hash of what they belong to.
+"""Which samples are held out, by a hash of what they belong to, or by their style.
 
-Knows keys; does not know what they stand for. Legend: `N` samples.
+Knows keys and codes; does not know training. Legend: `N` samples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from nar.data.codes import Codes
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
@@ -45,6 +47,24 @@ def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> 
         raise ValueError(f"{count} pairs of group and style can't be held out: {len(several)} groups have two styles")
     pairs = {(group, min(drawn[group], key=lambda style: _rank(f"pair {group} {style}"))) for group in several[:count]}
     return np.array([pair in pairs for pair in zip(groups, styles, strict=True)], dtype=bool)
+
+
+def without_styles(sets: Sequence[Codes], styles: Sequence[str]) -> list[Codes]:
+    """The sets without samples of `styles`; raises ValueError for a style that no sample has."""
+    known = {style for codes in sets for style in codes.styles or ()}
+    if unknown := [style for style in styles if style not in known]:
+        listed = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"data.heldout_styles: no picture has the style {unknown[0]!r}; styles: {listed}")
+    kept = ([style not in styles for style in codes.styles or [""] * len(codes)] for codes in sets)
+    return [codes.take(np.flatnonzero(rows)) for codes, rows in zip(sets, kept, strict=True)]
+
+
+def without_pairs(codes: Codes, number: int) -> tuple[Codes, Codes]:
+    """Codes without `number` pairs of group and style, and these alone; raises ValueError for codes without styles."""
+    if codes.styles is None:
+        raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
+    out = held_out_pairs(codes.groups, codes.styles, number)
+    return codes.take(np.flatnonzero(~out)), codes.take(np.flatnonzero(out))
 
 
 def _rank(key: str) -> int:

@@ -1,6 +1,6 @@
-"""Squares of pictures: the middle, random crops, and the views that codes are made of.
+"""Squares of pictures: the middle, random crops, the views that codes are made of; pictures and clips that are moved.
 
-Knows Pillow pictures; does not know files, models or what the squares are for.
+Knows pictures as Pillow and numpy have them; does not know files, models or what the squares are for.
 """
 
 from __future__ import annotations
@@ -88,3 +88,17 @@ def resized_square(
     across, down = picture.width / width, picture.height / height
     right, bottom = min(picture.width, (left + size) * across), min(picture.height, (top + size) * down)
     return picture.resize((size, size), kernel, (left * across, top * down, right, bottom))
+
+
+def restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
+    """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
+    turned = np.roll(clip, int(start * len(clip)), axis=0)
+    return turned[::-1] if direction < 0.5 else turned
+
+
+def shifted(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarray:
+    """A picture or clip (..., H, W, 3), moved by up to `most` pixels either way; its edges are repeated."""
+    height, width = pixels.shape[-3:-1]
+    rows = np.arange(height) + int(down * (2 * most + 1)) - most
+    columns = np.arange(width) + int(right * (2 * most + 1)) - most
+    return pixels[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1), :]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -95,6 +95,14 @@ class Workers:
         dist.all_gather(pieces, values.contiguous())
         return torch.cat(pieces)
 
+    def pinned(self, batch: Any) -> Any:
+        """A batch in memory that CUDA copies from while it computes, where the device is one; else as it is."""
+        if self.device.type != "cuda" or batch is None:
+            return batch
+        if isinstance(batch, tuple):
+            return tuple(map(self.pinned, batch))
+        return _pinned(batch) if isinstance(batch, Tensor) else batch.map(_pinned)
+
     def wait(self) -> None:
         """Return once every process is here."""
         if self.count > 1:
@@ -107,6 +115,10 @@ class Workers:
         agreed = [value]
         dist.broadcast_object_list(agreed, group=self.waiting, device=torch.device("cpu"))
         return agreed[0]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 @contextmanager

@@ -415,7 +415,7 @@ def _ahead(
     def prepare(step: int) -> tuple[int, list[Batch], list[Any]]:
         batch = batch_of(plan.seed, step, num_samples=task.num_samples, batch_size=plan.batch_size)
         batches = pieces(batch, rank=workers.rank, count=workers.count, accumulate=plan.engine.accumulate)
-        return step, batches, [task.fetch(piece) for piece in batches]
+        return step, batches, [workers.pinned(task.fetch(piece)) for piece in batches]
 
     waiting = deque(pool.submit(prepare, step) for step in steps[:1])
     for step in steps:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nar.condition import NULL_CLASS, ClassCondition, Condition
 from nar.data.codes import Codes
 from nar.data.source import Source
+from nar.data.split import without_pairs, without_styles
 from nar.likelihood import sample_losses, token_losses
 from nar.media.pixels import as_images, as_pictures
 from nar.media.sheet import contact_sheet, film_strips
@@ -32,16 +33,7 @@ from nar.training.distributed import Workers
 from nar.training.edits import Holes
 from nar.training.loop import Task, share
 from nar.training.recipe import Recipe
-from nar.training.samples import (
-    Samples,
-    code_sets,
-    composed_codes,
-    extract_given,
-    record_held_out,
-    summary,
-    without_pairs,
-    without_styles,
-)
+from nar.training.samples import Samples, code_sets, composed_codes, extract_given, record_held_out, summary
 from nar.training.words import Text, dropped
 
 TEXT = "text"  # the folder of features, in that of codes or of a run
@@ -84,9 +76,9 @@ class ModelTask(Task):
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
         if recipe.data.heldout_styles:
-            train, heldout = without_styles(recipe, train, heldout)
+            train, heldout = without_styles((train, heldout), recipe.data.heldout_styles)
         if recipe.data.heldout_pairs:
-            train, pairs = without_pairs(recipe, train)
+            train, pairs = without_pairs(train, recipe.data.heldout_pairs)
         if recipe.data.composed:
             if not sources or not recipe.text_encoder.source or len(train.grid) != 2:
                 raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
@@ -158,8 +150,9 @@ class ModelTask(Task):
         draws = torch.from_numpy(batch.draws["condition_dropout"]).to(device)
         if data[1].labels is not None:
             self.module.check_labels(data[1].labels)
-        condition = dropped(data[1].to(device), draws, self.recipe.condition_dropout)
-        codes = data[0].to(device)
+        moved = data[1].map(lambda tensor: tensor.to(device, non_blocking=True))
+        condition = dropped(moved, draws, self.recipe.condition_dropout)
+        codes = data[0].to(device, non_blocking=True)
         seen = mixed(codes, self.recipe.mixed_context) if self.recipe.mixed_context else codes
         losses = token_losses(self.module, codes, condition, seen=seen, dropout=self.recipe.dropout)
         loss = self.of_samples(losses, condition, data[2]).mean()

@@ -23,7 +23,7 @@ from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.extract import extract, fingerprint, given_folder
 from nar.data.source import Source
-from nar.data.split import held_out, held_out_pairs
+from nar.data.split import held_out
 from nar.metrics.geneval.scenes import composed_source
 from nar.pipeline.continuation import Continuation
 from nar.storage import files
@@ -183,24 +183,6 @@ def composed_codes(recipe: Recipe, source: Source, train: Codes, tokenizer: Path
     known, data = source.take(np.flatnonzero([key in learned for key in keys])), recipe.data
     scenes = composed_source(known, seed=recipe.seed, number=data.num_composed, size=data.size)
     return _extract(recipe, scenes, "composed", tokenizer, workers)
-
-
-def without_styles(recipe: Recipe, *sets: Codes) -> list[Codes]:
-    """Leave the styles out that are held out, each of which some sample has to have."""
-    out, known = recipe.data.heldout_styles, {style for codes in sets for style in codes.styles or ()}
-    if unknown := [style for style in out if style not in known]:
-        listed = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"data.heldout_styles: no picture has the style {unknown[0]!r}; styles: {listed}")
-    kept = ([style not in out for style in codes.styles or [""] * len(codes)] for codes in sets)
-    return [codes.take(np.flatnonzero(rows)) for codes, rows in zip(sets, kept, strict=True)]
-
-
-def without_pairs(recipe: Recipe, train: Codes) -> tuple[Codes, Codes]:
-    """Take the pairs of group and style out that are held out."""
-    if train.styles is None:
-        raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
-    out = held_out_pairs(train.groups, train.styles, recipe.data.heldout_pairs)
-    return train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))
 
 
 def facts(recipe: Recipe, sources: Sequence[Source]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nar.data.builtin import TOY
 from nar.data.open import load_pictures
 from nar.data.source import BROKEN, Source
+from nar.media.crops import restarted, shifted
 from nar.media.pixels import as_pictures, as_pixels
 from nar.media.sheet import contact_sheet
 from nar.metrics.networks.perceptual import EfficientNetDistance, Lpips, load_lpips
@@ -134,7 +135,7 @@ class TokenizerTask(Task):
             mirrored = (draws["mirror"] < 0.5).reshape(-1, *[1] * (images.ndim - 1))
             images = np.where(mirrored, images[..., ::-1, :], images)
         if data.augment == "loop":
-            images = np.stack([*map(_restarted, images, draws["loop_start"], draws["loop_direction"])])
+            images = np.stack([*map(restarted, images, draws["loop_start"], draws["loop_direction"])])
         if data.shift:
             moves = zip(images, draws["shift_down"], draws["shift_right"], strict=True)
             images = np.stack([shifted(image, data.shift, down, right) for image, down, right in moves])
@@ -159,7 +160,7 @@ class TokenizerTask(Task):
 
     def loss(self, batch: Batch, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.tokenizer_loss
-        pixels = data.to(self.workers.device)
+        pixels = data.to(self.workers.device, non_blocking=True)
         draws = self._draws(batch)
         made = self.module(pixels, uniforms=draws[:, 0].to(pixels.device)) if self.stochastic else self.module(pixels)
         error = made.pixels - pixels
@@ -238,20 +239,6 @@ class TokenizerTask(Task):
 def _frames(pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) as they are; clips (B, 3, T, H, W) as their frames (B * T, 3, H, W)."""
     return pixels if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)
-
-
-def _restarted(clip: np.ndarray, start: float, direction: float) -> np.ndarray:
-    """A clip (T, H, W, 3) that is a loop, started elsewhere and backwards when `direction` is under 0.5."""
-    turned = np.roll(clip, int(start * len(clip)), axis=0)
-    return turned[::-1] if direction < 0.5 else turned
-
-
-def shifted(pixels: np.ndarray, most: int, down: float, right: float) -> np.ndarray:
-    """A picture or clip (..., H, W, 3), moved by up to `most` pixels either way; its edges are repeated."""
-    height, width = pixels.shape[-3:-1]
-    rows = np.arange(height) + int(down * (2 * most + 1)) - most
-    columns = np.arange(width) + int(right * (2 * most + 1)) - most
-    return pixels[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1), :]
 
 
 def spread_rows(count: int, most: int) -> np.ndarray:
