@@ -205,7 +205,7 @@ def _clip(draw: random.Random, world: Path) -> tuple[str, Send]:
     """A job, by JSON with a data URL or by a form, and what can be done with it."""
     values, how = _changed(draw, CLIP)
     values |= {"model": "clips"} if draw.random() < 0.8 else {}
-    file = Path("start.gif")
+    file = Path(tempfile.mkdtemp(dir="."), "start.gif")  # damage may make a link to a device of it
     shutil.copy(world / "clip/start.gif", file)
     if draw.random() < 0.5:
         how += f", start: {fuzz_damage.damage(file, draw)}"
