@@ -107,7 +107,8 @@ def import_all() -> None:
         nar.cli
         nar.convert nar.evaluation.independence nar.evaluation.likelihood nar.evaluation.models
         nar.evaluation.tokenizers nar.evaluation.words nar.metrics.geneval.composed nar.metrics.tables
-        nar.serving.app nar.serving.server nar.training.tasks pyarrow.parquet scipy.optimize torch._dynamo
+        nar.serving.app nar.serving.server nar.study.figures nar.study.run nar.study.tables nar.study.tune
+        nar.training.tasks pyarrow.parquet scipy.optimize torch._dynamo
         torch.distributed.checkpoint
         torch.utils.tensorboard transformers transformers.models.t5.modeling_t5 transformers.models.t5.tokenization_t5
         transformers.models.bert.modeling_bert typer.main"""

@@ -107,6 +107,15 @@ def make_world(folder: Path) -> None:
     put("recipe-tokenizer/tiny.yaml").write_text(yaml.safe_dump(tokenizer))
     nar("train", folder / "recipe/tiny.yaml", f"run={folder / 'run'}", "num_images=8")
     shutil.rmtree(folder / "run/model")
+    shutil.copytree(folder / "model", folder / "twin")
+    study = {"recipe": str(folder / "recipe/tiny.yaml"), "num_images": 8, "seeds": [0, 1], "arms": {"a": {}, "b": {}}}
+    study["arms"]["b"] = {"settings": ["model.schedule=raster"]}
+    study |= {"expect": ["steps of a < b"], "settings": ["optim.warmup_images=4", "data.heldout_share=0.5"]}
+    study["judging"] = {"number": 8, "num_sampled": 0, "independence": False, "batch_sizes": []}
+    put("plan/tiny.yaml").write_text(yaml.safe_dump(study))
+    nar("compare", folder / "plan/tiny.yaml", f"run={folder / 'study'}")
+    for left in ("runs", "codes"):
+        shutil.rmtree(folder / "study" / left, ignore_errors=True)
 
 
 def _made(path: Path) -> Path:

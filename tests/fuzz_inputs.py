@@ -78,6 +78,11 @@ LINES: dict[str, str] = {
     "eval prompts": "eval geneval --write-prompts {out}/a.jsonl",
     "eval copies": "eval copies --fake {drawn} --of {pictures} --real {array}/set.npz --json {out}/a.json",
     "eval reference": "eval reference --real {pictures} -o {out}/a.npz",
+    "tune": "tune {model} --real {array}/set.npz -n 8 --tuned 8 --sampled 8 --steps 3 --family constant "
+    "--json {out}/a.json",
+    "compare": "compare {plan}/tiny.yaml run={out}/study seeds=[0]",
+    "compare study": "compare {study}",
+    "compare models": "compare {model} {twin} --real {array}/set.npz -n 8 --sampled 0 -o {out}/compared",
     "bench serve": "bench serve {url} --seconds 1 --loads 0.5 --concurrency 1 --num-seeds 1 --json {out}/a.json",
     "convert": "convert --kind nar-c2i {published}/model.pt --num-heads 2 --grid 3x4 -o {out}/m",
     "convert safe": "convert --kind nar-c2i {published-safe} --num-heads 2 --grid 3x4 -o {out}/m",
@@ -114,8 +119,8 @@ COSTLY = {name for name in LINES if name.startswith(("eval", "bench"))} - {
     "eval copies",
     "eval prompts",
 }
-COSTLY |= {"serve", "serve clips"}
-WRITTEN = {"run"}  # examples that a line writes into
+COSTLY |= {"serve", "serve clips", "tune", "compare", "compare models"}
+WRITTEN = {"run", "study"}  # examples that a line writes into
 
 
 class Input(NamedTuple):

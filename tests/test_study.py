@@ -187,12 +187,18 @@ def test_finished_models_are_compared(tmp_path: Path) -> None:
     assert out is not None
     models = [str(path / "model") for path in sorted((out / "runs").iterdir())]
     study, logs = compare_models(models, "toy", dataclasses.replace(study_of(tmp_path).judging), tmp_path / "models")
-    assert len(logs) == 2
+    assert [*logs] == sorted(path.name for path in (out / "runs").iterdir())
     found = read_result(tmp_path / "models")
     assert [each.seeds for each in (found.arms[arm]["bits_per_token"] for arm in study.arms)] == [None, None]
     assert "which says nothing of seeds" in markdown(found)
     difference = next(iter(found.differences.values()))["bits_per_token"][0]
     assert difference.pictures is not None
+
+
+def test_one_model_is_no_comparison(tmp_path: Path) -> None:
+    for models in (["fashion", "fashion"], ["runs/a/model", "runs/a/"]):
+        with pytest.raises(ValueError, match="must be different models"):
+            compare_models(models, "toy", dataclasses.replace(study_of(tmp_path).judging))
 
 
 def stand_in(study: Study) -> Tokenizer:

@@ -97,9 +97,7 @@ def compare_models(
 
     Bits are left out where tokenizers differ, as they are of other codes. With a `folder` the logs are kept there.
     """
-    names = [re.sub(r"[^\w.+-]+", "-", name.removesuffix("/model")).strip("-") for name in models]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(models)} must be different models")
+    names = _short_names(models)
     folders = [find_model(model) for model in models]
     study = Study(recipe="none", arms={name: {} for name in names}, seeds=(0,), judging=how)
     logs = {name: [judge(each, real, how)] for name, each in zip(names, folders, strict=True)}
@@ -116,6 +114,16 @@ def compare_models(
         if folder is not None:
             write_log(folder / "logs" / f"{name}-0.json", log)
     return study, logs
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """What the arms are called: of each path the last parts, as few as tell all apart."""
+    paths = [Path(model.rstrip("/").removesuffix("/model")).parts for model in models]
+    for count in range(1, max(1, *map(len, paths)) + 1):
+        names = [re.sub(r"[^\w.+-]+", "-", "-".join(parts[-count:])).strip("-") or "model" for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{', '.join(models)} must be different models")
 
 
 class _Work:
