@@ -46,6 +46,7 @@ ALLOWED = {
         "progress",
         "pipeline.continuation",
         "pipeline.holes",
+        "convert",
         "likelihood",
         "sampling",
         "model",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nar.convert.checkpoint import Checkpoint, read_checkpoint
+from nar.convert.initial import to_diagonal
 from nar.convert.models import model_state
 from nar.convert.next_scale import (
     PUBLISHED_SAMPLING,
@@ -33,7 +34,7 @@ from nar.storage.presets import find
 from nar.tokenizer import KINDS as TOKENIZERS
 from nar.tokenizer import TokenizerConfig
 
-__all__ = ["KINDS", "Checkpoint", "convert", "read_checkpoint", "recognise"]
+__all__ = ["KINDS", "Checkpoint", "convert", "read_checkpoint", "recognise", "to_diagonal"]
 
 MAPPED_BYTES = 128 * 2**20
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}

@@ -49,6 +49,7 @@ class Task:
     module: nn.Module  # what is optimised, already on the workers' device
     num_samples: int  # of the training set
     summary: str  # what there is to learn from, in a few words for people
+    trunk: frozenset[str] = frozenset()  # names of parameters of `module` that `optim.trunk_factor` is of
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:  # noqa: ARG002
         """The repeated parts of `module`, of this task or a copy of it: they are sharded and compiled one by one."""
@@ -270,9 +271,10 @@ class _Run:
         """One step of all optimizers, and what follows it: upkeep of the task, averages."""
         plan, task, workers = self.plan, self.task, self.workers
         total = self.num_steps * plan.batch_size
-        factor = learning_rate_factor(plan.optim_for(total), (step + 1) * plan.batch_size, total)
+        seen, optim = (step + 1) * plan.batch_size, plan.optim_for(total)
         for group in self.state.groups():
-            group["lr"] = group["initial_lr"] * factor
+            frozen = group.get("trunk") and seen <= optim.trunk_frozen * total
+            group["lr"] = 0.0 if frozen else group["initial_lr"] * learning_rate_factor(optim, seen, total)
         loss, values = _backward(self.state, plan, workers, step, batches, fetched)
         bound = plan.optim.clip_norm if plan.optim.clip_norm > 0 else math.inf
         norm = whole(nn.utils.clip_grad_norm_(task.module.parameters(), bound))
@@ -334,7 +336,9 @@ class _State:
         self._plain = copy.deepcopy(average) if sharded else None
         averages = average, task.blocks(average)
         self.step = spread(_Loss(task), task.blocks(task.module), averages, plan.engine, workers)
-        self.optimizers = build_optimizers(task.module, plan.optim)  # of parameters that were spread in place
+        self.optimizers = build_optimizers(
+            task.module, plan.optim, task.trunk
+        )  # of parameters that were spread in place
 
     def values(self) -> dict[str, Any]:
         """All of it as nested dicts, by parameter name, so that any number of processes can read it."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition
+from nar.convert.initial import merged, to_diagonal, trunk, with_holes, with_lora
 from nar.data.codes import Codes
 from nar.data.source import Source
 from nar.data.split import without_pairs, without_styles
@@ -97,6 +97,7 @@ class ModelTask(Task):
             if not isinstance(self.tokenizer, MultiScaleTokenizer):
                 raise ValueError("model.schedule=scales needs the tokenizer_path of a multi-scale tokenizer")
             self.module.sums.load_state_dict(self.tokenizer.quantizer.sums.state_dict())
+        self.trunk = trunk(self.module)
         self.continuation = Continuation(self.module, self.tokenizer, recipe.given_frames)
         self.holes = None
         if recipe.edit:
@@ -265,7 +266,7 @@ class ModelTask(Task):
         if data.frame_rate:
             further["frame_rate"] = data.frame_rate / data.stride
         further |= {"training": training, "sampling": dataclasses.asdict(self.recipe.sampling)}
-        module = _merged(module) if self.recipe.lora_rank else module
+        module = merged(module) if self.recipe.lora_rank else module
         module.save_pretrained(folder, class_names=self.class_names, tokenizer=self.tokenizer_folder, **further)
 
 
@@ -274,6 +275,7 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
     if not recipe.init:
         return Transformer(equal_to_nar(dataclasses.replace(recipe.model, **sizes), recipe.equal))
     model = Transformer.from_pretrained(find_model(recipe.init))
+    model = to_diagonal(model) if recipe.to_diagonal else model
     if model.config.vocab_size != sizes["vocab_size"]:
         counts = f"{model.config.vocab_size} codes but the tokenizer {sizes['vocab_size']}"
         raise ValueError(f"{recipe.init} has {counts}; use its own: tokenizer_path={Path(recipe.init) / 'tokenizer'}")
@@ -287,12 +289,13 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         raise ValueError(f"{recipe.init} reads captions: set text_encoder.source, as in its config.json")
     if recipe.model.schedule not in (ModelConfig.schedule, model.config.schedule):
         raise ValueError(
-            f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule so, or no init"
+            f"{recipe.init} has the schedule {model.config.schedule} and keeps it; set model.schedule so, or "
+            "to_diagonal=true, which makes a raster model decode neighbours"
         )
     recipe.check_null_class(model.config)
     model = model.at_grid(sizes["grid"])
     if recipe.edit and not model.config.prefix_grid:
-        model = _with_holes(model, sizes)
+        model = with_holes(model, sizes)
     if model.config.prefix_grid != sizes.get("prefix_grid", ()):
         raise ValueError(
             f"{recipe.init} reads given codes of {model.config.prefix_grid}, and this recipe's (given_frames "
@@ -304,32 +307,8 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
         model.load_state_dict(model.state_dict() | kept)
     model.requires_grad_(True)
     if recipe.lora_rank:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("lora_rank needs peft: pip install nar-gen[lora]") from error
-        targets, rank = ["qkv", "proj", "gate_up", "down"], recipe.lora_rank
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
-        if model.config.num_classes:
-            model.classes.weight.requires_grad_(True)
+        with_lora(model, recipe.lora_rank, heads=recipe.to_diagonal)
     return model
-
-
-def _with_holes(model: Transformer, sizes: dict[str, Any]) -> Transformer:
-    """A model that has no prefix with one of the whole grid: the same weights, and three vectors more.
-
-    The separator, which takes the place of the condition's last token before the first code, begins as the mean of the
-    classes, or of the null words.
-    """
-    if model.config.positions != "rope":
-        raise ValueError(f"init has {model.config.positions} positions, of one length; edit needs one with rope")
-    names = ("prefix_grid", "prefix_holes", "prefix_attention", "condition_rotation")
-    made = Transformer(dataclasses.replace(model.config, **{name: sizes[name] for name in names}))
-    made.load_state_dict(made.state_dict() | model.state_dict())
-    with torch.no_grad():
-        last = model.classes.weight if model.config.num_classes else model.text(cast(Tensor, model.null_text))
-        made.separator.copy_(last.mean(0))
-    return made
 
 
 def equal_to_nar(config: ModelConfig, equal: str) -> ModelConfig:
@@ -352,19 +331,6 @@ def equal_to_nar(config: ModelConfig, equal: str) -> ModelConfig:
 def _size(config: ModelConfig) -> int:
     with without_weights():
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
-
-
-def _merged(module: Transformer) -> Transformer:
-    """A plain model with the low-rank additions of `module` added to its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = copy.deepcopy(module)
-    for part in adapted.modules():
-        if isinstance(part, BaseTunerLayer):
-            part.merge()
-    plain, state = Transformer(module.config), adapted.state_dict().items()
-    plain.load_state_dict({k.replace(".base_layer.", "."): tensor for k, tensor in state if ".lora_" not in k})
-    return plain
 
 
 def _text(

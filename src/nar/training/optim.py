@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -31,6 +33,8 @@ class OptimConfig:
         learning_rate: of AdamW, at its highest.
         betas, weight_decay: of AdamW; Muon has the decay too.
         clip_norm: the largest norm of a step's gradient; 0 does not bound it.
+        trunk_factor: on the rate of what a model's first head alone would need, but for the output; for `to_diagonal`.
+        trunk_frozen: share of the training in which that does not learn at all; FlashAR takes 0.2 of each.
     """
 
     learning_rate: Positive = 1e-4
@@ -44,6 +48,8 @@ class OptimConfig:
     final_factor: NotNegative = 0.0
     milestones: tuple[Share, ...] = (1 / 2, 2 / 3, 5 / 6)
     gamma: Positive = 0.2
+    trunk_factor: NotNegative = 1.0
+    trunk_frozen: Share = 0.0
 
     def __post_init__(self) -> None:
         check(self, "optim.")
@@ -76,7 +82,9 @@ def parameter_groups(module: nn.Module, weight_decay: float, decay: str = "matri
     return groups
 
 
-def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.Optimizer, ...]:
+def build_optimizers(
+    module: nn.Module, config: OptimConfig, trunk: Collection[str] = ()
+) -> tuple[torch.optim.Optimizer, ...]:
     """AdamW (eps 1e-8, fused) over the groups of `module`, and Muon where it is asked for; groups know `initial_lr`."""
     groups = parameter_groups(module, config.weight_decay, config.decay)
     matrices = [  # of linear layers, by name, without the projection to the vocabulary
@@ -92,14 +100,36 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> tuple[torch.opti
     taken = {id(matrix) for matrix in matrices}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+    by_trunk = partial(_by_trunk, module, config, trunk)
+    adamw = torch.optim.AdamW(by_trunk(groups), lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
     made: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         rate, decay = config.muon_learning_rate, config.weight_decay
-        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        made.append(
+            torch.optim.Muon(
+                by_trunk([{"params": matrices}]), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     for group in (group for optimizer in made for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"] * (config.trunk_factor if group.get("trunk") else 1)
     return tuple(made)
+
+
+def _by_trunk(
+    module: nn.Module, config: OptimConfig, trunk: Collection[str], groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Groups in two parts, of which the second ones are of the trunk; as they are where that learns like the rest."""
+    if config.trunk_factor == 1 and not config.trunk_frozen:
+        return groups
+    if not trunk:
+        raise ValueError("optim.trunk_factor and optim.trunk_frozen are of models, not of tokenizers: leave them out")
+    shared = {id(parameter) for name, parameter in module.named_parameters() if name in trunk}
+    parts = [
+        {**group, "params": [one for one in group["params"] if (id(one) in shared) == inside], "trunk": inside}
+        for inside in (False, True)
+        for group in groups
+    ]
+    return [part for part in parts if part["params"]]
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

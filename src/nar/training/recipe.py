@@ -73,6 +73,7 @@ class Recipe(Plan):
     is no part of what `base` hands on, as `by_count` is not.
 
     `init` is a model folder to start from, with its architecture and tokenizer; the grid and the classes may be others.
+    `to_diagonal` gives a raster one the order of NAR, see `nar.convert.to_diagonal`; else it keeps its own.
     `lora_rank` above 0 trains low-rank additions to it, which the exported model has merged.
 
     `equal` makes a model of another order as deep as NAR's of these sizes, or of as many parameters too; see
@@ -103,6 +104,7 @@ class Recipe(Plan):
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     init: str = ""
+    to_diagonal: bool = False
     train_encoder: bool = True
     tokenizer_path: str = ""
     tokenizer_recipe: str = ""
@@ -137,8 +139,9 @@ class Recipe(Plan):
             )
         if len(named := [name for name in _TOKENIZERS[1:] if getattr(self, name)]) > 1:
             raise ValueError(f"one tokenizer is trained: give {' or '.join(named)}, not both")
-        if self.lora_rank and not (self.init and self.task == "model"):
-            raise ValueError("lora_rank needs init=FOLDER, a model to adapt")
+        for name in ("lora_rank", "to_diagonal"):
+            if getattr(self, name) and not (self.init and self.task == "model"):
+                raise ValueError(f"{name} needs init=FOLDER, a model to adapt")
         if self.task == "tokenizer":
             self._check_tokenizer()
         else:

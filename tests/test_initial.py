@@ -1,0 +1,153 @@
+"""Models that begin from others: raster models with the order of NAR, and how their parts learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import make_condition, make_model
+from golden_fixtures import Fixture, fixtures
+from nar import ClassCondition, Transformer, generate
+from nar.convert import convert, to_diagonal
+from nar.convert.initial import trunk
+from nar.storage.folder import read_config
+from nar.training.loop import Task
+from nar.training.tasks import run_recipe
+from training_runs import equal, recipe, tokenizer_recipe, weights
+
+
+def raster(**changes: object) -> Transformer:
+    return make_model("raster", **changes)
+
+
+@pytest.mark.parametrize("grid", [(1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("rotation", ["zero", "identity"])
+def test_in_a_single_row_or_column_each_head_is_the_raster_model(grid: tuple[int, int], rotation: str) -> None:
+    """The head along the width is the model; the other one is it with its last block run twice."""
+    model = raster(grid=grid, condition_rotation=rotation)
+    made = to_diagonal(model)
+    codes = torch.randint(24, (3, *grid), generator=torch.Generator().manual_seed(0))
+    labels = make_condition(model, 3)
+    torch.testing.assert_close(made.decided_by(0)(codes, labels)[:, 0], model(codes, labels)[:, 0])
+    deeper = Transformer(dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)).eval()
+    last = f"blocks.{model.config.num_layers - 1}."
+    state = model.state_dict()
+    again = {f"blocks.{model.config.num_layers}.{name.removeprefix(last)}": value for name, value in state.items()}
+    deeper.load_state_dict(state | {name: again[name] for name in deeper.state_dict() if name not in state})
+    torch.testing.assert_close(made.decided_by(1)(codes, labels)[:, :, 0], deeper(codes, labels)[:, :, 0])
+    if grid != (1, 1):  # beside the first token one head predicts: what is sampled is what that model samples
+        along = model if grid[0] == 1 else deeper
+        same = generate(made.decided_by(0 if grid[0] == 1 else 1), labels, seed=3)
+        assert torch.equal(same, generate(along, labels, seed=3))
+
+
+@pytest.mark.parametrize("layout", ["raster", "par"])
+def test_the_first_head_begins_as_the_model_where_both_see_the_same(layout: str) -> None:
+    model = make_model(layout)
+    made = to_diagonal(model)
+    codes = torch.randint(24, (2, *model.config.grid), generator=torch.Generator().manual_seed(0))
+    condition = make_condition(model, 2)
+    torch.testing.assert_close(made.decided_by(0)(codes, condition)[:, 0, 0], model(codes, condition)[:, 0, 0])
+    with pytest.raises(ValueError, match=r"raster and par models with one head.*schedule is manhattan"):
+        to_diagonal(made)
+
+
+def test_video_models_get_two_further_heads() -> None:
+    made = to_diagonal(make_model("raster", grid=(2, 3, 2)))
+    assert made.config.head_depths == (0, 1, 1)
+    assert torch.equal(*(made.blocks[index].attention.qkv.weight for index in (-1, -3)))
+    shared = trunk(made)
+    assert {name for name in made.state_dict() if name not in shared and "blocks" not in name} == {
+        "output.weight",
+        "head_norms.1.weight",
+        "head_norms.2.weight",
+    }
+    assert {name.split(".")[1] for name in made.state_dict() if name not in shared and "blocks" in name} == {"2", "3"}
+
+
+@pytest.mark.parametrize("fixture", fixtures("nar-c2i"), ids=str)
+def test_published_raster_weights_become_the_published_layout(fixture: Fixture, tmp_path: Path) -> None:
+    """LlamaGen's checkpoint is NAR's without the further head and its block: what is left out comes back as a copy."""
+    published = {name: tensor for name, tensor in (fixture.weights or {}).items() if "medusa" not in name}
+    count = 1 + max(int(name.split(".")[1]) for name in published if name.startswith("layers."))
+    llamagen = {name: tensor for name, tensor in published.items() if not name.startswith(f"layers.{count - 1}.")}
+    torch.save({"model": llamagen}, tmp_path / "llamagen.pt")
+    torch.save({"model": fixture.weights}, tmp_path / "nar.pt")
+    sizes = {"num_heads": fixture.meta["config"]["n_head"], "grid": [fixture.meta["grid"]] * 2}
+    convert("llamagen-gpt", tmp_path / "llamagen.pt", tmp_path / "raster", **sizes)
+    convert("nar-c2i", tmp_path / "nar.pt", tmp_path / "nar", **sizes)
+    made, theirs = to_diagonal(Transformer.from_pretrained(tmp_path / "raster")), tmp_path / "nar"
+    expected = Transformer.from_pretrained(theirs)
+    assert made.config == expected.config
+    shared = trunk(made)
+    assert all(torch.equal(made.state_dict()[name], expected.state_dict()[name]) for name in shared)
+    dim = made.config.dim
+    assert torch.equal(made.output.weight[:, :dim], expected.output.weight[:, :dim])
+    made.save_pretrained(tmp_path / "diagonal")
+    before = weights_of(made)
+    codes = torch.randint(made.config.vocab_size, (2, *made.config.grid))
+    optimizer = torch.optim.AdamW(made.train().requires_grad_(True).parameters(), 1e-3)
+    made(codes, ClassCondition(torch.tensor([0, 1]))).logsumexp(-1).mean().backward()
+    optimizer.step()
+    assert not equal(before, weights_of(made))
+    assert equal(before, weights_of(Transformer.from_pretrained(tmp_path / "diagonal")))
+
+
+def weights_of(model: Transformer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_trunk_waits_and_then_learns_slower(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ema_decay=0)
+    first = run_recipe(str(path), [f"run={tmp_path / 'first'}", "model.schedule=raster", "num_images=64"])
+    assert first is not None
+    begun = [f"init={first}", "to_diagonal=true", "optim.warmup_images=0", "preview_every=3"]
+    start = to_diagonal(Transformer.from_pretrained(first)).state_dict()
+    shared = trunk(to_diagonal(Transformer.from_pretrained(first)))
+
+    def changed(name: str, *overrides: str) -> dict[str, float]:
+        assert run_recipe(str(path), [f"run={tmp_path / name}", *begun, *overrides])
+        return {key: float((value - start[key]).abs().max()) for key, value in weights(tmp_path / name).items()}
+
+    waiting = changed("waiting", "optim.trunk_frozen=1")
+    assert {name for name, most in waiting.items() if most == 0} == shared
+    slower = changed("slower", "optim.trunk_factor=0.1", "optim.trunk_frozen=0.5")
+    rate = 3e-3  # of the recipe; a step of Adam is about as long
+    assert 0 < slower["blocks.0.attention.qkv.weight"] < 0.3 * rate < slower["blocks.2.attention.qkv.weight"]
+    assert read_config(tmp_path / "slower/model")["model"]["schedule"] == "manhattan"
+
+    def crash(_: nn.Module, __: Task) -> dict[str, float]:
+        raise RuntimeError("power cut")
+
+    broken = [f"run={tmp_path / 'broken'}", *begun, "optim.trunk_factor=0.1", "optim.trunk_frozen=0.5"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_recipe(str(path), broken, metrics=crash)
+    assert run_recipe(str(path), broken)
+    assert equal(weights(tmp_path / "broken"), weights(tmp_path / "slower"))
+    for overrides, said in (
+        ([*begun[2:], "to_diagonal=true"], "to_diagonal needs init=FOLDER"),
+        ([f"init={first}", "model.schedule=par", "model.regions=[2,2]"], "to_diagonal=true, which makes a raster"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_recipe(str(path), [f"run={tmp_path / 'no'}", *overrides])
+    with pytest.raises(ValueError, match="are of models, not of tokenizers"):
+        run_recipe(str(tokenizer_recipe(tmp_path)), [f"run={tmp_path / 'no'}", "optim.trunk_factor=0.5"])
+
+
+@pytest.mark.slow
+def test_low_rank_additions_with_heads_that_learn_whole(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    path = recipe(tmp_path, ema_decay=0)
+    first = run_recipe(str(path), [f"run={tmp_path / 'first'}", "model.schedule=raster", "num_images=64"])
+    begun = [f"init={first}", "to_diagonal=true", "lora_rank=2", "optim.warmup_images=0"]
+    assert run_recipe(str(path), [f"run={tmp_path / 'run'}", *begun])
+    start = to_diagonal(Transformer.from_pretrained(str(first))).state_dict()
+    delta = {name: value - start[name] for name, value in weights(tmp_path / "run").items()}
+    ranks = [int(torch.linalg.matrix_rank(delta[f"blocks.{k}.attention.proj.weight"], rtol=1e-3)) for k in range(3)]
+    assert max(ranks[:2]) <= 2 < ranks[2]
+    assert float(delta["output.weight"].abs().max()) > 0
+    assert float(delta["tokens.weight"].abs().max()) == 0
