@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,37 @@ def test_shipped_studies_parse_and_every_arm_builds(path: Path) -> None:
     for name in costs:
         if other := study.all_arms[name].flops_of:
             assert costs[name] == pytest.approx(costs[other], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform == "win32", reason="no times of other processes")
+def test_the_toy_study_takes_six_minutes_of_two_cores(tmp_path: Path) -> None:
+    """In processor time, which does not depend on what else the machine does."""
+    import resource
+
+    def used() -> float:
+        times = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return times.ru_utime + times.ru_stime
+
+    before = used()
+    command = (
+        "from nar.cli import main; main()",
+        "compare",
+        STUDIES / "toy.yaml",
+        f"run={tmp_path / 'out'}",
+        "--jobs",
+        2,
+    )
+    done = subprocess.run([sys.executable, "-c", *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert used() - before < 2 * 6 * 60
+    found = read_result(tmp_path / "out")
+    assert [len(found.logs[arm]) for arm in ("raster", "par", "manhattan")] == [2, 2, 2]
+    answers = {prediction.text: found.held(prediction)[0] for prediction in found.study.predictions}
+    assert answers["steps of manhattan < 8"] == HELD
+    assert all(prediction.metric in found.arms[prediction.arm] for prediction in found.study.predictions)
+    assert f"wrote {tmp_path / 'out/table.md'}" in done.stdout
 
 
 @pytest.mark.slow

@@ -190,6 +190,24 @@ def likelihood(
     _report(lambda: judge_likelihood(**_options(context)), json_file, "value", ROWS)
 
 
+@verbs.command(epilog="Example: nar eval locality fashion --real fashion-mnist")
+def locality(
+    context: typer.Context,
+    model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
+    real: Real,
+    split: Split = "test",
+    number: Annotated[int, Option("--number", "-n", min=2, help="Pictures or clips, at most.")] = 10_000,
+    distance: Annotated[int, Option(min=1, help="Offsets up to this Manhattan distance.")] = 4,
+    seed: Seed = 0,
+    device: shared.Device = None,
+    json_file: Json = None,
+) -> None:
+    """Bits that two codes of a picture or clip tell of each other by their offset, above those of other ones."""
+    from nar.evaluation.locality import judge_locality
+
+    _report(lambda: judge_locality(**_options(context)), json_file, "bits above shuffled")
+
+
 @verbs.command(epilog="Example: nar eval edit fashion --real fashion-mnist -n 400 --samples completed")
 def edit(
     context: typer.Context,
