@@ -100,7 +100,8 @@ def compare_models(
     names = _short_names(models)
     folders = [find_model(model) for model in models]
     study = Study(recipe="none", arms={name: {} for name in names}, seeds=(0,), judging=how)
-    logs = {name: [judge(each, real, how)] for name, each in zip(names, folders, strict=True)}
+    cache = None if folder is None else folder / "features"
+    logs = {name: [judge(each, real, how, cache=cache)] for name, each in zip(names, folders, strict=True)}
     if len({log.facts["tokenizer_sha256"] for (log,) in logs.values()}) > 1:
         warnings.warn("tokenizers differ: bits are of other codes, and are left out", stacklevel=2)
         for (log,) in logs.values():

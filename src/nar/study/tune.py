@@ -113,16 +113,17 @@ def tune(
     with Progress("tuning", (len(families) + 1) * (how.tuning_steps + 1) + 4, "settings") as bar:
 
         def measured(sampling: Sampling) -> float:
+            found = first.scores(sampling, how.tuning_number, resamplings=0)[0][metric]
             bar.update()
-            return first.scores(sampling, how.tuning_number, resamplings=0)[0][metric]
+            return found
 
         def add(name: str, sampling: Sampling, tuned_on: float, tried: Sequence[tuple[float, float]] = ()) -> None:
-            bar.update()
             found, intervals = second.scores(sampling, how.num_sampled)
             scored = {name: found[name] for name in SCORES if name in found}
             ends = {name: intervals[name] for name in scored if name in intervals}
             row = {"name": name, "sampling": dataclasses.asdict(sampling), "tuned_on": tuned_on, "tried": list(tried)}
             rows.append(row | {"metrics": scored, "interval": ends})
+            bar.update()
 
         def search(name: str, make: Callable[[float], Sampling], low: float, high: float) -> None:
             best, tried = golden_section(lambda value: measured(make(value)), low, high, how.tuning_steps)
