@@ -142,6 +142,8 @@ def fill(folder: Path, draw: random.Random, world: Path) -> list[str]:
         stem = draw.choice((draw.choice(NAMES).replace("/", "")[:200], f"{index}", f"{index:04}"))
         path = draw.choice(folders) / f"{stem}{draw.choice(ENDINGS)}"
         writer = draw.choice(writers)
+        if path.exists() and not path.is_file():
+            continue  # a pipe that is there already waits for a reader
         try:
             writer(path, draw, world)
             if draw.random() < 0.1 and path.is_file() and not path.is_symlink():
