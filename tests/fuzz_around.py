@@ -143,7 +143,7 @@ def fill(folder: Path, draw: random.Random, world: Path) -> list[str]:
         path = draw.choice(folders) / f"{stem}{draw.choice(ENDINGS)}"
         writer = draw.choice(writers)
         if path.exists() and not path.is_file():
-            continue  # a pipe that is there already waits for a reader
+            continue  # as in `_words`
         try:
             writer(path, draw, world)
             if draw.random() < 0.1 and path.is_file() and not path.is_symlink():
@@ -201,10 +201,12 @@ def _words(path: Path, draw: random.Random, _: Path) -> None:
         ".csv": "\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]),
         ".json": json.dumps(draw.choice((rows, {"data": rows}, {}, []))),
     }
-    if draw.random() < 0.5:
-        (path.parent / metadata).write_text(texts[Path(metadata).suffix], errors="surrogatepass")
-    else:
-        (path.parent / beside[0]).with_suffix(draw.choice((".txt", ".caption", ".json", ".TXT"))).write_text(word)
+    target, text = path.parent / metadata, texts[Path(metadata).suffix]
+    if draw.random() >= 0.5:
+        target = (path.parent / beside[0]).with_suffix(draw.choice((".txt", ".caption", ".json", ".TXT")))
+        text = word
+    if target.is_file() or not target.exists():  # a pipe that is there already waits for a reader
+        target.write_text(text, errors="surrogatepass")
 
 
 def _other(path: Path, draw: random.Random, _: Path) -> None:
