@@ -341,7 +341,9 @@ STAGES = {
             ("--nproc-per-node 8", "--nproc-per-node 2"),
             ("-n 50000", "-n 4"),
             ('{"sharpness": ...}', '{"sharpness": 1.0}'),
+            ('"run=runs/watched"]', '"run=runs/watched", *SHORT]'),
         ),
+        "from test_docs_run import FIRST, SMALL, SHORT; SHORT = [*SHORT, *FIRST, *SMALL]",
     ),
     "docs/index.md": Stage(),
     "docs/tutorials/orders.md": Stage(),
@@ -385,8 +387,8 @@ def run(words: list[str], ended: ExitStack) -> None:
     own = Path(sys.executable).parent
     if words[0] == "nar" and words[1] == "train":
         words = [*words, *SHORT, *TRAININGS[words[2]]]
-        if any(word.startswith("init=") for word in words):  # its sizes are those of what it goes on from
-            words = [word for word in words if word not in SMALL]
+        if any(word.startswith("init=") for word in words):  # tokenizer and sizes are those of what it goes on from
+            words = [word for word in words if word not in (*SMALL, *FIRST)]
     if words[:2] == ["nar", "serve"]:
         ended.enter_context(served([str(own / "nar"), *words[1:]]))
     elif words[0] == "nar":

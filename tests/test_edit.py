@@ -14,6 +14,7 @@ from PIL import Image
 
 from conftest import make_model
 from nar import Pipeline, cli
+from nar.evaluation import edits
 from nar.evaluation.edits import seam_steps
 from nar.evaluation.floors import Floors
 from nar.media.pixels import as_pixels
@@ -349,6 +350,8 @@ def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout
     assert found["extended: seam_ratio_glued"] > 0
     if layout == "holes":
         assert found["centre: psnr_nearest"] == 60  # they are training pictures
+        assert 0 <= found["centre: class_glued"] <= found["centre: class_true"] <= 1
+        assert 0 <= found["strokes: class"] <= 1
         assert len(found["seeds"]["centre: psnr"]) == 2
     assert found["settings"]["num_real"] == 4
     assert found["centre: psnr_mean"] > found["centre: psnr"]
@@ -357,6 +360,38 @@ def test_edits_are_judged(folder: Path, toy_folder: Path, tmp_path: Path, layout
     true = np.load(tmp_path / "made" / "real.npz")["arr_0"]
     outside = ~box_mask((8, 8), (2, 2, 4, 4))
     assert (completed[:, outside] == true[:, outside]).all()
+
+
+def test_distances_are_those_of_the_completed_pictures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compared is what `--samples` writes, and the true picture's reconstruction in the hole."""
+    for name in ("red apple", "pear"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.fromarray(picture()).save(tmp_path / name / f"{index}.png")
+    compared: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def evaluate(real: np.ndarray, fake: np.ndarray, **_: Any) -> dict[str, float]:
+        compared.append((real, fake))
+        return {"KID-EffLite0": float(len(compared)), "FD-EffLite0": -float(len(compared))}
+
+    monkeypatch.setattr(edits, "evaluate", evaluate)
+    monkeypatch.setattr(edits, "FIXED", ("centre", "right"))
+    report, made = tmp_path / "report.json", tmp_path / "made"
+    options = ["--real", tmp_path, "-n", 6, "--json", report, "--samples", made, "--distances"]
+    assert run("eval", "edit", folder, *options) == 0
+    found = json.loads(report.read_text())
+    true, reconstructed = np.load(made / "real.npz")["arr_0"], compared[1][1]
+    assert all((real == true).all() for real, _ in compared)
+    for row, name in ((0, "centre"), (2, "right")):
+        assert (compared[row][1] == np.load(made / f"{name}.npz")["arr_0"]).all()
+        assert found[f"{name}: KID-EffLite0"] == found[f"{name}: KID-EffLite0 reconstructed"] - 1 == row + 1
+        assert found[f"{name}: FD-EffLite0 reconstructed"] == -row - 2
+    inside = box_mask((8, 8), (2, 2, 4, 4))
+    assert (reconstructed[:, ~inside] == true[:, ~inside]).all()
+    assert (reconstructed[:, inside] != true[:, inside]).any()
+    assert (reconstructed[:, inside] != compared[0][1][:, inside]).any()
 
 
 def test_seams_of_glued_pictures_fail_where_true_ones_pass() -> None:
@@ -387,6 +422,12 @@ def test_floors_find_what_is_there() -> None:
     again = floors.regression(hidden, mask, labels[280:])
     assert torch.allclose(again, floors.regression(pixels, mask, labels[280:]))
     assert (floors.nearest(hidden, mask) == floors.nearest(pixels, mask)).all()
+    two = (
+        np.where(np.arange(300)[:, None, None, None] % 2, 40, 200).astype(np.uint8).repeat(64, 1).reshape(300, 8, 8, 1)
+    )
+    judge = Floors(two.repeat(3, -1), labels)
+    assert judge.classified(as_pixels(two[:20].repeat(3, -1)), labels[:20]).all()
+    assert not judge.classified(as_pixels(two[:20].repeat(3, -1)), 1 - labels[:20]).any()
     own = floors.measured(as_pixels(images[:20]), mask, labels[:20])
     assert (own["psnr_nearest"] == 60).all()
 

@@ -111,6 +111,10 @@ def test_a_bar(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         ("num_inference_steps", "steps follow from the grid, one pass a front: pipe.num_steps"),
         ("height", "give size="),
         ("return_dict", "a call returns an Output"),
+        ("strength", "mode='replace' of pipe.edit"),
+        ("mask_image", "pipe.edit\\(image, mask=PICTURE\\)"),
+        ("guidance_rescale", "guidance_curve and guidance_interval"),
+        ("num_samples", "num_images_per_prompt is the number"),
         ("guidence_scale", r"did you mean 'guidance_scale'\?"),
     ],
 )
@@ -122,6 +126,26 @@ def test_other_names_are_answered(pipe: Pipeline, name: str, answer: str) -> Non
 def test_other_names_of_loading_and_parts(pipe: Pipeline, toy_folder: Path) -> None:
     with pytest.raises(TypeError, match=r"'torch_dtype': give dtype, such as torch.bfloat16"):
         Pipeline.from_pretrained(toy_folder, torch_dtype=torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"'device_map': give device"):
+        Pipeline.from_pretrained(toy_folder, device_map="auto")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"unknown argument 'torch_dtype' of from_pretrained; there are folder, precis"):
+        nar.Transformer.from_pretrained(toy_folder, torch_dtype=torch.float32)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unknown argument 'strength': what a mask shows is made anew"):
+        pipe.edit(Image.new("RGB", (8, 8)), box=(0, 0, 4, 4), strength=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"not 'latent' \(did you mean 'codes'\?\)"):
+        pipe(0, output_type="latent")
+    for name, answer in {
+        "enable_xformers_memory_efficient_attention": "fast without asking",
+        "enable_attention_slicing": "smaller batch_size",
+        "enable_model_cpu_offload": "smaller batch_size",
+        "scheduler": "generation order",
+        "unet": "pipe.model",
+        "safety_checker": "results are not filtered",
+        "set_progress_bar_config": "progress=True",
+        "state_dict": "pipe.model.state_dict",
+    }.items():
+        with pytest.raises(AttributeError, match=f"has no '{name}': .*{answer}"):
+            getattr(pipe, name)
     with pytest.raises(AttributeError, match=r"has no 'vae': a pipeline has pipe.model, pipe.tokenizer"):
         pipe.vae  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(AttributeError, match=r"has no 'nothing_like_it'$"):

@@ -186,5 +186,6 @@ def usable_device(name: Place) -> Place:
         if torch.empty(0, device=name).is_meta:
             raise NotImplementedError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(name)!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {str(name)!r} is not usable here ({reason}); try cpu") from error
     return name

@@ -220,7 +220,7 @@ def edit(
     particles: Annotated[
         int, Option(min=1, help="Of models not trained to edit: samples weighted by what is kept.")
     ] = 1,
-    train: Annotated[str | None, Option(help="Training pictures, for floors: nearest ones and a regression.")] = None,
+    train: Annotated[str | None, Option(help="Training pictures, for floors and classes.")] = None,
     distances: Annotated[
         bool, Option("--distances", help="KID and FD of completed pictures from the true ones.")
     ] = False,

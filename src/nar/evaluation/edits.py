@@ -60,6 +60,9 @@ ROWS = {
     "psnr_nearest": "PSNR of the training picture nearest by what is visible (dB)",
     "psnr_nearest_mean": f"PSNR of the mean of the {NUM_SAMPLES} nearest training pictures (dB)",
     "psnr_regression": "PSNR of a linear regression from what is visible and the class (dB)",
+    "class": f"share of completed pictures whose {NUM_SAMPLES} nearest training pictures are mostly of their class",
+    "class_true": "the same of the true pictures",
+    "class_glued": "the same with another picture's pixels in the hole",
     "KID-EffLite0": "KID of the completed pictures against the true ones (EfficientNet-Lite0)",
     "FD-EffLite0": "Frechet distance of the completed pictures against the true ones (EfficientNet-Lite0)",
     "KID-EffLite0 reconstructed": "KID where the hole holds the true picture's reconstruction",
@@ -93,8 +96,8 @@ def judge_edits(
 
     Where a model has no condition on holes, codes of the blanked picture outside are kept, by `particles` samples of
     each. `seeds` seeds of sampling, from `seed` on, are averaged, of the same pictures and masks; the report's `seeds`
-    holds the number of each. `train` names training pictures (see `nar.data.open.open_source`), for floors, and
-    `distances` asks for those of the completed pictures from the true ones. `samples` is a folder for the completed
+    holds the number of each. `train` names training pictures (see `nar.data.open.open_source`), for floors and classes,
+    and `distances` asks for those of the completed pictures from the true ones. `samples` is a folder for the completed
     pictures of the first seed, MASK.npz, and the true ones, real.npz, which `nar eval` compares.
     """
     folder = find_model(model)
@@ -125,9 +128,13 @@ def judge_edits(
         once = edits.bits(masks)
         if floors is not None:
             once |= floors.measured(edits.pixels, masks, source.labels)
+            once["class_true"] = floors.classified(edits.pixels, source.labels)
+            once["class_glued"] = floors.classified(_glued(edits.pixels, masks), source.labels)
         for turn in range(seeds):
             measured, completed = edits.measured(masks, seed + turn)
             measured |= once | (edits.distances(masks, completed) if distances else {})
+            if floors is not None:
+                measured["class"] = floors.classified(completed, source.labels)
             for key, values in measured.items():
                 found.setdefault(f"{name}: {key}", []).append(values)
             if files and not turn:

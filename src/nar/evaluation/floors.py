@@ -70,6 +70,15 @@ class Floors:
             parts.append(seen @ rows.square().T - 2 * grey @ rows.T)
         return torch.cat(parts, 1).topk(NEAREST, largest=False).indices.T.numpy()
 
+    def classified(self, pixels: Tensor, labels: np.ndarray) -> np.ndarray:
+        """1 where most of the 8 training pictures nearest to a whole picture (M, 3, H, W) have its class (M,), else 0.
+
+        Of equal numbers the class of the nearest counts.
+        """
+        near = self.labels[self.nearest(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))]  # (8, M)
+        votes = (near[:, None] == near[None]).sum(1)
+        return (near[votes.argmax(0), np.arange(len(labels))] == labels).astype(float)
+
     def regression(self, pixels: Tensor, mask: Tensor, labels: np.ndarray) -> Tensor:
         """The mean (M, 3, H, W) of the holes given what is visible and the class, of one Gaussian with class means."""
         means, made = self._means[torch.from_numpy(labels)], torch.empty_like(pixels)

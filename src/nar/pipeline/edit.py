@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ def edit(
     output_type: str = "pil",
     callback_on_front_end: Callable[[Any, int, Tensor], None] | None = None,
     blend: bool = True,
+    **others: Never,
 ) -> Output:
     """Make a part of a picture or clip anew, `num_images_per_prompt` times for each label or prompt; settings as in a
     call.
@@ -136,7 +137,8 @@ def edit(
         ValueError: a model whose codes have no places or that only continues clips, a mask that does not fit, an
             unknown class, or a setting that is out of range.
     """
-    asked = dict(locals())
+    habits.refuse(others, habits.CALL, signature(edit).parameters)
+    asked = {name: value for name, value in locals().items() if name != "others"}
     _check(self, asked)
     picture = opened(self, image)
     hidden = masked(picture, mask, box)
@@ -184,7 +186,7 @@ def of_size(self: Any, size: Sequence[int], arguments: Mapping[str, Any]) -> Out
     return extend(self, None, size, **{name: arguments[name] for name in taken})
 
 
-_NOT_EXTENDED = ("self", "image", "mask", "box", "mode")
+_NOT_EXTENDED = ("self", "image", "mask", "box", "mode", "others")
 
 
 def _check(self: Any, asked: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from nar.condition import NULL_CLASS
 from nar.media.clips import Frames, several
 from nar.model import ModelConfig
 from nar.order import Schedule
+from nar.pipeline.habits import OUTPUT
 from nar.pipeline.output import OUTPUT_TYPES
 from nar.sampling import Sampling
 from nar.storage.fields import suggestion
@@ -186,7 +187,8 @@ def row_of(heads: str, schedule: Schedule) -> int | None:
 def check_call(output_type: Any, batch_size: Any, callback: Any) -> None:
     """Refuse arguments of a call that are not what they must be."""
     if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        meant = f" (did you mean {OUTPUT[output_type]!r}?)" if str(output_type) in OUTPUT else ""
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}{meant}")
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
     if callback is not None and not callable(callback):

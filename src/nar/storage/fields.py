@@ -96,9 +96,14 @@ def checked(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """
     signature = inspect.signature(function)
     kinds = functools.cache(lambda: get_type_hints(function, include_extras=True))
+    takes_any = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        if unknown := [] if takes_any else [name for name in kwargs if name not in signature.parameters]:
+            names = [name for name in signature.parameters if name not in ("self", "cls")]
+            listed = f"{suggestion(unknown[0], names)}; there are {', '.join(names)}"
+            raise TypeError(f"unknown argument {unknown[0]!r} of {function.__name__}{listed}")
         given = signature.bind(*args, **kwargs)
         for name, value in given.arguments.items():
             given.arguments[name] = _checked(value, kinds().get(name, Any), name)
