@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from nar.cli import app
+from nar.storage.folder import find_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("src/nar/bundled/**/README.md"))]
@@ -220,14 +222,12 @@ def measured(folder: Path) -> None:
 
 def study(folder: Path) -> None:
     toy = yaml.safe_load((ROOT / "studies/toy.yaml").read_text(encoding="utf-8"))
-    toy |= {"settings": ["tokenizer_recipe.num_images=128", "tokenizer_recipe.optim.warmup_images=0", *SMALL]}
-    toy |= {
-        "num_images": 128,
-        "judging": {"number": 64, "num_sampled": 64, "guidance": [1, 3], "tuning_steps": 3, "batch_sizes": [1]},
-    }
+    vq(folder / "vq", halvings=2)
+    toy |= {"settings": ["tokenizer_path=vq", "batch_size=32", "optim.warmup_images=0", *SMALL], "num_images": 64}
+    toy["judging"] = {"number": 32, "num_sampled": 0, "batch_sizes": [1]}
     (folder / "studies").mkdir()
     (folder / "studies/toy.yaml").write_text(yaml.safe_dump(toy))
-    model(folder / "runs/raster/model", vq(folder / "vq", halvings=2), grid=(8, 8), schedule="raster")
+    shutil.copytree(find_model("fashion"), folder / "runs/raster/model")
 
 
 def edits(folder: Path) -> None:
@@ -317,7 +317,7 @@ STAGES = {
     ),
     "docs/explanation/measured.md": Stage(measured),
     "docs/explanation/performance.md": Stage(others=(("--preset NAR-B", "fashion"),)),
-    "docs/explanation/study.md": Stage(study, (("fashion-mnist", "fashion-mnist -n 100"),)),
+    "docs/explanation/study.md": Stage(study, (("fashion-mnist", "fashion-mnist -n 16 --sampled 0"),)),
     "docs/howto/editing.md": Stage(edits),
     "docs/howto/evaluation.md": Stage(
         evaluation,

@@ -77,7 +77,8 @@ class Floors:
         """
         near = self.labels[self.nearest(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))]  # (8, M)
         votes = (near[:, None] == near[None]).sum(1)
-        return (near[votes.argmax(0), np.arange(len(labels))] == labels).astype(float)
+        right: np.ndarray = near[votes.argmax(0), np.arange(len(labels))] == labels
+        return right.astype(float)
 
     def regression(self, pixels: Tensor, mask: Tensor, labels: np.ndarray) -> Tensor:
         """The mean (M, 3, H, W) of the holes given what is visible and the class, of one Gaussian with class means."""
