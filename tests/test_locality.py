@@ -59,11 +59,17 @@ def test_a_model_has_a_report(
         for number in range(10):
             pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "real" / name / f"{number}.png")
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert stopped.value.code == code, err
+        return out + err
+
     command = ["eval", "locality", toy_folder, "--real", tmp_path / "real", "--distance", 2, "--json", tmp_path / "a"]
-    monkeypatch.setattr(sys, "argv", ["nar", *map(str, command)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 0, capsys.readouterr().err
+    said = run(*command)
     report = json.loads((tmp_path / "a").read_text())
     found = report["baselines"]
     assert report["settings"]["num_real"] == 20
@@ -76,4 +82,11 @@ def test_a_model_has_a_report(
         (found["measured"]["(0, 1)"] + found["measured"]["(1, 0)"]) / 2
     )
     assert 0 < report["entropy of a code"] <= 5
-    assert "| (1, -1) |" in capsys.readouterr().out
+    assert "| (1, -1) |" in said
+    run("extract", toy_folder, "--data", tmp_path / "real", "-o", tmp_path / "codes")
+    run("eval", "locality", tmp_path / "codes", "--json", tmp_path / "b")
+    extracted = json.loads((tmp_path / "b").read_text())
+    assert extracted["baselines"]["measured"]["(0, 1)"] == pytest.approx(found["measured"]["(0, 1)"])
+    assert extracted["settings"]["tokenizer_sha256"] == report["settings"]["tokenizer_sha256"]
+    for wrong in ((toy_folder,), (tmp_path / "codes", "--real", tmp_path / "real")):
+        assert "give MODEL with --real R, or a folder" in run("eval", "locality", *wrong, code=2)

@@ -193,8 +193,8 @@ def likelihood(
 @verbs.command(epilog="Example: nar eval locality fashion --real fashion-mnist")
 def locality(
     context: typer.Context,
-    model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
-    real: Real,
+    model: Annotated[str, Argument(metavar="MODEL | CODES", help="A model, or a folder of extracted codes.")],
+    real: Annotated[str | None, Option(help="Of a model: real pictures or clips, which its tokenizer reads.")] = None,
     split: Split = "test",
     number: Annotated[int, Option("--number", "-n", min=2, help="Pictures or clips, at most.")] = 10_000,
     distance: Annotated[int, Option(min=1, help="Offsets up to this Manhattan distance.")] = 4,

@@ -6,6 +6,7 @@ Knows the tokenizer of a model and real samples; does not know the model's predi
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nar import __version__
+from nar.data.codes import MANIFEST, Codes
 from nar.evaluation.likelihood import held_out
 from nar.evaluation.sets import trained_on
 from nar.pipeline import Pipeline
@@ -23,7 +25,7 @@ from nar.storage.folder import find_model, model_digest
 
 def judge_locality(
     model: str,
-    real: str,
+    real: str | None = None,
     *,
     split: str = "test",
     number: int = 10_000,
@@ -33,6 +35,7 @@ def judge_locality(
 ) -> dict[str, Any]:
     """Mutual information in bits between two codes of a sample, for every offset up to a Manhattan `distance`.
 
+    The codes are those of `real` by the tokenizer of a model, or extracted ones, whose folder takes its place.
     At the report's top is what it exceeds the floor by, in "baselines" both: the floor, "shuffled", is measured in the
     same way with the second code taken from another sample at the same place. That has the estimator's bias, which is
     large where there are few pairs for the square of the vocabulary, and what places alone tell. Independent pairs fill
@@ -41,11 +44,20 @@ def judge_locality(
     Raises:
         ValueError: real samples that are not of the model's kind, or fewer than two.
     """
-    folder = find_model(model)
-    pipe = Pipeline.from_pretrained(folder, device=usable_device(device))
-    codes = held_out([pipe], trained_on(folder), real, split, number, seed).codes
+    extracted = (Path(model) / MANIFEST).is_file()
+    if extracted == (real is not None):
+        raise ValueError("give MODEL with --real R, or a folder of extracted codes without it")
+    if real is None:
+        known = Codes.open(model)
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(known))[:number])
+        codes, digest = torch.from_numpy(known.read(chosen)), known.manifest["tokenizer"]
+    else:
+        folder = find_model(model)
+        pipe = Pipeline.from_pretrained(folder, device=usable_device(device))
+        codes = held_out([pipe], trained_on(folder), real, split, number, seed).codes
+        digest = model_digest(folder / "tokenizer")
     if len(codes) < 2:
-        raise ValueError(f"{real} has {len(codes)} samples; at least 2 are needed, for a floor of other ones")
+        raise ValueError(f"{real or model} has {len(codes)} samples; at least 2 are needed, for a floor of other ones")
     circle = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
     others = torch.empty_like(codes)
     others[circle] = codes[circle.roll(1)]
@@ -60,12 +72,11 @@ def judge_locality(
             found[f"mean at distance {far}"] = float(np.mean([found[name] for name in names]))
     _, counts = np.unique(codes.numpy(), return_counts=True)
     settings = {"model": model, "real": real, "split": split, "num_real": len(codes), "grid": list(codes.shape[1:])}
-    settings |= {"vocab_size": pipe.model.config.vocab_size, "tokenizer_sha256": model_digest(folder / "tokenizer")}
     return {
         **{name: measured[name] - shuffled[name] for name in measured},
         "entropy of a code": _entropy(counts),
         "baselines": {"measured": measured, "shuffled": shuffled},
-        "settings": settings | {"seed": seed, "version": __version__},
+        "settings": settings | {"tokenizer_sha256": digest, "seed": seed, "version": __version__},
     }
 
 
