@@ -174,6 +174,9 @@ def test_styles_are_held_out(tmp_path: Path) -> None:
     assert len(rest) == len(less) == len(left)
     with pytest.raises(ValueError, match=r"no picture has the style 'notto'; styles: flat, noto, old"):
         run_recipe(str(path), [*options, "data.heldout_styles=[notto]", f"run={tmp_path / 'other'}"])
+    with pytest.raises(ValueError, match=r"900 pairs of group and style can't be held out"):
+        run_recipe(str(path), [*options[:1], "data.heldout_pairs=900", f"run={tmp_path / 'other'}"])
+    assert not (tmp_path / "other" / "codes").exists()
 
 
 def test_a_training_from_captions_resumes_bit_for_bit(tmp_path: Path) -> None:

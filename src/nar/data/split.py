@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from nar.data.codes import Codes
+from nar.data.source import Source
+
+Part = TypeVar("Part", Codes, Source)
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
@@ -49,7 +53,7 @@ def held_out_pairs(groups: Sequence[str], styles: Sequence[str], count: int) -> 
     return np.array([pair in pairs for pair in zip(groups, styles, strict=True)], dtype=bool)
 
 
-def without_styles(sets: Sequence[Codes], styles: Sequence[str]) -> list[Codes]:
+def without_styles(sets: Sequence[Part], styles: Sequence[str]) -> list[Part]:
     """The sets without samples of `styles`; raises ValueError for a style that no sample has."""
     known = {style for codes in sets for style in codes.styles or ()}
     if unknown := [style for style in styles if style not in known]:
@@ -59,9 +63,9 @@ def without_styles(sets: Sequence[Codes], styles: Sequence[str]) -> list[Codes]:
     return [codes.take(np.flatnonzero(rows)) for codes, rows in zip(sets, kept, strict=True)]
 
 
-def without_pairs(codes: Codes, number: int) -> tuple[Codes, Codes]:
-    """Codes without `number` pairs of group and style, and these alone; raises ValueError for codes without styles."""
-    if codes.styles is None:
+def without_pairs(codes: Part, number: int) -> tuple[Part, Part]:
+    """Samples without `number` pairs of group and style, and these alone; raises ValueError for some without styles."""
+    if codes.styles is None or codes.groups is None:
         raise ValueError("data.heldout_pairs needs pictures with styles: a column `style`; or set it to 0")
     out = held_out_pairs(codes.groups, codes.styles, number)
     return codes.take(np.flatnonzero(~out)), codes.take(np.flatnonzero(out))

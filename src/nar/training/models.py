@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition
 from nar.convert.initial import merged, to_diagonal, trunk, with_holes, with_lora
+from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.source import Source
 from nar.data.split import without_pairs, without_styles
@@ -72,6 +73,11 @@ class ModelTask(Task):
                 raise ValueError(
                     f"{recipe.data.source} has no captions for text_encoder.source; leave it out, or add some"
                 )
+        if sources:  # what can't be held out is said before codes are made
+            kept = without_styles(sources, recipe.data.heldout_styles)[0]
+            _ = recipe.data.heldout_pairs and without_pairs(kept, recipe.data.heldout_pairs)
+        if recipe.data.composed and not (sources and words.source and not isinstance(sources[0], ClipSource)):
+            raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)
         self.tokenizer = load_tokenizer(self.tokenizer_folder).to(workers.device)
         pairs = composed = None
@@ -80,8 +86,6 @@ class ModelTask(Task):
         if recipe.data.heldout_pairs:
             train, pairs = without_pairs(train, recipe.data.heldout_pairs)
         if recipe.data.composed:
-            if not sources or not recipe.text_encoder.source or len(train.grid) != 2:
-                raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
             composed = composed_codes(recipe, sources[0], train, self.tokenizer_folder, workers)
         self.text = _text(recipe, train, heldout, pairs, composed, workers)
         if workers.first and recipe.text_encoder.source:

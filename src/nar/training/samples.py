@@ -222,11 +222,8 @@ def _extract(
 ) -> Codes:
     """Encode a source into the run's folder; the training set, and what goes with it, in the recipe's views."""
     folder, kind = Path(recipe.run) / "codes" / name, recipe.data.views if (views_of or name) == "train" else "centre"
-    place: dict[str, Any] = {
-        "device": workers.device,
-        "rank": workers.rank,
-        "count": workers.count,
-        "wait": workers.wait,
-    }
+    place: dict[str, Any] = {"device": workers.device, "rank": workers.rank, "count": workers.count}
     threads, size = recipe.engine.workers, recipe.data.size
-    return Codes.open(extract(tokenizer, source, folder, size=size, kind=kind, threads=threads, **place))
+    return Codes.open(
+        extract(tokenizer, source, folder, size=size, kind=kind, threads=threads, wait=workers.wait, **place)
+    )
