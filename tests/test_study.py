@@ -197,6 +197,13 @@ def test_finished_models_are_compared(tmp_path: Path) -> None:
     assert difference.pictures is not None
 
 
+def test_a_refused_study_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        run_study(study_of(tmp_path, data=str(tmp_path / "pictures")))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
 def test_one_model_is_no_comparison(tmp_path: Path) -> None:
     for models in (["fashion", "fashion"], ["runs/a/model", "runs/a/"]):
         with pytest.raises(ValueError, match="must be different models"):

@@ -71,11 +71,11 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     if not study.run:
         raise ValueError("say where the study is kept: run=DIR")
     work = _Work(study)
-    write_json(work.folder / STUDY, dataclasses.asdict(study))
     if work.tokenizer is None:
         return None
     trained = [name for name, arm in study.all_arms.items() if not arm.of]
     work.make_codes()
+    write_json(work.folder / STUDY, dataclasses.asdict(study))  # only now: a refused study leaves nothing
     tried = {name: [work.run(name, study.seeds[0], choice) for choice in work.choices] for name in trained}
     if not work.train([run for runs in tried.values() for run in runs], jobs):
         return None
