@@ -251,6 +251,12 @@ def evaluation(folder: Path) -> None:
         clip(folder / f"clips/test/{number}.gif", number=number)
         clip(folder / f"clips/samples/{number}.gif", number=8 - number)
     torch.jit.script(ToyI3D()).save(str(folder / "i3d_torchscript.pt"))
+    assert CliRunner().invoke(app, ["eval", "composed", "--write-prompts", str(folder / "some.jsonl")]).exit_code == 0
+    lines = (folder / "some.jsonl").read_text().splitlines()[:3]
+    for number, line in enumerate(lines):
+        made = pictures(folder / f"samples-composed/{number:05d}/samples", 1, classes=False)
+        (made / "0.png").rename(made / "0000.png")
+        (made.parent / "metadata.jsonl").write_text(line)
     for name in ("train", "unseen"):
         (folder / f"{name}.parquet").write_bytes((ROOT / "tests/data/emoji-mini.parquet").read_bytes())
 
