@@ -63,7 +63,8 @@ def swapped(draw: random.Random, world: Path, names: list[str]) -> Input:
     def act(here: Path) -> None:
         run_line(filled(words, world, here, set()), world)
 
-    return Input(f"swapped {name.split()[0]}", title, act)
+    # `nar eval` samples 10,000 pictures of a model.
+    return Input(f"swapped {name.split()[0]}", title, act, long=name.startswith("eval") and "model" in title)
 
 
 def surroundings(draw: random.Random, world: Path, names: list[str]) -> Input:
@@ -148,7 +149,7 @@ def fill(folder: Path, draw: random.Random, world: Path) -> list[str]:
             writer(path, draw, world)
             if draw.random() < 0.1 and path.is_file() and not path.is_symlink():
                 fuzz_damage.damage(path, draw)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, tarfile.TarError):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, tarfile.TarError):
             continue
         said.append(f"{path.relative_to(folder)} {writer.__name__}")
     return said
