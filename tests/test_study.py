@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from nar.model import ModelConfig
 from nar.storage.config import load
@@ -57,6 +58,8 @@ def test_a_study_trains_judges_and_keeps(tmp_path: Path) -> None:
     assert found.arms["raster"]["steps"].mean == 16
     assert found.arms["nar"]["steps"].mean == 7
     assert np.load(out / "logs" / "nar-1.npz")["bits_per_token"].shape == (32,)
+    weights = load_file(next(out.glob("runs/nar-1-*")) / "model" / "model.safetensors")
+    assert found.arms["nar"]["num_parameters"].mean == sum(tensor.numel() for tensor in weights.values())
     assert (out / "runs").resolve() in (run := next((out / "runs").iterdir())).resolve().parents
     assert (run / "codes").resolve() == (out / "codes").resolve()
 
@@ -195,6 +198,19 @@ def test_finished_models_are_compared(tmp_path: Path) -> None:
     assert "which says nothing of seeds" in markdown(found)
     difference = next(iter(found.differences.values()))["bits_per_token"][0]
     assert difference.pictures is not None
+
+
+@pytest.mark.parametrize("wrong", ['"steps": "word"', '"steps": null', '"steps": [1]', '"steps": true'])
+def test_a_damaged_log_is_named(tmp_path: Path, wrong: str) -> None:
+    study = study_of(tmp_path)
+    write_json(tmp_path / "out" / "study.json", dataclasses.asdict(study))
+    facts = {"metrics": {"steps": 7}, "interval": {}, "sampling": {"guidance_scale": 1.0}, "seed": 0}
+    log = tmp_path / "out" / "logs" / f"{next(iter(study.all_arms))}-{study.seeds[0]}.json"
+    write_json(log, facts)
+    assert read_result(tmp_path / "out").arms
+    log.write_text(log.read_text().replace('"steps": 7', wrong))
+    with pytest.raises(ValueError, match=f"{log.name} is damaged .* is no number.*; delete it"):
+        read_result(tmp_path / "out")
 
 
 def test_a_refused_study_leaves_nothing(tmp_path: Path) -> None:

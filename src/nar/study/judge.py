@@ -26,6 +26,7 @@ from nar.pipeline import Pipeline
 from nar.sampling import Sampling
 from nar.storage.folder import read_config
 from nar.study.plan import Judging, training_flops
+from nar.training.models import num_parameters
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 SCORES = ("FD", "KID", "precision", "recall", "coverage")  # of those that are computed, what a study reports
@@ -86,7 +87,7 @@ def judge(
     facts: dict[str, Any] = {"metrics": metrics, "interval": intervals, "sampling": dataclasses.asdict(chosen)}
     facts |= {"tried": tried, "num_real": len(second.heldout), "judging": dataclasses.asdict(how), **made_by(folder)}
     facts |= {"num_images": seen, "training_flops": seen * flops, "flops_per_image": flops}
-    facts |= {"num_parameters": sum(weight.numel() for weight in pipe.model.parameters())}
+    facts |= {"num_parameters": num_parameters(pipe.config)}
     facts |= {"hours": training.get("hours"), "version": __version__}
     return Judged(facts, pictures)
 

@@ -80,10 +80,24 @@ def read_result(folder: Path) -> Result:
             if path.is_file():
                 pictures = path.with_suffix(".npz")
                 arrays = read_arrays(pictures, ["bits_per_token", "independence_cost"]) if pictures.is_file() else {}
-                logs.setdefault(arm, []).append(Judged(read_json(path), arrays))
+                logs.setdefault(arm, []).append(Judged(_read_log(path), arrays))
     if not logs:
         raise ValueError(f"{folder} has no logs yet; run the study: nar compare STUDY.yaml run={folder}")
     return result(study, logs)
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    """What a log says; raises ValueError where what tables and figures show of it are no numbers."""
+    facts: dict[str, Any] = read_json(path)
+    try:
+        pairs = [*facts["interval"].values(), *(facts.get("curve") or ())]
+        numbers = [*_metrics(facts).values(), facts["seed"], *(number for low, high in pairs for number in (low, high))]
+        wrong = [number for number in numbers if isinstance(number, bool) or not isinstance(number, int | float)]
+        if wrong:
+            raise TypeError(f"{str(wrong[0])[:40]!r} is no number")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and run the study again") from error
+    return facts
 
 
 def result(study: Study, logs: dict[str, list[Judged]]) -> Result:

@@ -329,10 +329,11 @@ def equal_to_nar(config: ModelConfig, equal: str) -> ModelConfig:
     if equal == "depth":
         return deep
     unit = 3 * deep.dim * deep.num_blocks
-    return dataclasses.replace(deep, hidden_dim=deep.hidden_dim + (_size(ours) - _size(deep)) // unit)
+    return dataclasses.replace(deep, hidden_dim=deep.hidden_dim + (num_parameters(ours) - num_parameters(deep)) // unit)
 
 
-def _size(config: ModelConfig) -> int:
+def num_parameters(config: ModelConfig) -> int:
+    """All of a model's parameters; one that is ready to sample keeps some of them packed, elsewhere."""
     with without_weights():
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
