@@ -130,6 +130,7 @@ TAKE_FRACTIONS = {
     "extract": "clips/tokenizer --data {picture} --size 8 --frames 5 -o {out}",
     "eval": "fashion --real toy -n 2",
     "eval edit": "fashion-edit --real toy -n 4",
+    "tune": "fashion --real toy -n 8",
     "bench": "fashion --repetitions 1 --warmups 0",
     "bench serve": "http://127.0.0.1:1",
 }

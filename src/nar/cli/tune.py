@@ -19,8 +19,10 @@ def tune(
     tuned: Annotated[int, Option(min=8, help="Samples of each setting that is tried.")] = 2_000,
     sampled: Annotated[int, Option(min=8, help="Samples of each setting that is reported.")] = 5_000,
     steps: Annotated[int, Option(min=3, help="Strengths that are tried of each family.")] = 6,
-    least: Annotated[float, Option(min=0, help="The least strength: the mean guidance scale of a token.")] = 1.0,
-    most: Annotated[float, Option(min=0, help="The largest one.")] = 3.0,
+    least: Annotated[
+        float, Option(min=0, callback=shared.finite, help="The least strength: the mean guidance scale of a token.")
+    ] = 1.0,
+    most: Annotated[float, Option(min=0, callback=shared.finite, help="The largest one.")] = 3.0,
     family: Annotated[
         list[str] | None,
         Option(help="constant, linear-tokens, cosine-tokens-2.75, ...; again for more. Default: all."),
