@@ -144,7 +144,7 @@ def test_any_number_of_frames_that_was_trained(partly: Pipeline) -> None:
     assert torch.equal(codes[:, :1], given), "beside known codes too"
     assert (codes[:, 1:, 0, 0] == 5).all()
     known[0, 2, 1, 1] = 99
-    with pytest.raises(ValueError, match="known holds 99; codes are 0 to 23, and -1 where free"):
+    with pytest.raises(ValueError, match="known holds 99; codes are 0 to 23 and -1 where free"):
         partly(frames=clips[1], seed=1, known=known)
     with pytest.raises(ValueError, match=r"grid \(3, 4, 4\) does not fit this model: it reads context frames"):
         partly.at_grid((3, 4, 4))

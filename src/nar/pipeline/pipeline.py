@@ -473,7 +473,8 @@ class Pipeline:
         `exact` decodes each alone on a CPU, so that rounding does not depend on the others either. Beside a model in
         bfloat16 the decoder's products are too.
         """
-        self.tokenizer.check_codes(codes)
+        if codes.ndim != 1 + len(self.model.config.grid):
+            raise ValueError(f"codes must be (B, *{self.model.config.grid}), not {tuple(codes.shape)}")
         codes = codes.to(self.model.device)
         alone = exact and codes.device.type == "cpu"
         count = 1 if alone else max(1, DECODED_PIXELS // math.prod(self.pixel_shape))

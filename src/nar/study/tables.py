@@ -33,6 +33,7 @@ NAMES = {
     "num_parameters": "parameters",
     "guidance_scale": "guidance",
 }
+_EXACT = ("steps", "num_images", "num_parameters", "training_flops")  # the same for all seeds
 _TESTED = ("bits_per_token", "FD", "KID", "precision", "recall", "coverage")
 HELD, OPEN, FAILED = "held", "not shown", "failed"
 
@@ -65,6 +66,8 @@ class Result:
             found = _difference(logs, self.logs[prediction.other], prediction.metric)
         else:
             found, margin = self.arms[prediction.arm][prediction.metric], margin + prediction.other
+        if found.interval is None and prediction.metric not in _EXACT:
+            return OPEN, found  # one seed
         low, high = found.interval or (found.mean, found.mean)
         low, high = (low - margin, high - margin) if prediction.below else (margin - high, margin - low)
         return HELD if high < 0 else FAILED if low > 0 else OPEN, found
@@ -238,7 +241,7 @@ def _rows(result: Result) -> list[tuple[str, list[str]]]:
 def _cell(name: str, each: Estimate | None) -> str:
     if each is None:
         return ""
-    exact = name in ("steps", "num_images", "num_parameters", "training_flops", "guidance_scale")
+    exact = name in (*_EXACT, "guidance_scale")
     shown = f"{each.mean:,.0f}" if name in ("num_images", "num_parameters") else f"{each.mean:.4g}"
     return shown if exact else f"{shown} {_ends(each.interval)}".strip()
 
