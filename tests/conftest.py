@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from nar import ClassCondition, ModelConfig, PrefixCondition, TextCondition, Transformer
+from nar import ClassCondition, ModelConfig, PrefixCondition, TextCondition, Transformer, cli
 from nar.condition import Condition
 from nar.tokenizer.image import ImageTokenizer, ImageTokenizerConfig
 
@@ -150,3 +151,21 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path)
 
     model = make_model("words-and-frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), text_dim=16, text_length=10)
     return clips_folder(tmp_path_factory.mktemp("clips"), model, encoder_folder)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the command in this process; returns what it prints, or with a `code` its one line on stderr."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert stopped.value.code == code, err
+        if code:
+            assert err.count("\n") == 1, err
+            return err
+        return out + err
+
+    return run

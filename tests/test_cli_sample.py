@@ -6,7 +6,6 @@ import builtins
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nar import Pipeline, Sampling, cli
+from nar import Pipeline, Sampling
 from nar.media.clips import as_array
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in this process; returns what it prints, or with a `code` its lines on stderr."""
-
-    def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert stopped.value.code == code, err
-        if code:
-            assert err.count("\n") == 1, err
-            return err
-        return out + err
-
-    return run
 
 
 def test_prompts_on_a_sheet(run: Run, words_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nar import cli
 from nar.evaluation.locality import mutual_information, offsets
 
 
@@ -50,23 +49,13 @@ def test_diagonals_are_told_apart() -> None:
     assert mutual_information(codes, codes, (1, -1)) > mutual_information(codes, codes, (1, 1)) + 0.5
 
 
-def test_a_model_has_a_report(
-    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_has_a_report(toy_folder: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     random = np.random.default_rng(0)
     for name in ("pear", "plum"):
         (tmp_path / "real" / name).mkdir(parents=True)
         for number in range(10):
             pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "real" / name / f"{number}.png")
-
-    def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["nar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert stopped.value.code == code, err
-        return out + err
 
     command = ["eval", "locality", toy_folder, "--real", tmp_path / "real", "--distance", 2, "--json", tmp_path / "a"]
     said = run(*command)

@@ -35,6 +35,7 @@ LARGEST_GUIDANCE = 1000  # far above what helps (20), far below what overflows
 NUM_SEEDS = 2**64
 MOST_LOGITS, MOST_LOGITS_CPU = 2**24, 2**17  # sampled from at once, which takes a few copies
 SEQUENTIAL_SUMS = ("cpu",)  # devices whose cumsum adds number after number, and is flat where nothing is kept
+
 CURVES: dict[str, Curve] = {
     "constant": lambda _: 1.0,
     "linear": lambda progress: progress,

@@ -7,6 +7,7 @@ tokens in generation order, n those that follow another one of their front, V vo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,20 +65,13 @@ def independence_cost(
     circle = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
     another = torch.empty_like(circle).scatter_(0, circle, circle.roll(1))
 
-    @torch.no_grad()
-    def hidden(rows: Tensor) -> Tensor:
-        return model.hidden(codes[rows].long().to(device), condition.rows(rows).to(device))[:, places.to(device)]
-
-    held = None  # of the first half, which every step of the fits reads some of
-    if half * len(places) * len(model.config.head_depths) * model.config.dim * 4 <= HELD_BYTES:
-        held = torch.cat([hidden(part) for part in torch.arange(half).split(batch_size)])
+    hidden = _hidden(model, codes, condition, places.to(device), batch_size)
 
     def losses(rows: Tensor, coupling: Tensor) -> Tensor:
         """Nats (2, B, n) with the two couplings."""
         tokens, others = (model.in_order(codes[some].long().to(device)) for some in (rows, another[rows]))
         with torch.no_grad():
-            states = hidden(rows) if held is None or int(rows.max()) >= half else held[rows.to(device)]
-            logits = model.logits(states)  # (B, n, V)
+            logits = model.logits(hidden(rows))  # (B, n, V)
         coupled = []
         for (left, right), source in zip(coupling, (tokens, others), strict=True):
             changed = logits + (embedding @ left)[source[:, places - 1]] @ (embedding @ right).T
@@ -107,6 +101,22 @@ def independence_cost(
     true, strange = measured(torch.arange(half, len(codes)), best_coupling)
     cost: Tensor = (strange - true).sum(1).cpu().double() / (num_free * math.log(2))
     return cost
+
+
+def _hidden(
+    model: Transformer, codes: Tensor, condition: Condition, places: Tensor, batch_size: int
+) -> Callable[[Tensor], Tensor]:
+    """What gives the hidden states (b, n, H * d) of samples at `places`; the first half's are kept where they fit."""
+    half = len(codes) // 2
+
+    @torch.no_grad()
+    def computed(rows: Tensor) -> Tensor:
+        return model.hidden(codes[rows].long().to(model.device), condition.rows(rows).to(model.device))[:, places]
+
+    if half * len(places) * len(model.config.head_depths) * model.config.dim * 4 > HELD_BYTES:
+        return computed
+    held = torch.cat([computed(part) for part in torch.arange(half).split(batch_size)])
+    return lambda rows: held[rows.to(model.device)] if int(rows.max()) < half else computed(rows)
 
 
 def _after_another(model: Transformer, known: Tensor | None) -> tuple[Tensor, int]:

@@ -75,7 +75,8 @@ class ModelTask(Task):
                 )
         if sources:  # what can't be held out is said before codes are made
             kept = without_styles(sources, recipe.data.heldout_styles)[0]
-            _ = recipe.data.heldout_pairs and without_pairs(kept, recipe.data.heldout_pairs)
+            if recipe.data.heldout_pairs:
+                without_pairs(kept, recipe.data.heldout_pairs)
         if recipe.data.composed and not (sources and words.source and not isinstance(sources[0], ClipSource)):
             raise ValueError("data.composed needs pictures (data.source) and a text_encoder: scenes have prompts")
         train, heldout = code_sets(recipe, sources, self.tokenizer_folder, workers)

@@ -105,11 +105,8 @@ def build_optimizers(
     made: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         rate, decay = config.muon_learning_rate, config.weight_decay
-        made.append(
-            torch.optim.Muon(
-                by_trunk([{"params": matrices}]), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        parts = by_trunk([{"params": matrices}])
+        made.append(torch.optim.Muon(parts, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"] * (config.trunk_factor if group.get("trunk") else 1)
     return tuple(made)
