@@ -21,7 +21,7 @@ from nar.study.figures import write_figures
 from nar.study.judge import Judged, golden_section
 from nar.study.plan import STUDY, Prediction, Study, model_config, read_study, training_flops
 from nar.study.run import compare_models, run_study, write_log
-from nar.study.tables import FAILED, HELD, OPEN, markdown, read_result, write_tables
+from nar.study.tables import FAILED, HELD, OPEN, markdown, read_result, result, write_tables
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.training.recipe import Recipe
 from training_runs import recipe, start
@@ -198,6 +198,17 @@ def test_finished_models_are_compared(tmp_path: Path) -> None:
     assert "which says nothing of seeds" in markdown(found)
     difference = next(iter(found.differences.values()))["bits_per_token"][0]
     assert difference.pictures is not None
+
+
+def test_one_seed_shows_no_difference_in_what_varies(tmp_path: Path) -> None:
+    study = study_of(tmp_path, seeds=[0], expect=["FD of nar < raster", "steps of nar < raster"])
+    facts = {"interval": {}, "sampling": {"guidance_scale": 1.0}, "seed": 0}
+    logs = {
+        arm: [Judged(facts | {"metrics": {"FD": distance, "steps": steps}}, {})]
+        for arm, distance, steps in (("raster", 40.0, 16), ("nar", 30.0, 7))
+    }
+    found = result(study, logs)
+    assert [found.held(prediction)[0] for prediction in study.predictions] == [OPEN, HELD]
 
 
 @pytest.mark.parametrize("wrong", ['"steps": "word"', '"steps": null', '"steps": [1]', '"steps": true'])
