@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import unicodedata
@@ -545,6 +546,13 @@ def test_splits_are_found_by_their_usual_names(tmp_path: Path, names: tuple[str,
         np.testing.assert_array_equal(found.images, expected.images)
         assert found.class_names == ("cats",)
     assert as_set(judged_in(tmp_path)) == as_set(judged_in(tmp_path / splits["test"]))
+
+
+def test_a_split_that_is_missing_is_refused_with_what_may_be_given_instead(tmp_path: Path) -> None:
+    plain(tmp_path / "train", range(3))
+    with pytest.raises(FileNotFoundError, match=rf"no 'test'; .* such as {re.escape(str(tmp_path / 'train'))}$"):
+        list(batches(tmp_path, 7, size=SIZE))
+    assert as_set(judged_in(tmp_path / "train")) == as_set(trained_on(tmp_path / "train"))
 
 
 def test_folders_are_classes_unless_all_are_splits(tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def _open(source: str | Path, size: int, split: str, wanted: Wanted, *, whole: b
     chosen = next((name for name in _WANTED[split] if name in splits), None)
     if chosen is None:
         has = " and ".join(splits)
-        raise FileNotFoundError(f"{path} has a {has} split but no {split!r}; add {path / split}, or ask for one it has")
+        alone = next(iter(splits.values()))[0]
+        fix = f"add {path / split}, ask for one it has, or give one alone, such as {alone}"
+        raise FileNotFoundError(f"{path} has a {has} split but no {split!r}; {fix}")
     return open_split(path, splits, chosen, wanted)
 
 
