@@ -161,8 +161,9 @@ def test_what_would_spoil_a_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"b\.png can't be read as a picture"):
         judge(good, tmp_path)
-    with pytest.raises(ValueError, match="calibration"):
-        judge(good, good, calibration=1.0)
+    for calibration in (1.0, np.int64(-1), np.float32(1)):
+        with pytest.raises(ValueError, match=r"calibration -?1.0 must be a share"):
+            judge(good, good, calibration=calibration)
 
 
 def test_too_few_pictures_are_warned_about() -> None:

@@ -104,6 +104,13 @@ def test_fronts_appear_one_after_another(model: Transformer) -> None:
     assert torch.equal(codes, generate(model, condition, seed=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_known_codes_are_whole_numbers(model: Transformer, dtype: torch.dtype) -> None:
+    known = torch.zeros(1, *model.config.grid, dtype=dtype)
+    with pytest.raises(ValueError, match="known must be whole numbers, not torch"):
+        generate(model, make_condition(model, 1), known=known)
+
+
 def test_known_codes_are_kept(model: Transformer) -> None:
     condition = make_condition(model, 3)
     known = torch.randint(-1, model.config.vocab_size, (3, *model.config.grid))

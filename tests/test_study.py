@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from nar.model import ModelConfig
@@ -227,6 +228,10 @@ def test_a_damaged_log_is_named(tmp_path: Path, wrong: str) -> None:
 def test_a_refused_study_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
+        run_study(study_of(tmp_path, data=str(tmp_path / "pictures")))
+    for number in range(30):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"pictures/{number}.png")
+    with pytest.raises(ValueError, match=r"^held-out samples: 1, and 4 are needed: .*heldout_share"):
         run_study(study_of(tmp_path, data=str(tmp_path / "pictures")))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 

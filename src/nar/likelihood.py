@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar.condition import Condition
 from nar.model import Dropout, Transformer
-from nar.storage.fields import Size, checked
+from nar.storage.fields import Size, checked, holds_whole_numbers
 
 
 def token_losses(
@@ -75,7 +75,7 @@ def bits_per_token(
     `known` (M, *grid) holds -1 where codes are free. See `sample_losses`.
     """
     model.check_codes(codes)
-    if known is not None and (known.shape != codes.shape or known.is_floating_point() or known.is_complex()):
+    if known is not None and (known.shape != codes.shape or not holds_whole_numbers(known)):
         raise ValueError(f"known must be whole numbers {tuple(codes.shape)}, not {known.dtype} {tuple(known.shape)}")
     parts = []
     for start in range(0, len(codes), batch_size):

@@ -25,7 +25,7 @@ from nar.condition import AnyCondition, Condition
 from nar.model import Transformer
 from nar.order import Schedule
 from nar.precision import PackedLinear
-from nar.storage.fields import NotNegative, OneOf, Positive, Range, check, checked
+from nar.storage.fields import NotNegative, OneOf, Positive, Range, check, checked, holds_whole_numbers
 
 Curve = Callable[[float], float]
 Key = TypeVar("Key")
@@ -305,6 +305,8 @@ def _steps(
 
 def check_known(model: Transformer, known: Tensor | None) -> None:
     """Raise ValueError for codes to keep that the model does not have."""
+    if known is not None and not holds_whole_numbers(known):
+        raise ValueError(f"known must be whole numbers, not {known.dtype}")
     if known is not None and (wrong := known[(known < -1) | (known >= model.config.vocab_size)]).numel():
         raise ValueError(f"known holds {int(wrong[0])}; codes are 0 to {model.config.vocab_size - 1} and -1 where free")
 

@@ -24,7 +24,7 @@ from nar.order import Schedule
 from nar.pipeline.habits import OUTPUT
 from nar.pipeline.output import OUTPUT_TYPES
 from nar.sampling import Sampling
-from nar.storage.fields import suggestion
+from nar.storage.fields import holds_whole_numbers, suggestion
 from nar.text.captions import is_blank
 
 HEADS = ("mean", "horizontal", "vertical", "temporal")  # the mean, and rows of predictions in their order
@@ -240,7 +240,7 @@ def known_codes(known: Any, count: int, grid: tuple[int, ...]) -> Tensor:
         raise ValueError(f"{wanted}; {error}") from error
     if codes.ndim and len(codes) != count:
         raise ValueError(f"known has {len(codes)} rows for {count} results; {wanted}")
-    if tuple(codes.shape) != (count, *grid) or codes.dtype in (torch.bool,) or codes.is_floating_point():
+    if tuple(codes.shape) != (count, *grid) or not holds_whole_numbers(codes):
         raise ValueError(f"{wanted}; not {str(codes.dtype).removeprefix('torch.')} {tuple(codes.shape)}")
     return codes.long()
 

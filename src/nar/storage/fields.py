@@ -180,6 +180,11 @@ def unwrap(kind: Any) -> tuple[Any, list[Any], bool]:
             return kind, limits, optional
 
 
+def holds_whole_numbers(values: Any) -> bool:
+    """Whether an array or tensor is one of integers; those of truth values and complex numbers are not."""
+    return str(values.dtype).removeprefix("torch.").startswith(_DTYPES[int])
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
@@ -251,6 +256,8 @@ def _checked(value: Any, kind: Any, key: str, text: bool = False) -> Any:
         if not _fits(converted, plain):
             raise _refusal(key, [_WORDS[plain], *(limit.allowed() for limit in limits)], optional, value)
         value = int(converted) if plain is int else converted
+        if plain is float and not isinstance(value, int):
+            value = float(value)  # a number of numpy is one of Python's from here on
     elif isinstance(plain, type) and not isinstance(value, Mapping if plain is dict else plain):
         raise _refusal(key, ["keys and values" if plain is dict else f"of type {plain.__name__}"], optional, value)
     for limit in limits:

@@ -29,6 +29,7 @@ from nar.study.plan import Judging, training_flops
 from nar.training.models import num_parameters
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+LEAST = 4  # samples: two in each half
 SCORES = ("FD", "KID", "precision", "recall", "coverage")  # of those that are computed, what a study reports
 
 
@@ -124,9 +125,19 @@ def halves(
 ) -> tuple[Half, Half]:
     """Held-out samples in two halves, as a pipeline is conditioned on them; `trained` is what it was trained on."""
     heldout = held_out([pipe], trained, real, "test", how.number, how.seed)
+    check_halves(len(heldout))
     first, second = (_part(heldout, half) for half in np.array_split(np.arange(len(heldout)), 2))
     wording = trained.get("wording", "plain")
     return Half(pipe, first, wording, how, cache), Half(pipe, second, wording, how, cache)
+
+
+def check_halves(number: int) -> None:
+    """Raise ValueError for held-out samples of which no halves can be compared."""
+    if number < LEAST:
+        raise ValueError(
+            f"held-out samples: {number}, and {LEAST} are needed: settings are chosen on one half and judged on the "
+            "other; give more, or hold out a larger share of a study's (data.heldout_share)"
+        )
 
 
 class Half:

@@ -34,7 +34,7 @@ from nar.storage.config import leaves
 from nar.storage.fields import from_dict
 from nar.storage.files import atomically, read_json, write_json, write_text
 from nar.storage.folder import CONFIG, find_model, model_digest, read_config
-from nar.study.judge import Judged, judge
+from nar.study.judge import Judged, check_halves, judge
 from nar.study.plan import STUDY, Judging, Study
 from nar.tokenizer import load_tokenizer
 from nar.training.distributed import joined
@@ -74,6 +74,7 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     if work.tokenizer is None:
         return None
     trained = [name for name, arm in study.all_arms.items() if not arm.of]
+    check_halves(len(work.sources[1]))
     work.make_codes()
     write_json(work.folder / STUDY, dataclasses.asdict(study))  # only now: a refused study leaves nothing
     tried = {name: [work.run(name, study.seeds[0], choice) for choice in work.choices] for name in trained}
