@@ -219,8 +219,9 @@ def test_small_sets_have_settings_of_their_own(tmp_path: Path) -> None:
     name, *given = short_recipes(tmp_path)
     recipe = read_recipe(name, given)
     assert (recipe.epochs, recipe.data.heldout_share) == (1.0, 0.2)
-    assert recipe.by_count == {"24": {"data": {"heldout_share": "0.2"}, "epochs": "1"}}
-    assert read_recipe(name, [*given, "steps=4"]).steps == 4
+    assert recipe.by_count == {"24": {"data.heldout_share": "0.2", "epochs": "1"}}
+    other = read_recipe(name, [*given, "steps=4", "data.heldout_share=0.5"])
+    assert (other.steps, other.data.heldout_share, other.by_count) == (4, 0.5, {"24": {}}), "given, so not by count"
     (tmp_path / "more.yaml").write_text("base: model.yaml\nbatch_size: 8\n")
     assert read_recipe(str(tmp_path / "more.yaml"), given).epochs == 3, "what base hands on has no by_count"
 

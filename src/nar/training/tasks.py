@@ -89,7 +89,7 @@ def _of_tokenizer(override: str) -> bool:
 
 
 def _fitted(name: str, overrides: Sequence[str], run: str, sources: Callable[[], Sequence[Source]] | None) -> Recipe:
-    """A recipe with what its `by_count` has for these sources. It then holds that alone, under their number.
+    """A recipe with what its `by_count` has for these sources. It then holds what of that counts, under their number.
 
     A run that was begun before there was `by_count` goes on as it was.
     """
@@ -101,7 +101,9 @@ def _fitted(name: str, overrides: Sequence[str], run: str, sources: Callable[[],
     limits = [limit for limit in sorted(map(int, recipe.by_count)) if count <= limit]
     settings = recipe.by_count[str(limits[0])] if limits else {}
     recipe = load(Recipe, name, overrides, layers=[settings])
-    return dataclasses.replace(recipe, by_count={str(count): settings})
+    given = {override.partition("=")[0] for override in overrides}
+    given |= {*LENGTHS, "images_between"} if given & {*LENGTHS} else set()  # one takes the place of all
+    return dataclasses.replace(recipe, by_count={str(count): {k: v for k, v in leaves(settings) if k not in given}})
 
 
 def _run(
