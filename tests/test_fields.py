@@ -135,6 +135,8 @@ def called(
     *,
     tensor: Tensor | None = None,
     made: Callable[[], int] | None = None,
+    shapes: Sequence[Range] | None = None,  # noqa: ARG001 it is checked
+    labels: Sequence[str | int] | None = None,  # noqa: ARG001
     rate: Annotated[float, Range(0)] = 0.0,
 ) -> tuple[object, ...]:
     return name, sizes, tensor, made, rate
@@ -149,6 +151,12 @@ WRONG_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"sizes": torch.tensor([0.5])}, r"sizes must be a list, each a whole number, not a Tensor \(1,\)"),
     ({"sizes": np.array([True])}, r"sizes must be a list, each a whole number, not a ndarray \(1,\)"),
     ({"sizes": np.array([None])}, "number 0 of sizes must be a whole number, not None"),
+    ({"sizes": {1, 2}}, r"sizes must be a list, each a whole number, not \{1, 2\}"),
+    ({"sizes": iter([1])}, r"sizes must be a list, each a whole number, not <list_iterator"),
+    ({"shapes": range(3)}, r"shapes must be a list, each a Range, or null, not range\(0, 3\)"),
+    ({"shapes": torch.zeros(2)}, r"shapes must be a list, each a Range, or null, not a Tensor \(2,\)"),
+    ({"shapes": [1]}, r"number 0 of shapes must be of type Range, not 1"),
+    ({"labels": torch.zeros(2)}, r"labels must be a list, each text or a whole number, or null, not a Tensor \(2,\)"),
     ({"sizes": [1, None]}, "number 1 of sizes must be a whole number, not None"),
     ({"tensor": [0.5]}, r"tensor must be of type Tensor, or null, not \[0\.5\]"),
     ({"made": 3}, "made must be of type Callable, or null, not 3"),

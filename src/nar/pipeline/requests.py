@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
@@ -260,6 +260,8 @@ def _listed(value: Any) -> list[Any]:
     value = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     if isinstance(value, str) or not isinstance(value, Iterable):
         return [value]
+    if isinstance(value, bytes | bytearray | Mapping | Set):
+        raise ValueError(f"give one, or a list of them, not a {type(value).__name__}: {str(value)[:80]}")
     listed = list(islice(value, MOST_RESULTS + 1))
     if len(listed) > MOST_RESULTS:
         raise ValueError(f"more than {MOST_RESULTS:,} are asked for in one call, which returns all at once")

@@ -241,7 +241,7 @@ def _checked(value: Any, kind: Any, key: str, text: bool = False) -> Any:
     if origin in _UNIONS:
         return _one_of(value, get_args(plain), key, optional)
     if origin in _LISTS:
-        return _listed(value, get_args(plain)[0], key, optional)
+        return _listed(value, plain, key, optional)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _refusal(key, ["a list"], optional, value)
@@ -276,18 +276,28 @@ def _one_of(value: Any, kinds: Sequence[Any], key: str, optional: bool) -> Any:
     raise _refusal(key, [" or ".join(names)], optional, value)
 
 
-def _listed(value: Any, kind: Any, key: str, optional: bool) -> Any:
-    """Values one after another: of a list each is checked, of arrays and tensors their dtype, of iterators nothing."""
+def _listed(value: Any, lists: Any, key: str, optional: bool) -> Any:
+    """Values one after another: of a list each is checked, of arrays and tensors their dtype.
+
+    Of iterators, which only an `Iterable` may be, nothing is.
+    """
+    kind = get_args(lists)[0]
     if str(getattr(value, "dtype", "")) == "object" and value.ndim:
         value = list(value)
     if isinstance(value, list | tuple):
         return type(value)(_checked(item, kind, f"number {number} of {key}") for number, item in enumerate(value))
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
         raise _refusal(key, ["a list"], optional, value)
-    plain, dtype = unwrap(kind)[0], getattr(value, "dtype", None)
-    other = dtype is not None and not str(dtype).removeprefix("torch.").startswith(_DTYPES.get(plain, ""))
-    if other or (plain in _WORDS and getattr(value, "ndim", 1) != 1):
-        raise _refusal(key, [f"a list, each {_WORDS[plain]}"], optional, value)
+    plain, dtype, axes = unwrap(kind)[0], getattr(value, "dtype", None), getattr(value, "ndim", 1)
+    kinds = get_args(plain) if get_origin(plain) in _UNIONS else (plain,)
+    if dtype is not None:
+        names = tuple(name for kind in kinds for name in _DTYPES.get(kind, ()))
+        fits = str(dtype).removeprefix("torch.").startswith(names) and axes == 1
+    else:
+        fits = int in kinds if isinstance(value, range) else isinstance(value, get_origin(lists))
+    if plain is not Any and not fits:
+        each = " or ".join(_WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}" for kind in kinds)
+        raise _refusal(key, [f"a list, each {each}"], optional, value)
     return value
 
 
