@@ -1,5 +1,7 @@
 """Fuzzing of all verbs and of the Python API: `make fuzz SEED=n COUNT=m`, or `python tests/fuzz.py --only 17`.
 
+`--every` tries each argument of each Python call with each odd value, one at a time, where a seed draws some.
+
 Input number i of a seed is always the same. Each runs in a process of its own, forked from one that has imported
 everything, with its own folder, 4 GB and 20 s of a core. What must hold of a verb: exit code 0 and whole outputs, or
 exit code 2, one line (warnings apart), and nothing left behind; of a call in Python: a result, or an error of the kinds
@@ -25,12 +27,15 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz_around
+import fuzz_calls
 import fuzz_files
 import fuzz_inputs
 from fuzz_inputs import COSTLY, LINES, Input
@@ -205,6 +210,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="one input, with all that it prints")
     parser.add_argument("--kind", default="", help="inputs whose kind begins with this")
     parser.add_argument("--cheap", action="store_true", help="without what takes seconds")
+    parser.add_argument("--every", action="store_true", help="every argument of every Python call with every odd value")
     parser.add_argument("--json", type=Path, help="write what is wrong, by input")
     parser.add_argument("--accepted", action="store_true", help="list what was taken, too")
     parser.add_argument("--folder", type=Path, help="where the examples stay between runs")
@@ -216,9 +222,15 @@ def main() -> None:
         verdict = judge(given, folder / "try")
         print(given.title, verdict.printed, verdict.outcome, f"{verdict.seconds:.1f} s", verdict.wrong, sep="\n")
         sys.exit(bool(verdict.wrong))
+    inputs: Iterable[tuple[int, Input]] = (
+        (index, one(options.seed, index, world, costly=not options.cheap))
+        for index in range(options.begin, options.begin + options.count)
+    )
+    if options.every:
+        inputs = enumerate(fuzz_inputs.called(*call) for call in fuzz_calls.every_call(world, options.kind))
+        inputs, options.kind = islice(inputs, options.begin, None), ""
     found, outcomes, report = list[tuple[int, Input, Verdict]](), collections.Counter[str](), dict[str, str]()
-    for index in range(options.begin, options.begin + options.count):
-        given = one(options.seed, index, world, costly=not options.cheap)
+    for index, given in inputs:
         if not given.kind.startswith(options.kind):
             continue
         verdict = judge(given, folder / "try")
@@ -237,7 +249,8 @@ def main() -> None:
         (given.kind, verdict.wrong) for _, given, verdict in found
     ).most_common():
         print(f"{number:6} {kind}: {wrong}")
-    print(f"{len(found)} findings among {sum(outcomes.values())} inputs of seed {options.seed}")
+    what = "every call" if options.every else f"seed {options.seed}"
+    print(f"{len(found)} findings among {sum(outcomes.values())} inputs of {what}")
     if options.json:
         options.json.write_text(json.dumps(report))
     if options.folder is None:

@@ -6,7 +6,7 @@ A call is a function of the folder of examples to what is called and its argumen
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
@@ -124,8 +124,10 @@ def _pipe(name: str) -> Callable[[Path], Call]:
                 "prompt",
                 "class_labels",
                 "callback_on_front_end",
+                "size",
             )
         )
+        options |= {"particles": 1}
         return Pipeline.from_pretrained(world / name, device="cpu"), options | every | given[name]
 
     return make
@@ -147,6 +149,87 @@ def _edit(world: Path) -> Call:
     options = dict.fromkeys(("mask", "prompt", "generator", "guidance_scale", "temperature", "top_k", "top_p"))
     given = {"image": str(world / "captioned/0.png"), "box": (2, 2, 4, 3), "class_labels": ["pear"], "seed": 0}
     return pipe.edit, options | given | {"mode": "fill", "blend": True, "output_type": "np", "num_images_per_prompt": 1}
+
+
+def _extend(world: Path) -> Call:
+    from nar import Pipeline
+
+    pipe = Pipeline.from_pretrained(world / "model", device="cpu")
+    options = {"position": (0, 0), "class_labels": ["pear"], "seed": 0, "batch_size": 2, "particles": 1}
+    return pipe.extend, options | {"image": str(world / "captioned/0.png"), "size": (8, 16), "output_type": "np"}
+
+
+def _output(world: Path) -> Call:
+    from nar import Pipeline
+
+    output = Pipeline.from_pretrained(world / "model", device="cpu")(class_labels=["pear", "plum"], seed=0)
+    return output.save, {"path": Path("a.gif") if output.images is None else Path("a.png"), "frame_rate": None}
+
+
+def _saved(world: Path) -> Call:
+    from nar import Pipeline
+
+    pipe = Pipeline.from_pretrained(world / "model", device="cpu")
+    return pipe.save_pretrained, {"folder": Path("m"), "dtype": None, "license": None, "diffusers": False}
+
+
+def _text(world: Path) -> Call:
+    from nar.text import TextEncoder, TextEncoderConfig
+
+    encoder = TextEncoder(TextEncoderConfig(str(world / "encoder")))
+    return encoder.encode, {"captions": ["red"]}
+
+
+def _sample_set(world: Path) -> Call:
+    from nar import Pipeline
+    from nar.evaluation.sets import sample_set
+
+    pipe = Pipeline.from_pretrained(world / "model", device="cpu")
+    arguments = {"pipe": pipe, "output": Path("a.npz"), "count": 2, "labels": "balanced", "sampling": None, "seed": 0}
+    return sample_set, arguments | {"batch_size": 2, "rank": 0, "num_processes": 1, "settings": None, "prompts": None}
+
+
+def _refine(world: Path) -> Call:
+    from nar import load_tokenizer
+    from nar.tokenizer.refine import refine_codes
+
+    tokenizer = load_tokenizer(world / "tokenizer")
+    return refine_codes, {"tokenizer": tokenizer, "pixels": torch.zeros(1, 3, 8, 8), "steps": 2, "seed": 0}
+
+
+def _independence(world: Path) -> Call:
+    from nar import ClassCondition
+    from nar.evaluation.independence import independence_cost
+
+    codes = torch.randint(0, 8, (4, 4, 4), generator=torch.Generator().manual_seed(0))
+    condition = ClassCondition(torch.tensor([0, 1, 2, 0]))
+    arguments = {"model": _class_model(world), "codes": codes, "condition": condition, "known": None}
+    return independence_cost, arguments | {"seed": 0, "batch_size": 2}
+
+
+def _diagonal(world: Path) -> Call:
+    import dataclasses
+
+    from nar import Transformer
+    from nar.convert.initial import to_diagonal
+
+    config = dataclasses.replace(_class_model(world).config, schedule="raster", head_depths=(0,), axis_heads=())
+    return to_diagonal, {"model": Transformer(config)}
+
+
+def _of_files(module: str, function: str, /, **arguments: Any) -> Callable[[Path], Call]:
+    """A function whose arguments name examples: {array} is their folder."""
+
+    def make(world: Path) -> Call:
+        from importlib import import_module
+
+        given = {
+            key: value.format_map({path.name: path for path in world.iterdir()}) if isinstance(value, str) else value
+            for key, value in arguments.items()
+        }
+        return getattr(import_module(module), function), given
+
+    return make
 
 
 def _generate(name: str) -> Callable[[Path], Call]:
@@ -337,6 +420,85 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "read_picture": _load("nar.media.pictures", "read_picture", lambda world: {"file": world / "captioned/0.png"}),
     "preset_model": _load("nar.bench", "preset_model", lambda _: {"name": "x"}),
+    "pipe.to": _method("to", device="cpu", dtype=None),
+    "with_heads": _method("with_heads", heads="mean"),
+    "label_name": _method("label_name", index=0),
+    "pipe.extend": _extend,
+    "save_pretrained": _saved,
+    "Output.save": _output,
+    "TextEncoder": _text,
+    "sample_set": _sample_set,
+    "refine_codes": _refine,
+    "independence_cost": _independence,
+    "to_diagonal": _diagonal,
+    "run_recipe": _of_files(
+        "nar.training.tasks",
+        "run_recipe",
+        name="{recipe}/tiny.yaml",
+        overrides=["num_images=8", "batch_size=4"],
+        override=False,
+        start="",
+        metrics=None,
+    ),
+    "judge_likelihood": _of_files(
+        "nar.evaluation.likelihood",
+        "judge_likelihood",
+        model="{model}",
+        real="{array}/set.npz",
+        against=None,
+        split="test",
+        number=4,
+        seed=0,
+        device="cpu",
+        dtype="float32",
+    ),
+    "judge_tokenizer": _of_files(
+        "nar.evaluation.tokenizers",
+        "judge_tokenizer",
+        folder="{tokenizer}",
+        real="{idx}",
+        size=8,
+        group=None,
+        num_frames=None,
+        number=4,
+        pad=False,
+        refine=0,
+        seed=0,
+        batch_size=4,
+        device="cpu",
+        inception=None,
+        sheet=None,
+    ),
+    "judge_captions": _of_files(
+        "nar.evaluation.words",
+        "judge_captions",
+        fake="{captioned}",
+        captions=None,
+        clip=None,
+        clip_prefix="",
+        retrieval=True,
+        size=None,
+        seed=0,
+        device="cpu",
+    ),
+    "judge_edits": _of_files(
+        "nar.evaluation.edits",
+        "judge_edits",
+        model="{model}",
+        real="{array}/set.npz",
+        split="test",
+        number=4,
+        seed=0,
+        seeds=1,
+        guidance_scale=1.0,
+        temperature=1.0,
+        particles=1,
+        train=None,
+        distances=False,
+        samples=None,
+        device="cpu",
+        dtype="float32",
+    ),
     "evaluate": _evaluate,
     "extract": _extract,
     "bits_per_token": _bits,
@@ -344,8 +506,14 @@ CALLS: dict[str, Callable[[Path], Call]] = {
 
 
 def _given(key: str, value: Any) -> Any:
-    """A wrong argument; no function where one belongs, whose own errors would come through, as they must."""
-    return Strange() if "callback" in key and callable(value) else value
+    """A wrong argument, which is printed; no function where one belongs: its own errors come through, as they must."""
+    value = Strange() if key in ("callback_on_front_end", "metrics") and callable(value) else value
+    try:
+        shown = short(value)
+    except Exception:
+        shown = type(value).__name__
+    print(f"damage: {key} = {shown} ({type(value).__name__})".encode("utf-8", "replace").decode())
+    return value
 
 
 def draw_call(draw: random.Random, world: Path) -> tuple[str, Callable[[Path], Any]]:
@@ -363,14 +531,24 @@ def draw_call(draw: random.Random, world: Path) -> tuple[str, Callable[[Path], A
         for number, value in enumerate(values):
             key = names[int(pick * len(names) + number * 7) % len(names)]
             arguments[key] = _given(key, value())
-            try:
-                shown = short(arguments[key])
-            except Exception:
-                shown = type(arguments[key]).__name__
-            print(f"damage: {key} = {shown} ({type(arguments[key]).__name__})".encode("utf-8", "replace").decode())
         return function(**arguments)
 
     return f"{name}(#{again % 10_000})", call
+
+
+def every_call(world: Path, kind: str = "") -> Iterator[tuple[str, Callable[[Path], Any]]]:
+    """Every argument of every call with every odd value, one at a time: titles, and what makes the call."""
+    torch.set_num_threads(1)  # threads would be lost in the processes that are forked from this one
+    for name in [name for name in CALLS if name.startswith(kind)]:
+        function, arguments = CALLS[name](world)
+        for key in sorted(arguments):
+            for number, value in enumerate(VALUES):
+
+                def call(_: Path, key: str = key, value: Callable[[], Any] = value) -> Any:
+                    torch.manual_seed(0)
+                    return function(**arguments | {key: _given(key, value())})  # noqa: B023 run before the next one
+
+                yield f"{name}({key} = value {number})", call
 
 
 def call_together(world: Path, draw: random.Random) -> list[tuple[str, BaseException]]:

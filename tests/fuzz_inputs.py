@@ -286,7 +286,12 @@ def output(draw: random.Random, world: Path, names: list[str]) -> Input:
 
 
 def python(draw: random.Random, world: Path, _: list[str]) -> Input:
-    title, call = fuzz_calls.draw_call(draw, world)
+    """A call in Python with one or two wrong arguments."""
+    return called(*fuzz_calls.draw_call(draw, world))
+
+
+def called(title: str, call: Callable[[Path], Any]) -> Input:
+    """A call in Python, which has to give a result or an error of ours."""
 
     def act(here: Path) -> None:
         with warnings.catch_warnings():

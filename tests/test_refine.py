@@ -133,7 +133,7 @@ def test_it_works_in_inference_mode_and_touches_no_weight() -> None:
 
 
 def test_what_cannot_be_refined_is_refused() -> None:
-    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1 and at most 10000, not 0"):
         refine_codes(image_tokenizer(), noise(1, 3, 8, 8), steps=0)
     with pytest.raises(ValueError, match="at most 262144 entries, this tokenizer has 1048576"):
         refine_codes(image_tokenizer(quantizer="lfq", code_dim=20, vocab_size=2**20), noise(1, 3, 8, 8))

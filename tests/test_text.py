@@ -109,7 +109,7 @@ def test_control_characters_are_no_words(folders: dict[str, Path]) -> None:
     encoder = TextEncoder.from_pretrained(folders["bert"], device="cpu", max_length=8)
     assert torch.equal(encoder.encode(["\x07red\x00 \udc00apple"])[0], encoder.encode(["red apple"])[0])
     assert encoder.blank(["", " \n", "\x00\x1b", "red"]).tolist() == [True, True, True, False]
-    with pytest.raises(TypeError, match="must be text, not int"):
+    with pytest.raises(ValueError, match="number 0 of captions must be text, not 3"):
         encoder.encode([3])  # type: ignore[list-item]
 
 

@@ -60,6 +60,15 @@ def sample_losses(model: Transformer, losses: Tensor, weight: Tensor | None) -> 
     return (losses * share).sum(-1) / share.sum(-1)
 
 
+def check_samples(model: Transformer, codes: Tensor, known: Tensor | None) -> None:
+    """Raise ValueError for codes that are not (M, *grid) of a model, and for a `known` of another shape or kind."""
+    model.check_codes(codes)
+    if codes.ndim == 0 or codes.shape[1:] != model.config.grid:
+        raise ValueError(f"codes must be (M, {str(model.config.grid)[1:-1]}), not {tuple(codes.shape)}")
+    if known is not None and (known.shape != codes.shape or not holds_whole_numbers(known)):
+        raise ValueError(f"known must be whole numbers {tuple(codes.shape)}, not {known.dtype} {tuple(known.shape)}")
+
+
 @checked
 @torch.no_grad()
 def bits_per_token(
@@ -74,9 +83,7 @@ def bits_per_token(
 
     `known` (M, *grid) holds -1 where codes are free. See `sample_losses`.
     """
-    model.check_codes(codes)
-    if known is not None and (known.shape != codes.shape or not holds_whole_numbers(known)):
-        raise ValueError(f"known must be whole numbers {tuple(codes.shape)}, not {known.dtype} {tuple(known.shape)}")
+    check_samples(model, codes, known)
     parts = []
     for start in range(0, len(codes), batch_size):
         rows = slice(start, start + batch_size)

@@ -41,7 +41,7 @@ from nar.order import MOST_POSITIONS, Schedule, build
 from nar.precision import PackedLinear, fill
 from nar.scales import ScaleSums
 from nar.storage.fields import Length, OneOf, Positive, Range, Share, Size, check, checked, from_dict
-from nar.storage.folder import Weights, check_shapes, find_model, read_config, without_weights, write_folder
+from nar.storage.folder import Floating, Weights, check_shapes, find_model, read_config, without_weights, write_folder
 
 SMALLEST_FLEX = 256  # positions; no block of 128x128 is empty up to here
 
@@ -700,11 +700,12 @@ class Transformer(nn.Module):
         check_shapes(model, weights.shapes, folder)
         return fill(model, weights.copy, precision, device).eval()
 
+    @checked
     def save_pretrained(
         self,
         folder: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: Floating | None = None,
         class_names: tuple[str, ...] = (),
         tokenizer: Path | None = None,
         **extra: Any,

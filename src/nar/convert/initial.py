@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from nar.model import Transformer
+from nar.storage.fields import checked
 
 
+@checked
 def to_diagonal(model: Transformer) -> Transformer:
     """A raster or PAR model with the order of NAR: a start, to be trained on.
 

@@ -38,7 +38,7 @@ from nar.pipeline.requests import Given
 from nar.precision import usable_device
 from nar.progress import steps
 from nar.sampling import Sampling
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import NotNegative, Seed, Size, checked
 from nar.storage.files import atomically, check_output
 from nar.storage.folder import find_model, model_digest
 
@@ -80,12 +80,12 @@ def judge_edits(
     real: str,
     *,
     split: str = "test",
-    number: int = 400,
+    number: Size = 400,
     seed: Seed = 0,
-    seeds: int = 1,
-    guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    particles: int = 1,
+    seeds: Size = 1,
+    guidance_scale: NotNegative = 1.0,
+    temperature: NotNegative = 1.0,
+    particles: Size = 1,
     train: str | None = None,
     distances: bool = False,
     samples: str | None = None,

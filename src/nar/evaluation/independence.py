@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nar.condition import Condition
+from nar.likelihood import check_samples
 from nar.model import Transformer
 from nar.progress import steps
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 
 RANK = 16
 STEPS = 120
@@ -32,7 +33,7 @@ def independence_cost(
     *,
     known: Tensor | None = None,
     seed: Seed = 0,
-    batch_size: int = 32,
+    batch_size: Size = 32,
 ) -> Tensor:
     """Bits per token (M / 2,) that sampling the tokens of a front independently costs at least; of the second half.
 
@@ -46,6 +47,7 @@ def independence_cost(
     Raster models have fronts of one token, and the answer is 0. Codes that the model sampled itself give about 0.
     What `known` decides of the first sample is left out of all.
     """
+    check_samples(model, codes, known)
     if len(codes) < 4:
         raise ValueError(f"{len(codes)} pictures; at least 4 are needed to fit a coupling and to measure it")
     half, device = len(codes) // 2, model.device

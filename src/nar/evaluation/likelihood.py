@@ -32,7 +32,7 @@ from nar.pipeline import Pipeline, Request
 from nar.pipeline.folder import format_facts
 from nar.precision import usable_device
 from nar.progress import Progress, steps
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 from nar.storage.folder import find_model, model_digest
 
 ROWS = {
@@ -63,7 +63,7 @@ def judge_likelihood(
     *,
     against: str | None = None,
     split: str = "test",
-    number: int = 10_000,
+    number: Size = 10_000,
     seed: Seed = 0,
     device: str | None = None,
     dtype: str = "float32",

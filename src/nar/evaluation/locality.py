@@ -20,17 +20,19 @@ from nar.evaluation.sets import trained_on
 from nar.pipeline import Pipeline
 from nar.precision import usable_device
 from nar.progress import steps
+from nar.storage.fields import Seed, Size, checked
 from nar.storage.folder import find_model, model_digest
 
 
+@checked
 def judge_locality(
     model: str,
     real: str | None = None,
     *,
     split: str = "test",
-    number: int = 10_000,
-    distance: int = 4,
-    seed: int = 0,
+    number: Size = 10_000,
+    distance: Size = 4,
+    seed: Seed = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Mutual information in bits between two codes of a sample, for every offset up to a Manhattan `distance`.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ from nar.pipeline import Pipeline, Request
 from nar.progress import steps
 from nar.sampling import Sampling
 from nar.storage.arrays import read_arrays
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Length, Range, Seed, Size, checked
 from nar.storage.files import atomically, claim, parse_json
 from nar.storage.folder import model_digest, read_config
 from nar.storage.text import read_lines
 
+Count = Annotated[int, Range(1, 10_000_000)]
 BATCH, CLIP_BATCH = 64, 8  # pictures, clips that are sampled or judged at a time
 CHUNK = 500  # frames of a part on disk, 500 pictures: what is lost at most
 LABELS = ("balanced", "random")
@@ -118,14 +119,14 @@ def made_by(folder: Path) -> dict[str, Any]:
 def sample_set(
     pipe: Pipeline,
     output: Path,
-    count: int,
+    count: Count,
     labels: str | Sequence[str | int],
     *,
     sampling: Sampling | None = None,
     seed: Seed = 0,
-    batch_size: int = 40,
-    rank: int = 0,
-    num_processes: int = 1,
+    batch_size: Size = 40,
+    rank: Length = 0,
+    num_processes: Size = 1,
     wait: Callable[[], None] = lambda: None,
     settings: dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
@@ -219,13 +220,13 @@ def geneval_set(
     pipe: Pipeline,
     output: Path,
     metadata: Path,
-    count: int,
+    count: Count,
     *,
     sampling: Sampling | None = None,
     seed: Seed = 0,
-    batch_size: int = 40,
-    rank: int = 0,
-    num_processes: int = 1,
+    batch_size: Size = 40,
+    rank: Length = 0,
+    num_processes: Size = 1,
     wait: Callable[[], None] = lambda: None,
     settings: dict[str, Any] | None = None,
 ) -> int:

@@ -37,7 +37,7 @@ from nar.metrics.reconstruction import (
 from nar.metrics.reference import ENOUGH
 from nar.precision import usable_device
 from nar.progress import steps
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Length, Seed, Size, checked
 from nar.storage.files import atomically
 from nar.storage.folder import find_model, model_digest
 from nar.tokenizer import load_tokenizer
@@ -54,14 +54,14 @@ def judge_tokenizer(
     folder: str,
     real: str,
     *,
-    size: int | None = None,
+    size: Size | None = None,
     group: str | None = None,
-    num_frames: int | None = None,
-    number: int = 10_000,
+    num_frames: Size | None = None,
+    number: Size = 10_000,
     pad: bool = False,
-    refine: int = 0,
+    refine: Length = 0,
     seed: Seed = 0,
-    batch_size: int | None = None,
+    batch_size: Size | None = None,
     device: str | None = None,
     inception: Path | None = None,
     sheet: Path | None = None,
@@ -81,6 +81,9 @@ def judge_tokenizer(
     tokenizer = load_tokenizer(folder)
     data, train, heldout, ungrouped = _opened(folder, tokenizer, real, size, group, num_frames)
     generator = np.random.default_rng(seed)
+    if min(number, len(heldout)) < 2:
+        held = f"{len(heldout)} of the pictures or clips in {real} are held out, and {number} asked for"
+        raise ValueError(f"{held}: a tokenizer is judged on two or more")
     if len(heldout) > number:
         heldout = heldout.take(np.sort(generator.permutation(len(heldout))[:number]))
     images = load_pictures(heldout, size=data.size).images

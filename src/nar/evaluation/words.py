@@ -14,7 +14,7 @@ from PIL import Image
 from nar.data.open import load_pictures, open_source
 from nar.data.source import Source
 from nar.precision import usable_device
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 from nar.storage.text import read_lines
 
 
@@ -26,7 +26,7 @@ def judge_captions(
     clip: Path | None = None,
     clip_prefix: str = "",
     retrieval: bool = False,
-    size: int | None = None,
+    size: Size | None = None,
     seed: Seed = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def judge_captions(
     return report
 
 
-def judge_copies(fake: str, of: str, real: str, *, split: str = "test", size: int = 64) -> dict[str, Any]:
+@checked
+def judge_copies(fake: str, of: str, real: str, *, split: str = "test", size: Size = 64) -> dict[str, Any]:
     """The share of pictures that lie closer to a training picture `of` these than 99 % of `real`, unseen ones do."""
     from nar.metrics.text_image import near_copies
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar.metrics.frechet import RunningStatistics, frechet_distance, nearest
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) of pictures (B, 3, H, W) in -1..1."""
@@ -124,7 +124,7 @@ def frechet_distances(
     features: Callable[[Tensor], Tensor],
     *,
     seed: Seed = 0,
-    batch_size: int = 64,
+    batch_size: Size = 64,
 ) -> dict[str, tuple[float, int, int]]:
     """Frechet distances of `real` and `reconstructed` pictures or clips (B, ...), and the counts of both sides.
 

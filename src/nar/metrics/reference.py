@@ -19,7 +19,7 @@ from nar.metrics.features import FeatureSet, Reading, Reservoir, gather, gaussia
 from nar.metrics.frechet import Statistics
 from nar.metrics.pictures import Opened, Source, opened
 from nar.storage.arrays import array_names, read_arrays
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 
 ENOUGH = 10_000  # pictures from which on a Frechet distance is worth reading
 
@@ -31,10 +31,10 @@ def write_reference(
     *,
     inception: str | Path | None = None,
     detector: Detector | None = None,
-    size: int | None = None,
-    num_pictures: int = 10_000,
+    size: Size | None = None,
+    num_pictures: Size = 10_000,
     seed: Seed = 0,
-    batch_size: int = 64,
+    batch_size: Size = 64,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> None:

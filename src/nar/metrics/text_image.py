@@ -23,7 +23,7 @@ from nar.metrics.frechet import nearest
 from nar.metrics.networks.efficientnet import load_efficientnet
 from nar.metrics.pictures import Source, batches
 from nar.metrics.scores import mean_interval
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Seed, Size, checked
 from nar.storage.files import digest, read_json
 from nar.text.encoder import load_pretrained
 
@@ -89,7 +89,7 @@ def clip_score(
     clip: ClipScorer,
     *,
     prefix: str = "",
-    size: int | None = None,
+    size: Size | None = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
     """100 * max(cosine, 0) of every picture and its caption: the mean, its 95 % interval and all values.

@@ -17,8 +17,8 @@ from nar.pipeline.card import CARD, card, for_diffusers
 from nar.pipeline.formats import AUTO, Choice, choose
 from nar.precision import PackedLinear, convert, usable_device
 from nar.sampling import Sampling
-from nar.storage.fields import from_dict
-from nar.storage.folder import CONFIG, find_model, read_config, read_weights, write_folder
+from nar.storage.fields import checked, from_dict
+from nar.storage.folder import CONFIG, Floating, find_model, read_config, read_weights, write_folder
 from nar.storage.text import read_text
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.tokenizer import load_tokenizer
@@ -88,11 +88,12 @@ def moved(model: Transformer, device: torch.device, dtype: str, source: Path | N
     return convert(model, dtype, device)
 
 
+@checked
 def save(
     self: Any,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Floating | None = None,
     license: str | None = None,
     diffusers: bool = False,
 ) -> None:
@@ -128,6 +129,7 @@ def save(
         write_folder(folder, config, state, parts={"tokenizer": Path(work) / "tokenizer"}, texts=texts)
 
 
+@checked
 def upload(self: Any, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any) -> str:
     """Save the pipeline to a repository of the Hugging Face hub, made if it is not there; returns its address.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from nar.media.clips import save_clip
 from nar.media.pixels import as_images
 from nar.media.sheet import contact_sheet, film_strips, moving_sheet
+from nar.storage.fields import Positive, checked
 from nar.storage.files import atomically
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -74,7 +75,8 @@ class Output:
         shown = [f"{len(self)} {kind}{'s' * (len(self) != 1)}", *([f"of {listed}"] if listed else [])]
         return f"<Output: {' '.join(shown)}, seed {self.seed}>"
 
-    def save(self, path: str | Path, *, frame_rate: float | None = None) -> Path:
+    @checked
+    def save(self, path: str | Path, *, frame_rate: Positive | None = None) -> Path:
         """Write the results, by the path's ending, and return it; one alone as it is, several on a sheet.
 
         Pictures: .png, .jpg, .webp. Clips: .gif, .mp4 and .webp play (several side by side), .png and .jpg have one row

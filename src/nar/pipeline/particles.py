@@ -20,6 +20,7 @@ from torch import Tensor
 from nar.condition import AnyCondition, Condition
 from nar.model import Transformer
 from nar.sampling import Sampling, check_known, embed_sides, last_guided, no_numbers, sample_rows, uniforms
+from nar.storage.fields import checked
 
 MOST_PARTICLES = 1024
 LEAST_EFFECTIVE = 0.5  # of the particles: below, those of little weight give way
@@ -37,6 +38,7 @@ class Weighted(NamedTuple):
     particles: Tensor
 
 
+@checked
 @torch.inference_mode()
 def weighted_fronts(
     model: Transformer,

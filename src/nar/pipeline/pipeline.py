@@ -237,6 +237,7 @@ class Pipeline:
         """The number of a class, given its name (any case) or number; raises ValueError with the names."""
         return self.inputs.label_index(label)
 
+    @checked
     def label_name(self, index: int) -> str:
         """The name of a class, or its number where there are no names."""
         return self.class_names[index] if index < len(self.class_names) else str(index)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,17 @@ from nar.storage.files import atomically, read_json, write_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BUNDLED = Path(__file__).parents[1] / "bundled"
+
+
+class _Floating:
+    def allows(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point
+
+    def allowed(self) -> str:
+        return "one of floating-point numbers"
+
+
+Floating = Annotated[torch.dtype, _Floating()]  # what weights are kept in
 
 
 @dataclass(frozen=True)

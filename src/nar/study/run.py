@@ -31,7 +31,7 @@ from nar.data.source import Source
 from nar.progress import Progress
 from nar.sampling import Sampling
 from nar.storage.config import leaves
-from nar.storage.fields import from_dict
+from nar.storage.fields import checked, from_dict
 from nar.storage.files import atomically, read_json, write_json, write_text
 from nar.storage.folder import CONFIG, find_model, model_digest, read_config
 from nar.study.judge import Judged, check_halves, judge
@@ -91,6 +91,7 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     return work.folder
 
 
+@checked
 def compare_models(
     models: Sequence[str], real: str, how: Judging, folder: Path | None = None
 ) -> tuple[Study, dict[str, list[Judged]]]:

@@ -18,7 +18,7 @@ from nar.model import Transformer
 from nar.pipeline import Pipeline
 from nar.progress import Progress
 from nar.sampling import LARGEST_GUIDANCE, Sampling
-from nar.storage.fields import suggestion
+from nar.storage.fields import checked, suggestion
 from nar.storage.files import write_json
 from nar.storage.folder import BUNDLED, CONFIG, find_model, read_config
 from nar.study.judge import SCORES, golden_section, halves
@@ -82,6 +82,7 @@ def own_folder(model: str) -> Path:
     return folder
 
 
+@checked
 def tune(
     model: str,
     real: str,

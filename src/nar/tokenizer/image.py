@@ -96,6 +96,7 @@ class ImageTokenizer(Tokenizer):
         self.check_pixels(pixels)
         return cast(Tensor, self.to_code(self.encoder(pixels)))
 
+    @checked
     def decode(self, codes: Tensor, *, tile: int | None = None, overlap: int = 8) -> Tensor:
         """Codes (B, h, w) to pictures (B, 3, H, W), about -1..1 and not clamped.
 

@@ -9,12 +9,12 @@ noise and sharpened until one entry is left (stochastic Gumbel annealing: Yang, 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
 
-from nar.storage.fields import Seed, checked
+from nar.storage.fields import Range, Seed, checked
 from nar.tokenizer.base import Tokenizer
 
 MOST_ENTRIES = 2**18  # distances to all entries are taken
@@ -28,7 +28,7 @@ _CHUNK = 2**27  # distances held at once: half a gigabyte
 @checked
 @torch.inference_mode(False)
 @torch.enable_grad()
-def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed: Seed = 0) -> Tensor:
+def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: Annotated[int, Range(1, 10_000)] = 100, seed: Seed = 0) -> Tensor:
     """Codes of `pixels` that decode closer to them than those of `tokenizer.encode`, of the same shape.
 
     Args:
@@ -43,8 +43,6 @@ def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: int = 100, seed
         ValueError: fewer than one step, a vocabulary of more than 2 ** 18, or pixels that `encode` refuses.
     """
     quantizer = tokenizer.quantizer
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
     if quantizer.vocab_size > MOST_ENTRIES:
         raise ValueError(f"refining searches at most {MOST_ENTRIES} entries, this tokenizer has {quantizer.vocab_size}")
     options = tokenizer.decode_options(pixels)

@@ -18,7 +18,7 @@ from nar.data.look import ANY, look
 from nar.data.source import Source
 from nar.progress import Progress
 from nar.storage.config import difference, leaves, load
-from nar.storage.fields import filled
+from nar.storage.fields import checked, filled
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.checkpoint import last_record, named
 from nar.training.distributed import Workers, joined
@@ -34,6 +34,7 @@ FIRST_SHARE = 1 / 3  # of a recipe's `minutes`, for the tokenizer that it trains
 TRIAL_STEPS = 1000  # that the curves of a trial think there are; it ends after seconds
 
 
+@checked
 def run_recipe(
     name: str, overrides: Sequence[str] = (), *, override: bool = False, start: str = "", metrics: Metrics | None = None
 ) -> Path | None:
@@ -47,6 +48,7 @@ def run_recipe(
         return _run(recipe, workers, override=override, start=start, metrics=metrics)
 
 
+@checked
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a command means, on this machine and for this number of pictures.
 
