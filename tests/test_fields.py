@@ -177,6 +177,7 @@ def test_arguments_that_fit_are_passed_on() -> None:
     tensor = torch.zeros(2)
     assert called(Path("x"), [np.int64(1)], tensor=tensor, made=int) == (Path("x"), [1], tensor, int, 0.0)
     assert called("x", range(3), rate=1)[1:] == (range(3), None, None, 1)
+    assert called("x", np.arange(3))[1] == called("x", torch.arange(3))[1] == [0, 1, 2], "no arrays from there on"
     for rate in (np.float32(0.5), np.float64(0.5), np.int64(1)):  # Python's own from there on
         assert type(called("x", rate=rate)[-1]) in (float, np.float64)
     with pytest.raises(TypeError, match="unknown argument 'other' of"):
