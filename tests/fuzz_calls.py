@@ -127,7 +127,7 @@ def _pipe(name: str) -> Callable[[Path], Call]:
                 "size",
             )
         )
-        options |= {"particles": 1}
+        options |= {"particles": 1, "progress": False}
         return Pipeline.from_pretrained(world / name, device="cpu"), options | every | given[name]
 
     return make
@@ -155,7 +155,7 @@ def _extend(world: Path) -> Call:
     from nar import Pipeline
 
     pipe = Pipeline.from_pretrained(world / "model", device="cpu")
-    options = {"position": (0, 0), "class_labels": ["pear"], "seed": 0, "batch_size": 2, "particles": 1}
+    options = {"position": (0, 0), "class_labels": ["pear"], "seed": 0, "batch_size": 2, "blend": True}
     return pipe.extend, options | {"image": str(world / "captioned/0.png"), "size": (8, 16), "output_type": "np"}
 
 

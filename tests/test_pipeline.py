@@ -161,6 +161,7 @@ def test_what_one_call_may_ask_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPat
         ({"class_labels": [0], "known": torch.zeros(1, 4, 4)}, r"known must be .*; not float32 \(1, 4, 4\)"),
         ({"class_labels": [0], "known": Image.new("RGB", (4, 4))}, "known must be .*; not Image"),
         ({"class_labels": {1, 2}}, r"give one, or a list of them, not a set: \{1, 2\}"),
+        ({"class_labels": [0], "progress": torch.ones(2)}, r"progress must be true or false, not tensor"),
         ({"class_labels": [0], "seed": b"x"}, "give one, or a list of them, not a bytes: b'x'"),
         ({"class_labels": {"x": 1}}, "give one, or a list of them, not a dict"),
         ({"class_labels": [0], "seed": -1}, "seed must be a whole number from 0"),

@@ -200,7 +200,7 @@ def _check(self: Any, asked: Mapping[str, Any]) -> None:
     check_particles(asked["particles"], known=())
     if asked["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {asked['mode']!r}")
-    check_call(asked["output_type"], asked["batch_size"], asked["callback_on_front_end"])
+    check_call(asked["output_type"], asked["batch_size"], asked["callback_on_front_end"], blend=asked["blend"])
     if asked["output_type"] == "codes":
         raise ValueError("output_type must be pil, np or pt, not 'codes': codes have no pixels around them")
 

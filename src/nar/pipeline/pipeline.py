@@ -34,7 +34,7 @@ from nar.pipeline.requests import HEADS, Inputs, Request, check_call, check_guid
 from nar.precision import PRECISIONS, usable_device
 from nar.progress import Progress
 from nar.sampling import Sampling, Session, generate_fronts, settings_among
-from nar.storage.fields import OneOf, checked
+from nar.storage.fields import OneOf, checked, holds_whole_numbers
 from nar.text import TextEncoder, TextEncoderConfig
 from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer
@@ -306,7 +306,7 @@ class Pipeline:
         if size is not None:
             return of_size(self, size, locals())
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
-        check_call(output_type, batch_size, callback_on_front_end)
+        check_call(output_type, batch_size, callback_on_front_end, progress=progress)
         check_particles(particles, known)
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
@@ -488,6 +488,8 @@ class Pipeline:
         """Decode codes (B, *grid), with -1 (shown as mid-grey) where undecided, into one of the output types."""
         if output_type == "codes":
             return codes
+        if not holds_whole_numbers(codes):
+            raise ValueError(f"codes must be whole numbers, not {codes.dtype}")
         partial = self.tokenizer is not None and self.tokenizer.shows_undecided
         pixels = self.decode(codes if partial else codes.clamp_min(0))
         return as_output(list(pixels if partial else greyed(pixels, codes < 0)), output_type)

@@ -184,8 +184,10 @@ def row_of(heads: str, schedule: Schedule) -> int | None:
     return row if row >= 0 else None
 
 
-def check_call(output_type: Any, batch_size: Any, callback: Any) -> None:
-    """Refuse arguments of a call that are not what they must be."""
+def check_call(output_type: Any, batch_size: Any, callback: Any, **truths: Any) -> None:
+    """Refuse arguments of a call that are not what they must be; `truths` are those that are true or false."""
+    if wrong := [name for name, value in truths.items() if not isinstance(value, bool | np.bool_)]:
+        raise ValueError(f"{wrong[0]} must be true or false, not {truths[wrong[0]]!r}")
     if output_type not in OUTPUT_TYPES:
         meant = f" (did you mean {OUTPUT[output_type]!r}?)" if str(output_type) in OUTPUT else ""
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}{meant}")

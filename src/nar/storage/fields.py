@@ -298,7 +298,8 @@ def _listed(value: Any, lists: Any, key: str, optional: bool) -> Any:
     if plain is not Any and not fits:
         each = " or ".join(_WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}" for kind in kinds)
         raise _refusal(key, [f"a list, each {each}"], optional, value)
-    return value if dtype is None else value.tolist()  # a list is true or false, an array is neither
+    # A list is true or false, an array is neither.
+    return value if dtype is None or plain is Any else value.tolist()  # type: ignore[attr-defined]
 
 
 def _refusal(key: str, allowed: list[str], optional: bool, value: Any) -> ValueError:

@@ -28,7 +28,9 @@ _CHUNK = 2**27  # distances held at once: half a gigabyte
 @checked
 @torch.inference_mode(False)
 @torch.enable_grad()
-def refine_codes(tokenizer: Tokenizer, pixels: Tensor, *, steps: Annotated[int, Range(1, 10_000)] = 100, seed: Seed = 0) -> Tensor:
+def refine_codes(
+    tokenizer: Tokenizer, pixels: Tensor, *, steps: Annotated[int, Range(1, 10_000)] = 100, seed: Seed = 0
+) -> Tensor:
     """Codes of `pixels` that decode closer to them than those of `tokenizer.encode`, of the same shape.
 
     Args:
