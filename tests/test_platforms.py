@@ -130,6 +130,15 @@ def test_a_port_is_not_shared_on_windows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert options == [socket.SO_REUSEADDR, -5]
 
 
+@pytest.mark.parametrize("host", ["\udcff", "x" * 300, "a..b"])
+def test_what_is_no_address_is_said(host: str) -> None:
+    pytest.importorskip("uvicorn", reason="serving is not installed: pip install nar-gen[serve]")
+    from nar.serving import server
+
+    with pytest.raises(OSError, match=r"^can't listen on .*; try another --"):
+        server.bound(host, 0)
+
+
 def test_a_console_without_a_character(tmp_path: Path) -> None:
     (tmp_path / "日本").mkdir()
     code = "import sys; from nar.cli import main; sys.argv[1:] = ['info', sys.argv[1]]; main()"

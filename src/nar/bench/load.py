@@ -119,7 +119,8 @@ def closed(setup: Setup, concurrency: int, seconds: float) -> list[Call]:
         await asyncio.gather(*(caller() for _ in range(concurrency)))
         return calls
 
-    return asyncio.run(run())
+    with asyncio.Runner() as runner:  # which refuses before there is anything to run
+        return runner.run(run())
 
 
 def opened(setup: Setup, rate: float, seconds: float, *, seed: int = 0) -> list[Call]:
@@ -133,7 +134,8 @@ def opened(setup: Setup, rate: float, seconds: float, *, seed: int = 0) -> list[
             tasks.append(asyncio.create_task(ask(setup, len(tasks), start + due)))
         return list(await asyncio.gather(*tasks))
 
-    return asyncio.run(run())
+    with asyncio.Runner() as runner:  # which refuses before there is anything to run
+        return runner.run(run())
 
 
 async def ask(setup: Setup, number: int, due: float) -> Call:

@@ -25,7 +25,7 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket on this address, which does not listen yet.
 
     Raises:
-        OSError: the address is taken or not this machine's; it is named.
+        OSError: the address is taken, not this machine's, or no address; it is named.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by which asyncio knows it: no Nagle
@@ -34,9 +34,10 @@ def bound(host: str, port: int) -> socket.socket:
         alone = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
         made.setsockopt(socket.SOL_SOCKET, alone, 1)
         made.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # what is no name at all is a TypeError, or one of Unicode
         made.close()
-        raise OSError(f"can't listen on {host}:{port} ({error.strerror or error}); try another --port") from error
+        why, other = getattr(error, "strerror", None) or error, "--port" if isinstance(error, OSError) else "--host"
+        raise OSError(f"can't listen on {host}:{port} ({why}); try another {other}") from error
     return made
 
 
