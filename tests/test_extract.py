@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import time
 from pathlib import Path
@@ -199,6 +200,11 @@ def test_training_takes_extracted_codes_and_refuses_those_of_another_tokenizer(t
     shard.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*; delete it and run the same"):
         run_recipe(str(path), [f"run={tmp_path / 'run3'}", f"data.codes={codes}"])
+    if hasattr(os, "mkfifo"):
+        shard.unlink()
+        os.mkfifo(shard)
+        with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*is no file"):  # a pipe is not waited for
+            Codes.open(codes)
 
 
 def test_held_out_classes_are_those_of_the_same_name(tmp_path: Path, tokenizer: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from nar.data.source import WORDS
 from nar.data.wording import WORDINGS, wordings
 from nar.storage.fields import Size, checked, from_dict, kinds
-from nar.storage.files import read_json
+from nar.storage.files import check_file, read_json
 
 MANIFEST = "manifest.json"
 
@@ -81,6 +81,7 @@ class Codes:
         shards, columns = list[np.ndarray](), defaultdict[str, list[Any]](list)
         for name in manifest["shards"]:
             try:
+                check_file(folder / name)
                 with pa.memory_map(str(folder / name)) as source:
                     table = pa.ipc.open_stream(source).read_all().combine_chunks()
                 flat = table.column("codes").combine_chunks().flatten().to_numpy()

@@ -29,7 +29,7 @@ from nar.media.video import Windows
 from nar.precision import usable_device
 from nar.progress import Progress
 from nar.storage.fields import OneOf, Range, Size, checked
-from nar.storage.files import atomically, claim, read_json, write_json, write_text
+from nar.storage.files import atomically, check_file, claim, read_json, write_json, write_text
 from nar.storage.folder import model_digest
 from nar.tokenizer import load_tokenizer
 
@@ -244,6 +244,7 @@ def _finish(
     broken, kept = list[str](), list[str]()
     num_samples, grid, schema = 0, list[int](), pa.schema([])
     for name in names:
+        check_file(folder / name)
         with pa.memory_map(str(folder / name)) as file:
             reader = pa.ipc.open_stream(file)
             metadata, rows = reader.schema.metadata, sum(len(batch) for batch in reader)

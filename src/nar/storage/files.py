@@ -189,9 +189,14 @@ def _move(source: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
-def _opened(path: Path) -> BufferedReader:
+def check_file(path: Path) -> None:
+    """Raise OSError for what is there and is no file: libraries wait for a pipe, and read a device without end."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no file", str(path))
+
+
+def _opened(path: Path) -> BufferedReader:
+    check_file(path)
     return path.open("rb")
 
 
