@@ -29,7 +29,7 @@ from nar.model import ModelConfig, Transformer
 from nar.pipeline.formats import AUTO, any_condition, choose_of
 from nar.precision import PackedLinear, convert, fill, usable_device
 from nar.sampling import Sampling, Session, generate, last_guided
-from nar.storage.fields import OneOf, Range, check, checked, from_dict
+from nar.storage.fields import OneOf, Range, Size, check, checked, from_dict
 from nar.storage.folder import find_model, model_digest, read_config, without_weights
 from nar.storage.presets import PRESETS, find
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
@@ -50,7 +50,7 @@ IMAGE_GUIDANCE, VIDEO_GUIDANCE = 2.0, 1.25  # what the paper samples with
 class Setup:
     """What to measure, how often, and by which clock: "cpu" is processor time, of one thread where others are busy."""
 
-    batch_sizes: tuple[Annotated[int, Range(1)], ...] = (1,)
+    batch_sizes: tuple[Size, ...] = (1,)
     guidance_scale: float | None = None
     guidance_interval: int | None = None
     dtype: str = "float32"
