@@ -88,6 +88,8 @@ def extract(
     claim(folder, settings, record=_SETTINGS, empty=True)
     starts = range(0, len(source), SHARD_SIZE)
     names = [f"data-{index:05d}-of-{len(starts):05d}.arrow" for index in range(len(starts))]
+    for name in names:
+        check_file(folder / name)  # a pipe would be written into
     mine = [index for index in range(rank, len(starts), count) if not (folder / names[index]).is_file()]
     rows = {index: range(starts[index], min(starts[index] + SHARD_SIZE, len(source))) for index in mine}
     try:
