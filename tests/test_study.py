@@ -225,6 +225,21 @@ def test_a_damaged_log_is_named(tmp_path: Path, wrong: str) -> None:
         read_result(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.array(["2020-01-01"], "M8[D]"), np.ones((2, 2)), np.array([np.nan]), np.ones(0), 1]
+)
+def test_damaged_numbers_of_pictures_are_named(tmp_path: Path, wrong: object) -> None:
+    study = study_of(tmp_path)
+    write_json(tmp_path / "out" / "study.json", dataclasses.asdict(study))
+    for arm in study.all_arms:
+        facts = {"metrics": {"bits_per_token": 7.0}, "interval": {}, "sampling": {"guidance_scale": 1.0}, "seed": 0}
+        write_log(tmp_path / f"out/logs/{arm}-0.json", Judged(facts, {"bits_per_token": np.full(4, 7.0)}))
+    assert read_result(tmp_path / "out").arms
+    np.savez(tmp_path / "out/logs/nar-0.npz", bits_per_token=wrong)
+    with pytest.raises(ValueError, match=r"nar-0.npz is damaged .*finite number for each picture.*; delete it"):
+        read_result(tmp_path / "out")
+
+
 def test_a_refused_study_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):

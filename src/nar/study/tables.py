@@ -81,9 +81,7 @@ def read_result(folder: Path) -> Result:
         for seed in study.seeds:
             path = folder / "logs" / f"{arm}-{seed}.json"
             if path.is_file():
-                pictures = path.with_suffix(".npz")
-                arrays = read_arrays(pictures, ["bits_per_token", "independence_cost"]) if pictures.is_file() else {}
-                logs.setdefault(arm, []).append(Judged(_read_log(path), arrays))
+                logs.setdefault(arm, []).append(Judged(_read_log(path), _read_pictures(path.with_suffix(".npz"))))
     if not logs:
         raise ValueError(f"{folder} has no logs yet; run the study: nar compare STUDY.yaml run={folder}")
     return result(study, logs)
@@ -101,6 +99,16 @@ def _read_log(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and run the study again") from error
     return facts
+
+
+def _read_pictures(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of every picture, where they are kept; raises ValueError for what are none."""
+    arrays = read_arrays(path, ["bits_per_token", "independence_cost"]) if path.is_file() else {}
+    for name, values in arrays.items():
+        if values.dtype.kind != "f" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+            found = f"{name} is {values.dtype} {values.shape}, and must be a finite number for each picture"
+            raise ValueError(f"{path} is damaged ({found}); delete it and the log beside it, and run the study again")
+    return arrays
 
 
 def result(study: Study, logs: dict[str, list[Judged]]) -> Result:
