@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -239,7 +240,7 @@ def output(draw: random.Random, world: Path, names: list[str]) -> Input:
             os.mknod(target, stat.S_IFCHR | 0o666, os.makedev(1, 3))
         elif what == "pipe":
             os.mkfifo(target)
-            os.open(target, os.O_RDONLY | os.O_NONBLOCK)
+            threading.Thread(target=lambda: target.read_bytes(), daemon=True).start()
         elif what in ("folder", "full folder"):
             target.mkdir()
             if what == "full folder":

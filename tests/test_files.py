@@ -144,7 +144,7 @@ def test_folders_make_way_as_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes there")
-def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+def test_a_pipe_is_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path / "pipe", tmp_path / "link"):
         os.mkfifo(path) if path.name == "pipe" else path.symlink_to("pipe")
         found: list[str] = []
@@ -155,6 +155,9 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
         assert json.loads(found[0]) == {"a": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
     assert (tmp_path / "link").is_symlink()
+    monkeypatch.setattr("nar.storage.files.READER_SECONDS", 0.2)
+    with pytest.raises(OSError, match="nobody reads this pipe; begin to, or give a file"):
+        write_json(tmp_path / "pipe", {"a": 1})
 
 
 @pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no such device")

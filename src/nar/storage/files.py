@@ -22,12 +22,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nar.storage.text import read_text
 
 _REPLACED = "replaced"
 _SYSTEM = (("/", "dev"), ("/", "proc"))
+READER_SECONDS = 15  # that a pipe is held for its reader
 _FULL = 2**20  # bytes free, below which a failed write is the disk's fault
 _PATIENCE = 2.0  # seconds for which Windows may refuse to move what a virus scanner or a reader has open
 
@@ -285,5 +286,24 @@ def _stream(path: Path, write: Callable[[Path], Any]) -> None:
                     stream.buffer.write(staged.read_bytes())
                     stream.flush()
                     return
-        with staged.open("rb") as made, path.open("wb") as into:
+        with staged.open("rb") as made, _reached(path) as into:
             shutil.copyfileobj(made, into)
+
+
+def _reached(path: Path) -> IO[bytes]:
+    """A device or pipe, opened to be written into; of a pipe a reader is waited for, but not for ever."""
+    if not stat.S_ISFIFO(path.stat().st_mode):
+        return path.open("wb")
+    end = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > end:
+                raise OSError(error.errno, "nobody reads this pipe; begin to, or give a file", str(path)) from error
+            time.sleep(0.05)
+        else:
+            os.set_blocking(number, True)
+            return os.fdopen(number, "wb")
