@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from nar.bench import efficiency
 from nar.bench.report import PLOTS, Row, plot
 from nar.cli import app
 from nar.storage.presets import Preset
+from nar.tokenizer import load_tokenizer
 
 KEYS = {
     "schedule",
@@ -101,6 +103,12 @@ def test_tokenizers_are_measured_in_every_dtype_and_layout(toy_folder: Path, tmp
         assert all(row["change"] < (0.5 if operation == "encode" else 5) for row in same)
         assert any(row["change"] > 0 for row in same if row["dtype"] == "bfloat16") or operation == "encode"
     assert result.stdout.count("*") == 4
+    tokenizer = load_tokenizer(toy_folder / "tokenizer")
+    with torch.no_grad():
+        next(iter(tokenizer.decoder.parameters())).fill_(3e38)
+    tokenizer.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"damaged decodes to numbers that are none in .*; its weights are damaged"):
+        CliRunner().invoke(app, ["bench", "--tokenizer", str(tmp_path / "damaged")], catch_exceptions=False)
 
 
 def test_work_counts_the_unconditional_half_as_long_as_it_is_fed() -> None:

@@ -92,6 +92,15 @@ def test_a_long_prompt_is_cut_and_says_where(folders: dict[str, Path]) -> None:
     assert torch.equal(encoder.encode(["a red apple of the"])[0], features), "with its end-of-text token"
 
 
+@pytest.mark.parametrize("wrong", ["word", "16", [16], {}, -1])
+def test_a_damaged_length_of_a_vocabulary_is_noticed(folders: dict[str, Path], tmp_path: Path, wrong: object) -> None:
+    folder = shutil.copytree(folders["t5"], tmp_path / "t5")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": wrong}))
+    with pytest.raises(ValueError, match=r"transformers can't read .*t5: "):
+        TextEncoder.from_pretrained(folder, device="cpu", max_length=8)
+
+
 @pytest.mark.parametrize("prompt", ["red " * 25_000, "r" * 100_000, "a\x00\ud800\x1b" * 25_000, " " * 100_000])
 def test_enormous_prompts_take_no_time(folders: dict[str, Path], prompt: str) -> None:
     for clean in (False, True):

@@ -194,6 +194,8 @@ def bench_tokenizer(source: str | Path, setup: Setup, *, report: Callable[[Row],
             result = run()
             right = exact.setdefault((operation, batch), result)
             change = (result != right).float() if operation == "encode" else (result - right).abs() * 127.5
+            if not torch.isfinite(change).all():
+                raise ValueError(f"{name} decodes to numbers that are none in {dtype}; its weights are damaged")
             facts = {"layout": layout, "change": float(change.mean()), "size": size}
             times, _ = _times(run, setup, device)
             rows.append(setup.row(name, operation, batch, times, str(dtype).removeprefix("torch."), **facts))

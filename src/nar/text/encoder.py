@@ -288,7 +288,11 @@ def load_pretrained(name: str, folder: str | Path, *, spare: str = "\0") -> Any:
     logging.set_verbosity_error()  # what it warns of is an error here, in one line
     try:
         if not is_model:
-            return loader.from_pretrained(folder, **options)
+            loaded = loader.from_pretrained(folder, **options)
+            if name == "AutoTokenizer":  # settings that are not what they must be are noticed at the first words
+                loaded("a", truncation=True, max_length=min(8, int(loaded.model_max_length)))
+                loaded("a", verbose=False)
+            return loaded
         module, report = loader.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
         if any(folder.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
