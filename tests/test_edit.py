@@ -151,6 +151,18 @@ def test_masks_that_do_not_fit_are_refused(pipe: Pipeline, name: str) -> None:
         pipe.edit(picture(), mask=mask, class_labels=0)
 
 
+def test_files_of_masks_are_guarded_as_pictures_are(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAR_MAX_PIXELS", "60")
+    Image.new("L", (8, 8)).save(tmp_path / "large.png")
+    (tmp_path / "noise.png").write_bytes(b"noise")
+    (tmp_path / "folder.png").mkdir()
+    for name, said in (("large", "more than 60"), ("noise", "can't be read as a picture"), ("folder", "is no file")):
+        with pytest.raises(ValueError, match=rf"{name}.png .*{said}"):
+            pipe.edit(np.zeros((6, 6, 3), np.uint8), mask=tmp_path / f"{name}.png", class_labels=0)
+
+
 def test_masks_in_every_form_say_the_same(pipe: Pipeline, tmp_path: Path) -> None:
     mask = box_mask((8, 8), (2, 2, 3, 3))
     grey = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))

@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image
+
+from nar.media import pictures
 
 PERCENTS = (50, 90, 99, 100)
 
@@ -394,5 +395,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def _digest(encoded: str) -> str:
     """A digest of the pixels of a picture in base64."""
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+    with pictures.opened(io.BytesIO(base64.b64decode(encoded)), "an answer") as picture:
         return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()

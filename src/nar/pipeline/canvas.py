@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nar.media.pictures import read_picture, upright_rgb
+from nar.media.pictures import opened, read_picture, upright_rgb
 from nar.media.pixels import as_images, as_pixels
-from nar.storage.files import check_file
 
 WHITE = 128  # from which a pixel of a mask is to be new
 AROUND = 2.0  # sides of a region, of those of what the mask covers: what is new is a quarter of it
@@ -229,9 +228,8 @@ def read(image: Picture) -> np.ndarray:
 def _mask(mask: Mask) -> np.ndarray:
     """A mask in any form as ([T,] H, W) bool."""
     if isinstance(mask, str | Path):
-        check_file(Path(mask))
-        with Image.open(mask) as opened:
-            mask = opened.copy()
+        with opened(mask) as picture:
+            mask = picture.copy()
     if isinstance(mask, Image.Image):
         if "A" in mask.getbands() or "transparency" in mask.info:
             if min(np.asarray(mask.convert("RGBA"))[..., 3].flat) < 255:
