@@ -173,6 +173,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"num_inference_steps": 50}, 400, "invalid_value", "num_inference_steps", "always takes 7"),
         ({"model": "dall-e-3"}, 404, "model_not_found", "model", "toy, words"),
         ({"deadline_ms": 0}, 400, "invalid_value", "deadline_ms", "1"),
+        ({"deadline_ms": 10**300}, 400, "invalid_value", "deadline_ms", "2147483647"),
     ],
 )
 def test_refusals(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nar.storage.fields import suggestion
 
+MOST = 2**31 - 1  # of numbers without a limit of their own: a deadline of 24 days
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 MOST_PICTURES = 10  # of one request
 MOST_SEED = 2**32 - 1
@@ -88,14 +89,14 @@ class Generation(_Fields):
     negative_prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)] = ""
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    guidance_interval: Annotated[int, Field(ge=0)] | None = None
+    guidance_interval: Annotated[int, Field(ge=0, le=MOST)] | None = None
     guidance_curve: str | None = None
     guidance_power: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    deadline_ms: Annotated[int, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=MOST)] | None = None
 
 
 class Pictures(Generation):
@@ -103,7 +104,7 @@ class Pictures(Generation):
 
     n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] = 1
     stream: bool = False
-    partial_images: Annotated[int, Field(ge=0)] = 0
+    partial_images: Annotated[int, Field(ge=0, le=MOST)] = 0
     output_format: Literal["png", "webp", "jpeg"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     response_format: Literal["b64_json"] = "b64_json"
@@ -130,10 +131,10 @@ class Clip(Generation):
     """Fields of POST /v1/videos, but for the file `input_reference`."""
 
     seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
-    num_frames: Annotated[int, Field(ge=1)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=MOST)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
-    width: Annotated[int, Field(ge=1)] | None = None  # vLLM-Omni's way to say the size
-    height: Annotated[int, Field(ge=1)] | None = None
+    width: Annotated[int, Field(ge=1, le=MOST)] | None = None  # vLLM-Omni's way to say the size
+    height: Annotated[int, Field(ge=1, le=MOST)] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Clip:
