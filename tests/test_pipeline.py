@@ -209,3 +209,14 @@ def test_bundled_models_draw(name: str) -> None:
     assert made.std() > 20, "pictures, not a flat colour"
     if pipe.makes_clips:
         assert np.abs(np.diff(made.astype(float), axis=1)).mean() > 1, "clips that move"
+
+
+def test_what_is_saved_is_checked(pipe: Pipeline, tmp_path: Path) -> None:
+    for save in (pipe.save_pretrained, pipe.model.save_pretrained, pipe.tokenizer.save_pretrained):
+        with pytest.raises(ValueError, match=r"dtype must be one of floating-point numbers, or null, not torch\.int8"):
+            save(tmp_path / "m", dtype=torch.int8)
+        with pytest.raises(ValueError, match="folder must be text or a Path, not 3"):
+            save(3)  # type: ignore[arg-type]
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(ValueError, match="path must be text or a Path, not 3"):
+        pipe(class_labels=0, seed=0).save(3)  # type: ignore[arg-type]
