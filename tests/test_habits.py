@@ -123,6 +123,28 @@ def test_other_names_are_answered(pipe: Pipeline, name: str, answer: str) -> Non
         pipe(0, **{name: 1})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("scheduler", "can't be set: the generation order is pipe.model.layout.schedule"),
+        ("guidance_scale", "can't be set: the model's own settings are pipe.sampling"),
+        ("model", r"can't be set: Pipeline\(model, tokenizer\) takes other parts"),
+        ("tokenizer", r"can't be set: Pipeline\(model, tokenizer\) takes other parts"),
+    ],
+)
+def test_what_would_have_no_effect_cannot_be_set(pipe: Pipeline, name: str, answer: str) -> None:
+    with pytest.raises(AttributeError, match=answer):
+        setattr(pipe, name, 3.0)
+
+
+def test_settings_are_set_as_such(pipe: Pipeline) -> None:
+    other = pipe.with_heads("mean")
+    other.sampling = Sampling(temperature=0)
+    assert torch.equal(other(0, seed=1).codes, pipe(0, seed=1, temperature=0, guidance_scale=1.0).codes)
+    with pytest.raises(TypeError, match=r"sampling must be a nar.Sampling, not \{'temperature': 0\}"):
+        other.sampling = {"temperature": 0}  # type: ignore[assignment]
+
+
 def test_other_names_of_loading_and_parts(pipe: Pipeline, toy_folder: Path) -> None:
     with pytest.raises(TypeError, match=r"'torch_dtype': give dtype, such as torch.bfloat16"):
         Pipeline.from_pretrained(toy_folder, torch_dtype=torch.float32)  # type: ignore[arg-type]

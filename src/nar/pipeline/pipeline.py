@@ -40,6 +40,7 @@ from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer
 
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
+FIXED = ("model", "tokenizer", "session", "captions", "continuation", "inputs", "class_names")  # as they fit together
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
 Callback = Callable[["Pipeline", int, Tensor], None]
@@ -141,9 +142,9 @@ class Pipeline:
         name = number_format(self.model) if dtype is None else str(dtype).removeprefix("torch.")
         with self._lock:
             if (place, name) != (self.device, number_format(self.model)):
-                self.model = moved(self.model, place, name, self.folder)
-                self.continuation.model = self.model
-                self.session, self._half, self.choice = Session(self.model), name == "bfloat16", None
+                model = moved(self.model, place, name, self.folder)
+                vars(self).update(model=model, session=Session(model), choice=None, _half=name == "bfloat16")
+                self.continuation.model = model
                 self.tokenizer.to(place)
                 self.captions.move(place)
         return self
@@ -187,6 +188,14 @@ class Pipeline:
             answer = habits.ATTRIBUTES.get(name)
             raise AttributeError(f"a pipeline has no {name!r}" + (f": {answer}" if answer else ""), name=name, obj=self)
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in habits.ATTRIBUTES or (name in FIXED and name in vars(self)):
+                answer = habits.ATTRIBUTES.get(name, "Pipeline(model, tokenizer) takes other parts")
+                raise AttributeError(f"{name!r} of a pipeline can't be set: {answer}", name=name, obj=self)
+            if name == "sampling" and not isinstance(value, Sampling):
+                raise TypeError(f"sampling must be a nar.Sampling, not {value!r}")
+            super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a pipeline can't be pickled or copied: it holds packed weights and memory of a device; load it in each "
@@ -211,8 +220,7 @@ class Pipeline:
     def _with(self, model: Transformer) -> Pipeline:
         parts = model, self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
-        other.captions, other.folder, other._lock = self.captions, self.folder, self._lock
-        other.choice = self.choice
+        vars(other).update({name: vars(self)[name] for name in ("captions", "folder", "choice", "_lock")})
         return other
 
     @property
