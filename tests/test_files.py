@@ -160,6 +160,17 @@ def test_a_pipe_is_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_json(tmp_path / "pipe", {"a": 1})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_devices_that_take_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        write_text(Path("/dev/full"), "x")
+    with pytest.raises(PermissionError, match=r"its folder can't be written to: '/proc/self/mem'"):  # before the work
+        check_output(Path("/proc/self/mem"))
+    (tmp_path / "link").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=r"error: '.*link'"):
+        write_text(tmp_path / "link", "x")
+
+
 @pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no such device")
 def test_standard_output_is_written_into(tmp_path: Path) -> None:
     """Also where it is a file, which was begun by others and goes on after it."""

@@ -92,7 +92,7 @@ def parse_json(text: str, name: str, fix: str = "") -> Any:
 
 def check_output(path: Path) -> None:
     """Raise OSError where no file can be written, before the work that makes it."""
-    if _is_stream(path):
+    if _is_stream(path) and (path.is_symlink() or not path.is_file()):  # of files under /proc few can be written
         return
     _refuse_folder(path)
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -286,8 +286,12 @@ def _stream(path: Path, write: Callable[[Path], Any]) -> None:
                     stream.buffer.write(staged.read_bytes())
                     stream.flush()
                     return
-        with staged.open("rb") as made, _reached(path) as into:
-            shutil.copyfileobj(made, into)
+        try:
+            with staged.open("rb") as made, _reached(path) as into:
+                shutil.copyfileobj(made, into)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
 
 
 def _reached(path: Path) -> IO[bytes]:
