@@ -118,6 +118,21 @@ def test_mistakes_of_sampling(refused: Callable[..., str], toy_folder: Path, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "something half-written was left"
 
 
+def test_words_without_a_text_are_refused(
+    refused: Callable[..., str], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a shell makes of a variable that is not set is no default and no folder of work, and opens no server."""
+    monkeypatch.chdir(tmp_path)
+    empty = "is empty; was a variable of the shell not set? Give a value, or leave it out"
+    assert f"--dtype {empty}" in refused("sample", toy_folder, "--dtype", "")
+    assert f"--text-encoder {empty}" in refused("sample", toy_folder, "--text-encoder=")
+    assert f"--api-key {empty}" in refused("serve", toy_folder, "--api-key", "")
+    assert f"-o {empty}" in refused("extract", toy_folder, "--data", "fashion-mnist", "-o", "")
+    assert f"an argument {empty}" in refused("sample", "")
+    assert "takes no prompts" in refused("sample", toy_folder, "--prompt", "")  # which may say nothing
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistakes_of_training(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "no recipe 'fashon' (did you mean 'fashion'?)" in refused("train", "fashon")
     assert "unknown key 'batchsize'" in refused("train", "fashion", "batchsize=3")

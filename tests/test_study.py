@@ -128,6 +128,8 @@ def test_training_flops_are_counted_as_stated() -> None:
         ({"sweep": {"batch_size": "7"}}, "sweep: batch_size must have a list of values"),
         ({"num_images": 5, "training_flops": 1e9}, "a budget is num_images or training_flops"),
         ({"judging": {"guidance": [3, 1]}}, "must be two rising scales"),
+        ({"judging": {"tuning_number": 2**63}}, "judging.tuning_number must be at least 8 and at most 1048576"),
+        ({"judging": {"tuning_steps": 2**63}}, "judging.tuning_steps must be at least 3 and at most 1000"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said(tmp_path: Path, values: dict[str, object], said: str) -> None:

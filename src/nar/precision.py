@@ -56,7 +56,7 @@ def fill(model: Module, source: Source, precision: str | torch.dtype | None, dev
         ValueError: an unknown precision, or one that this device has no kernels for.
     """
     device = torch.device(usable_device(device))
-    name, dtype, pack = _plan(precision or "float32", device)
+    name, dtype, pack = _plan("float32" if precision is None else precision, device)
     linear = [] if precision is None or pack is None else _linear(model)
     empty = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # One buffer for all: blocks of many sizes that come and go leave holes in the heap, 180 MB for NAR-B.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -17,6 +18,8 @@ from nar.storage.text import without_commands
 
 _INTERRUPTED = 130
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # of torch, for CPU, Windows, GPUs
+# Options that mean something without a text: words that say nothing, and what is not there.
+_MAY_BE_EMPTY = {"--prompt", "--negative-prompt", "--clip-prefix", "--label", "--group", "--group-without"}
 app = typer.Typer(
     name="nar",
     help="Fast autoregressive image and video generation. Every command has --help with an example.",
@@ -42,6 +45,7 @@ def main() -> None:
     if not debug:
         warnings.showwarning = lambda message, *_, **__: _say(str(message))
     try:
+        _refuse_empty(arguments)
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
@@ -57,6 +61,15 @@ def main() -> None:
     if code == _INTERRUPTED:  # typer, too, makes this of Ctrl-C
         typer.echo("stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Raise ValueError for an option or a place without a text, which else would be a default or the folder of work."""
+    for before, word in itertools.pairwise(["", *words]):
+        option = before if not word else word[:-1] if re.fullmatch("--[a-z-]+=", word) else None
+        if option is not None and option not in _MAY_BE_EMPTY:
+            what = option if option.startswith("-") else "an argument"
+            raise ValueError(f"{what} is empty; was a variable of the shell not set? Give a value, or leave it out")
 
 
 def _say(text: str) -> None:

@@ -72,11 +72,11 @@ class Judging:
         seed: of the halves and of sampling: all arms and seeds are sampled with the same random numbers.
     """
 
-    number: Annotated[int, Range(8)] = 10_000
+    number: Annotated[int, Range(8, 2**20)] = 10_000
     num_sampled: Length = 5_000
     guidance: tuple[NotNegative, ...] = ()
-    tuning_steps: Annotated[int, Range(3)] = 6
-    tuning_number: Annotated[int, Range(8)] = 1_000
+    tuning_steps: Annotated[int, Range(3, 1000)] = 6
+    tuning_number: Annotated[int, Range(8, 2**20)] = 1_000
     independence: bool = True
     batch_sizes: tuple[Size, ...] = (1, 32)
     repetitions: Size = 3
