@@ -35,6 +35,7 @@ docs: .venv/.docs
 
 # Bad inputs to every verb and to the Python API, each in a process of its own: 25 min on one core.
 fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(COUNT)
 
 # The lowest versions of all that the core needs, in an environment that is thrown away (7 GB: torch comes with CUDA).

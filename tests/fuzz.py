@@ -75,7 +75,7 @@ def one(seed: int, index: int, world: Path, *, costly: bool = True) -> Input:
     kinds = {kind: weight for kind, weight in KINDS.items() if costly or kind is not fuzz_inputs.http}
     kind = draw.choices([*kinds], [*kinds.values()])[0]
     given = kind(draw, world, [name for name in LINES if costly or name not in COSTLY])
-    return given._replace(long=given.long or given.title.startswith("tune"))  # a minute of a core at the least
+    return given._replace(long=given.long or given.title.startswith(fuzz_inputs.LONG))
 
 
 def prepare(folder: Path) -> Path:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="one input, with all that it prints")
     parser.add_argument("--kind", default="", help="inputs whose kind begins with this")
     parser.add_argument("--cheap", action="store_true", help="without what takes seconds")
+    parser.add_argument("--lines", action="store_true", help="the lines as they stand, which must work")
     parser.add_argument("--every", action="store_true", help="every argument of every Python call with every odd value")
     parser.add_argument("--json", type=Path, help="write what is wrong, by input")
     parser.add_argument("--accepted", action="store_true", help="list what was taken, too")
@@ -230,11 +231,15 @@ def main() -> None:
     if options.every:
         inputs = enumerate(fuzz_inputs.called(*call) for call in fuzz_calls.every_call(world, options.kind))
         inputs, options.kind = islice(inputs, options.begin, None), ""
+    if options.lines:
+        inputs = enumerate(fuzz_inputs.standing(name, world) for name in LINES)
     found, outcomes, report = list[tuple[int, Input, Verdict]](), collections.Counter[str](), dict[str, str]()
     for index, given in inputs:
         if not given.kind.startswith(options.kind):
             continue
         verdict = judge(given, folder / "try")
+        if options.lines and verdict.outcome != ("exit 2" if given.refused else "exit 0") and not given.long:
+            verdict = verdict._replace(wrong=verdict.wrong or "does not work as it stands")
         outcomes[f"{given.kind.split()[0]}, {verdict.outcome}"] += 1
         report[f"{index} {given.title}"] = verdict.wrong
         if verdict.wrong:
@@ -250,7 +255,7 @@ def main() -> None:
         (given.kind, verdict.wrong) for _, given, verdict in found
     ).most_common():
         print(f"{number:6} {kind}: {wrong}")
-    what = "every call" if options.every else f"seed {options.seed}"
+    what = "every call" if options.every else "lines" if options.lines else f"seed {options.seed}"
     print(f"{len(found)} findings among {sum(outcomes.values())} inputs of {what}")
     if options.json:
         options.json.write_text(json.dumps(report))

@@ -74,7 +74,7 @@ LINES: dict[str, str] = {
     "eval tokenizer": "eval tokenizer {tokenizer} --real {idx} --size 8 --json {out}/a.json --sheet {out}/a.png",
     "eval likelihood": "eval likelihood {model} --real {array}/set.npz -n 4 --json {out}/a.json",
     "eval captions": "eval captions --fake {captioned} --retrieval --json {out}/a.json",
-    "eval edit": "eval edit {model} --real {drawn} -n 4 --json {out}/a.json --samples {out}/made",
+    "eval edit": "eval edit {model} --real {array}/set.npz -n 4 --json {out}/a.json --samples {out}/made",
     "eval composed": "eval composed {composed} --json {out}/a.json",
     "eval prompts": "eval geneval --write-prompts {out}/a.jsonl",
     "eval copies": "eval copies --fake {drawn} --of {pictures} --real {array}/set.npz --json {out}/a.json",
@@ -121,6 +121,8 @@ COSTLY = {name for name in LINES if name.startswith(("eval", "bench"))} - {
     "eval prompts",
 }
 COSTLY |= {"serve", "serve clips", "tune", "compare", "compare models"}
+LONG = "tune"  # a minute of a core at the least
+REFUSED = {"eval inception", "eval i3d", "eval reference"}  # as they stand: no network that is theirs, too few pictures
 WRITTEN = {"run", "study"}  # examples that a line writes into
 
 
@@ -158,6 +160,15 @@ def damaged_file(draw: random.Random, world: Path, names: list[str]) -> Input:
         run_line(filled(line, world, here, {item}), world)
 
     return Input(f"file {item}", f"{name}: {file} damaged", act)
+
+
+def standing(name: str, world: Path) -> Input:
+    """A line as it stands."""
+
+    def act(here: Path) -> None:
+        run_line(filled(LINES[name], world, here, set()), world)
+
+    return Input("line", name, act, refused=name in REFUSED, long=name.startswith(LONG))
 
 
 def _options_of(name: str) -> list[tuple[list[str], Any]]:

@@ -17,8 +17,10 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from nar import Pipeline
+from nar.cli.app import app
 from nar.serving.app import CONTENT_POLICY, STATIC, App
 from nar.serving.models import Served
 from nar.serving.protocol import partial_fronts
@@ -354,6 +356,19 @@ def test_one_name_twice_is_refused(toy_folder: Path) -> None:
     with pytest.raises(ValueError, match="NAME=MODEL"):
         App([served, served])
     served.close()
+
+
+def test_a_text_encoder_is_of_models_that_read_words(
+    toy_folder: Path, words_folder: Path, encoder_folder: Path
+) -> None:
+    for folder in (toy_folder, words_folder):  # the first reads no words, and is no reason to refuse both
+        served = Served.load(str(folder), text_encoder=str(encoder_folder))
+        assert served.reads_words == (folder == words_folder)
+        served.close()
+    with pytest.raises(ValueError, match="no model of these reads words: leave --text-encoder out"):
+        CliRunner().invoke(
+            app, ["serve", str(toy_folder), "--port", "0", "--text-encoder", "nowhere"], catch_exceptions=False
+        )
 
 
 def test_draining(toy_folder: Path) -> None:

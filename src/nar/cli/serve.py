@@ -57,7 +57,8 @@ def serve(
         ),
     ] = 30.0,
     text_encoder: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the text encoder, where a model's folder names none.")
+        str | None,
+        typer.Option(help="Folder or hub id of the encoder of models that read words, instead of their own."),
     ] = None,
     device: shared.Device = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, on a CPU float16, int8; auto measures.")] = "float32",
@@ -79,6 +80,8 @@ def serve(
     for source in models:
         served.append(Served.load(source, device=device, dtype=dtype, text_encoder=text_encoder, **limits))
         echo(served[-1].described())
+    if text_encoder and not any(one.reads_words for one in served):
+        raise ValueError("no model of these reads words: leave --text-encoder out")
     port = socket.getsockname()[1]
     store = None
     if any(one.makes_clips for one in served):

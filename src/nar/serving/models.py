@@ -31,7 +31,7 @@ from nar.sampling import Sampling, settings_among
 from nar.serving.batcher import Batcher, Done, Event, Failed, Partial, Refused, Work
 from nar.serving.edits import Edit, prepare, read_frames
 from nar.serving.protocol import Clip, Generation, Pictures, Refusal, partial_fronts
-from nar.storage.folder import CONFIG, find_model
+from nar.storage.folder import CONFIG, find_model, read_config
 
 MOST_WEBP = 16_383  # pixels of a side that the format holds
 _EXACT = ("float32", "float16", "int8")  # formats in which a picture's bits do not depend on its neighbours (on a CPU)
@@ -67,16 +67,23 @@ class Served:
     ) -> Served:
         """Load `NAME=MODEL` or a bundled name, a folder or a hub id, which is called by its last part.
 
-        `limits` are those of `Batcher`.
+        `limits` are those of `Batcher`. The text encoder is for a model that reads words.
         """
         name, _, place = source.rpartition("=")
-        pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=text_encoder)
+        config = read_config(find_model(place)).get("model")
+        encoder = text_encoder if isinstance(config, dict) and config.get("text_dim") else None
+        pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=encoder)
         if pipeline.model.config.text_dim:
             pipeline.condition(pipeline.requests(prompt="a"))  # loads the encoder: seconds, or that there is none
         batcher = Batcher(pipeline, **limits)
         created = int((find_model(place) / CONFIG).stat().st_mtime)
         dtype = number_format(pipeline.model)  # "auto" has chosen one
         return cls(name or name_of(place), pipeline, batcher, created=created, dtype=dtype)
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether it takes prompts in words of one's own."""
+        return bool(self.pipeline.model.config.text_dim)
 
     @property
     def makes_clips(self) -> bool:
