@@ -75,7 +75,7 @@ def one(seed: int, index: int, world: Path, *, costly: bool = True) -> Input:
     kinds = {kind: weight for kind, weight in KINDS.items() if costly or kind is not fuzz_inputs.http}
     kind = draw.choices([*kinds], [*kinds.values()])[0]
     given = kind(draw, world, [name for name in LINES if costly or name not in COSTLY])
-    return given._replace(long=given.long or given.title.startswith(fuzz_inputs.LONG))
+    return given._replace(long=given.long or bool(fuzz_inputs.LONG.match(given.title)))
 
 
 def prepare(folder: Path) -> Path:

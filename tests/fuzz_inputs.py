@@ -121,7 +121,7 @@ COSTLY = {name for name in LINES if name.startswith(("eval", "bench"))} - {
     "eval prompts",
 }
 COSTLY |= {"serve", "serve clips", "tune", "compare", "compare models"}
-LONG = "tune"  # a minute of a core at the least
+LONG = re.compile(r"tune|eval edit.* --distances")  # half a minute of a core at the least
 REFUSED = {"eval inception", "eval i3d", "eval reference"}  # as they stand: no network that is theirs, too few pictures
 WRITTEN = {"run", "study"}  # examples that a line writes into
 
@@ -168,7 +168,7 @@ def standing(name: str, world: Path) -> Input:
     def act(here: Path) -> None:
         run_line(filled(LINES[name], world, here, set()), world)
 
-    return Input("line", name, act, refused=name in REFUSED, long=name.startswith(LONG))
+    return Input("line", name, act, refused=name in REFUSED, long=bool(LONG.match(name)))
 
 
 def _options_of(name: str) -> list[tuple[list[str], Any]]:
