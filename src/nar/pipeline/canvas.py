@@ -7,6 +7,7 @@ pixels of the model; stills have no `T`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nar.media.pictures import opened, read_picture, upright_rgb
+from nar.media.pictures import most_pixels, opened, read_picture, upright_rgb
 from nar.media.pixels import as_images, as_pixels
 
 WHITE = 128  # from which a pixel of a mask is to be new
@@ -130,6 +131,8 @@ def extended(
         ValueError: a size or position that is no two whole numbers, or in which the picture does not fit.
     """
     wanted = _whole(size, "size", "(height, width)", 1)
+    if math.prod(wanted) > (most := most_pixels()):
+        raise ValueError(f"size {wanted[0]}x{wanted[1]} is too large: at most {most:,} pixels, or set NAR_MAX_PIXELS")
     whole, hidden = np.zeros((*wanted, 3), np.uint8), np.ones(wanted, bool)
     if picture is None:
         if position is not None:
