@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,10 @@ def test_training_takes_extracted_codes_and_refuses_those_of_another_tokenizer(t
     shard.write_bytes(whole[:start] + b"\xff" * length + whole[start + length :])
     with pytest.raises(ValueError, match=r"codes is damaged: it holds the code \d+, and its tokenizer"):
         run_recipe(str(path), [f"run={tmp_path / 'run4'}", f"data.codes={codes}"])
+    for at in range(1000, len(whole), 250):  # lengths of texts, say
+        shard.write_bytes(whole[:at] + b"\xc0\xeb\xe9\xcb" * 8 + whole[at + 32 :])
+        with suppress(ValueError):
+            Codes.open(codes)
     shard.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"shard .*arrow can't be read .*; delete it and run the same"):
         run_recipe(str(path), [f"run={tmp_path / 'run3'}", f"data.codes={codes}"])

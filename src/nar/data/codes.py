@@ -83,7 +83,9 @@ class Codes:
             try:
                 check_file(folder / name)
                 with pa.memory_map(str(folder / name)) as source:
-                    table = pa.ipc.open_stream(source).read_all().combine_chunks()
+                    table = pa.ipc.open_stream(source).read_all()
+                    table.validate(full=True)  # lengths of texts too, which nobody else checks
+                    table = table.combine_chunks()
                 flat = table.column("codes").combine_chunks().flatten().to_numpy()
                 shards.append(flat.reshape(len(table), width))
                 np.array(table.column("label").to_pylist(), np.int64)  # whole numbers
