@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import make_condition, make_model
 from golden_fixtures import Fixture, fixtures
 from nar import ClassCondition, Transformer, generate
 from nar.convert import convert, to_diagonal
-from nar.convert.initial import trunk
+from nar.convert.initial import trunk, with_larger_patches
 from nar.storage.folder import read_config
+from nar.tokenizer import load_tokenizer, new_tokenizer
+from nar.tokenizer.image import ImageTokenizerConfig
 from nar.training.loop import Task
 from nar.training.tasks import run_recipe
 from training_runs import equal, recipe, tokenizer_recipe, weights
@@ -151,3 +154,34 @@ def test_low_rank_additions_with_heads_that_learn_whole(tmp_path: Path) -> None:
     assert max(ranks[:2]) <= 2 < ranks[2]
     assert float(delta["output.weight"].abs().max()) > 0
     assert float(delta["tokens.weight"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_tokenizer_with_larger_patches_begins_as_it_was(times: int) -> None:
+    """Codes of a picture are those of its means over squares, and what is decoded is enlarged by squares."""
+    sizes = {"channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "latent_channels": 8, "norm_groups": 4}
+    config = ImageTokenizerConfig(vocab_size=32, code_dim=4, pixel_shuffle=2, **sizes)
+    torch.manual_seed(0)
+    old = new_tokenizer(config).eval()
+    new = new_tokenizer(dataclasses.replace(config, pixel_shuffle=2 * times)).eval()
+    new.load_state_dict(with_larger_patches(old.state_dict(), 2, 2 * times))
+    pixels = torch.rand(3, 3, 8 * times, 8 * times) * 2 - 1
+    codes = old.encode(F.avg_pool2d(pixels, times))
+    assert torch.equal(new.encode(pixels), codes)
+    torch.testing.assert_close(new.decode(codes), F.interpolate(old.decode(codes), scale_factor=times))
+
+
+def test_own_pictures_begin_with_the_bundled_tokenizer(tmp_path: Path) -> None:
+    short = ["data=toy", "data.size=64", "steps=1", "batch_size=4", f"run={tmp_path / 'run'}"]
+    folder = run_recipe("my-pictures-tokenizer", short)
+    old, new = (load_tokenizer(path).state_dict() for path in ("emoji/tokenizer", folder))
+    name = "encoder.conv_in.weight"
+    assert new[name].shape[1] == 4 * old[name].shape[1]
+    torch.testing.assert_close(new["decoder.conv_in.weight"], old["decoder.conv_in.weight"], rtol=0, atol=1e-2)
+    with pytest.raises(
+        ValueError, match=r"init=emoji/tokenizer has tokenizer.channels=40, and this recipe 8; give tha"
+    ):
+        run_recipe("my-pictures-tokenizer", [*short[:-1], f"run={tmp_path / 'other'}", "tokenizer.channels=8"])
+    assert run_recipe(
+        "my-pictures-tokenizer", [*short[:-1], f"run={tmp_path / 'own'}", "tokenizer.channels=8", "init="]
+    )

@@ -60,7 +60,16 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_captioned_pictures_in_one_command(tmp_path: Path) -> None:
     data, run = folder(tmp_path / "data", "pictures", captions=12), tmp_path / "run"
     words = f"text_encoder.source={tiny_encoder(tmp_path / 'encoder', 't5')}"
-    said = nar("train", "my-data", f"data={data}", f"run={run}", words, "tokenizer.channels=8", *SHORT)
+    said = nar(
+        "train",
+        "my-data",
+        f"data={data}",
+        f"run={run}",
+        words,
+        "tokenizer_recipe.init=",
+        "tokenizer.channels=8",
+        *SHORT,
+    )
     assert "found 12 pictures; 12 captions such as 'a red circle 0': my-pictures text_encoder.source=minilm" in said
     config = json.loads((run / "model/config.json").read_text())
     assert config["text_encoder"]["max_length"] == 24

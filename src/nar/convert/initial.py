@@ -72,6 +72,20 @@ def with_holes(model: Transformer, sizes: dict[str, Any]) -> Transformer:
     return made
 
 
+def with_larger_patches(state: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """Weights of a picture tokenizer that folds `old` pixels a side, for one that folds `new`, a multiple: of pictures
+    as many times larger it begins with what it made of them at the size of before, each pixel a square of them."""
+    times = new // old
+
+    def spread(weight: Tensor, axis: int) -> Tensor:
+        squares: Tensor = weight.unflatten(axis, (3, old, old))
+        return squares.repeat_interleave(times, axis + 1).repeat_interleave(times, axis + 2).flatten(axis, axis + 2)
+
+    first = {"encoder.conv_in.weight": spread(state["encoder.conv_in.weight"], 1) / times**2}
+    last = {name: spread(state[name], 0) for name in ("decoder.conv_out.weight", "decoder.conv_out.bias")}
+    return state | first | last
+
+
 def with_lora(model: Transformer, rank: int, *, heads: bool) -> None:
     """Add low-rank layers in place, and let them learn alone, beside classes, and with `heads` all but the trunk.
 

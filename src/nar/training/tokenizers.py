@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nar.convert.initial import with_larger_patches
 from nar.data.builtin import TOY
 from nar.data.open import load_pictures
 from nar.data.source import BROKEN, Source
@@ -55,8 +56,9 @@ class TokenizerTask(Task):
         self.module = new_tokenizer(recipe.tokenizer_config)
         if recipe.init:
             start = find_model(recipe.init)
-            _check_same(recipe, start)
-            load_state(self.module, {k: v.float() for k, v in read_weights(start).items()}, start)
+            folds = _check_same(recipe, start)
+            state = {k: v.float() for k, v in read_weights(start).items()}
+            load_state(self.module, with_larger_patches(state, *folds) if folds else state, start)
         self.module.to(workers.device)
         half = recipe.engine.precision == "bfloat16"
         self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
@@ -106,7 +108,9 @@ class TokenizerTask(Task):
         advice = f"data.size={FEWEST_CODES * patch}"
         if isinstance(config, ImageTokenizerConfig):
             depths = list(config.channel_multipliers)[: size.bit_length() - FEWEST_CODES.bit_length() + 1]
-            advice += f", or tokenizer.channel_multipliers={json.dumps(depths, separators=(',', ':'))}"
+            folded = config.pixel_shuffle * side // FEWEST_CODES
+            halved = f"channel_multipliers={json.dumps(depths, separators=(',', ':'))}"
+            advice += f", or tokenizer.{f'pixel_shuffle={folded}' if folded else halved}"
         return f"pictures of {size}x{size} are only {side}x{side} codes, one for {patch}x{patch} pixels: take {advice}"
 
     @torch.no_grad()
@@ -246,13 +250,21 @@ def spread_rows(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
-def _check_same(recipe: Recipe, start: Path) -> None:
-    """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else."""
+def _check_same(recipe: Recipe, start: Path) -> tuple[int, int] | None:
+    """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else. Only
+    its patches may be larger, a multiple: returns both numbers of pixels that are folded then."""
     group, found = recipe.tokenizer_group, read_config(start).get("tokenizer", {})
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe.tokenizer_config)))
-    if wrong := [name for name in wanted.keys() & found.keys() - _OF_TRAINING if wanted[name] != found[name]]:
+    folds = [sizes.get("pixel_shuffle", 1) for sizes in (found, wanted)]
+    larger = group == "tokenizer" and folds[0] < folds[1] and folds[1] % folds[0] == 0
+    free = _OF_TRAINING | ({"pixel_shuffle"} if larger else set())
+    if wrong := [name for name in wanted.keys() & found.keys() - free if wanted[name] != found[name]]:
         name = min(wrong)
-        raise ValueError(f"init={recipe.init} has {group}.{name}={found[name]}, and this recipe {wanted[name]}")
+        raise ValueError(
+            f"init={recipe.init} has {group}.{name}={found[name]}, and this recipe {wanted[name]}; give that, or begin "
+            "from nothing with init= (tokenizer_recipe.init= where a model's command trains the tokenizer)"
+        )
+    return (folds[0], folds[1]) if larger else None
 
 
 def _distance(weights: TokenizerLossConfig) -> EfficientNetDistance | Lpips | None:
