@@ -19,6 +19,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 from nar import Pipeline
 from nar.cli.app import app
 from nar.serving.app import CONTENT_POLICY, STATIC, App
@@ -365,6 +368,22 @@ def test_a_text_encoder_is_of_models_that_read_words(
         served = Served.load(str(folder), text_encoder=str(encoder_folder))
         assert served.reads_words == (folder == words_folder)
         served.close()
+def test_keys_are_needed_under_a_prefix(toy_folder: Path) -> None:
+    """Where the app is part of another, or behind a prefix, all but its health, metrics and page needs a key."""
+    app = App([Served.load(f"toy={toy_folder}")], keys=["secret"])
+    mounted = TestClient(Starlette(routes=[Mount("/nar", app.asgi)]))
+    behind = TestClient(app.asgi, root_path="/nar")
+    for client, prefix in ((mounted, "/nar"), (behind, "/nar"), (TestClient(app.asgi), "")):
+        for path in ("/v1/models", "/openapi.json", "/nothing", "/health/"):
+            assert client.get(prefix + path).status_code == 401, (prefix, path)
+        assert client.post(f"{prefix}/v1/images/generations", json={"prompt": "pear"}).status_code == 401
+        for path in ("/", "/app.js", "/health", "/metrics"):
+            assert client.get(prefix + path).status_code == 200, (prefix, path)
+        key = {"authorization": "Bearer secret"}
+        assert client.get(f"{prefix}/v1/models", headers=key).json()["data"][0]["id"] == "toy"
+    app.model("toy").close()
+
+
     with pytest.raises(ValueError, match="no model of these reads words: leave --text-encoder out"):
         CliRunner().invoke(
             app, ["serve", str(toy_folder), "--port", "0", "--text-encoder", "nowhere"], catch_exceptions=False

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -69,11 +69,13 @@ class App:
         self.asgi = app
         for kind in (Refusal, RequestValidationError, HTTPException, Exception):
             app.add_exception_handler(kind, _answer_error)
-        app.add_middleware(_Edge, self)
+        page = _page()
+        app.add_middleware(_Edge, self, {"/health", "/metrics", *page})
         _add_routes(app, self)
         if self.videos is not None:
             videos.add_routes(app, self, self.videos, read_form, MOST_BODY["form"])
-        _add_page(app)
+        for place, path in page.items():
+            _add_file(app, place, path)
 
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:
@@ -254,10 +256,10 @@ class _Events(StreamingResponse):
 
 
 class _Edge:
-    """What every request passes: an id for its answer, its key, and headers of safety."""
+    """What every request passes: an id for its answer, its key for all but `open_paths`, and headers of safety."""
 
-    def __init__(self, app: ASGIApp, server: App) -> None:
-        self._app, self._server = app, server
+    def __init__(self, app: ASGIApp, server: App, open_paths: Collection[str]) -> None:
+        self._app, self._server, self._open_paths = app, server, open_paths
         self._keys = [key.encode() for key in server.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -288,7 +290,8 @@ class _Edge:
                 message["headers"] = [*message.get("headers", ()), *lines]
             await send(message)
 
-        if self._keys and scope["path"].startswith("/v1/"):
+        # `path` begins with the prefix that the app is mounted under, by a proxy, Starlette or Ray.
+        if self._keys and scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) not in self._open_paths:
             scope["nar.key"] = found = self._key(scope)
             if not found:
                 said = "a key is needed, as Authorization: Bearer KEY; the one that came is none of this server's"
@@ -365,18 +368,19 @@ def _add_routes(app: FastAPI, server: App) -> None:
         return await server.pictures(request, asked, "image_edit", edit)
 
 
-def _add_page(app: FastAPI) -> None:
-    """A route for each file of the page, so that unknown paths and methods stay what they are."""
-    for path in sorted(STATIC.rglob("*")) if STATIC.is_dir() else ():
-        if not path.is_file() or path.name[0] == ".":
-            continue
-        place = "/" if path.name == "index.html" else f"/{path.relative_to(STATIC).as_posix()}"
-        headers = {"content-security-policy": CONTENT_POLICY, "cache-control": "no-cache"}
+def _page() -> dict[str, Path]:
+    """The files of the page by their paths in addresses."""
+    files = [path for path in sorted(STATIC.rglob("*")) if path.is_file() and path.name[0] != "."]
+    return {"/" if path.name == "index.html" else f"/{path.relative_to(STATIC).as_posix()}": path for path in files}
 
-        async def file(path: Path = path, headers: dict[str, str] = headers) -> Response:
-            return FileResponse(path, headers=headers)
 
-        app.add_api_route(place, file, methods=["GET", "HEAD"], include_in_schema=False)
+def _add_file(app: FastAPI, place: str, path: Path) -> None:
+    """A route of its own, so that unknown paths and methods stay what they are."""
+
+    async def file() -> Response:
+        return FileResponse(path, headers={"content-security-policy": CONTENT_POLICY, "cache-control": "no-cache"})
+
+    app.add_api_route(place, file, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 async def read_form(request: Request, files: dict[str, bool]) -> tuple[dict[str, str], dict[str, bytes]]:
