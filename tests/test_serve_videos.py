@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -28,6 +29,8 @@ from nar.media.clips import as_array, save_clip
 from nar.serving.app import App
 from nar.serving.jobs import CLAIM, Store
 from nar.serving.models import Served
+from nar.serving.protocol import Clip, Refusal
+from nar.serving.videos import Videos
 from serving_tools import http, serving, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's methods for videos
@@ -270,11 +273,8 @@ def test_a_full_disk_while_a_clip_is_written(
 
 
 def test_store_keeps_and_forgets(tmp_path: Path) -> None:
-    store = Store(tmp_path, most_waiting=2, keep_seconds=0.0)
+    store = Store(tmp_path, keep_seconds=0.0)
     first, second = store.create({"model": "m"}, {"a": b"1"}), store.create({"model": "m"}, {})
-    assert first is not None
-    assert second is not None
-    assert store.create({"model": "m"}, {}) is None  # full
     claimed = store.claim(lambda job: job["model"] == "m")
     assert claimed is not None
     assert (claimed["id"], claimed["status"]) == (first["id"], "in_progress")
@@ -294,7 +294,6 @@ def test_store_keeps_and_forgets(tmp_path: Path) -> None:
 def test_a_job_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
     store = Store(tmp_path)
     job = store.create({"model": "m"}, {})
-    assert job is not None
     assert store.claim(lambda _: True)
     claim = store.file(job["id"], CLAIM)
     held = json.loads(claim.read_text())
@@ -307,18 +306,115 @@ def test_a_job_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
     assert store.claim(lambda _: True)
 
 
-def test_the_oldest_go_when_there_is_no_room(tmp_path: Path) -> None:
+def test_those_that_ended_first_go_when_there_is_no_room(tmp_path: Path) -> None:
     store = Store(tmp_path, most_bytes=5000)
     numbers = []
     for _ in range(3):
-        job = store.create({"model": "m"}, {"video.mp4": bytes(2000)})
-        assert job is not None
-        store.update(job["id"], status="completed")
-        numbers.append(job["id"])
+        numbers.append(store.create({"model": "m"}, {"video.mp4": bytes(2000)})["id"])
+    for number in (numbers[1], numbers[0], numbers[2]):
+        store.keep_seconds += 10.0  # as if they ended one after the other
+        store.update(number, status="completed")
     waiting = store.create({"model": "m"}, {})
     store.sweep()
-    assert waiting is not None
-    assert [job["id"] for job in store.jobs()] == [*numbers[1:], waiting["id"]]
+    assert [job["id"] for job in store.jobs()] == [numbers[0], numbers[2], waiting["id"]]
+
+
+def test_a_job_that_ends_while_it_is_claimed_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    first, second = (store.create({"model": "m"}, {})["id"] for _ in range(2))
+    take = store._take
+
+    def late(path: Path) -> bool:
+        if path.parent.name == first:  # another process had it, and ends it now
+            store.update(first, status="completed", progress=100)
+        return take(path)
+
+    monkeypatch.setattr(store, "_take", late)
+    claimed = store.claim(lambda _: True)
+    assert claimed is not None
+    assert claimed["id"] == second
+    ended = store.get(first)
+    assert ended is not None
+    assert (ended["status"], ended["progress"]) == ("completed", 100)
+    assert not store.file(first, CLAIM).exists()
+
+
+def test_jobs_that_nobody_works_on_go_after_a_week(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    lost, waiting = (store.create({"model": model}, {})["id"] for model in ("old", "new"))
+    week = time.time() - 8 * 86_400
+    os.utime(store.file(lost, "job.json"), (week, week))
+    store.sweep()
+    assert [job["id"] for job in store.jobs()] == [waiting]
+
+
+def queued(videos: Videos, key: str) -> str:
+    """Ask for a clip with this key; gives its job's id."""
+    return str(asyncio.run(videos.create(Clip(prompt="pear"), None, key))["id"])
+
+
+@pytest.fixture
+def idle(clips_folder: Path, tmp_path: Path) -> Iterator[App]:
+    """An app that nobody works for."""
+    app = App([Served.load(f"moving={clips_folder}")], store=Store(tmp_path / "jobs"), max_waiting_per_key=2)
+    yield app
+    app.model("moving").close()
+
+
+def test_jobs_of_other_models_fill_no_queue(idle: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nar.serving.videos.MOST_WAITING", 3)
+    assert idle.videos is not None
+    for _ in range(3):
+        idle.videos.store.create({"model": "old", "key": ""}, {})
+    for _ in range(3):
+        queued(idle.videos, "")
+    with pytest.raises(Refusal, match="3 clips of moving are waiting, at most 3") as refused:
+        queued(idle.videos, "")
+    assert refused.value.status == 503
+
+
+def test_clips_of_a_key_are_limited_and_keys_take_turns(idle: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert idle.videos is not None
+    videos, made = idle.videos, list[str]()
+    first, second = queued(videos, "a"), queued(videos, "a")
+    with pytest.raises(Refusal, match="2 clips of moving are waiting for this key, at most 2") as refused:
+        queued(videos, "a")
+    assert refused.value.status == 429
+    third = queued(videos, "b")
+
+    async def run(_: Served, job: dict[str, Any]) -> None:
+        made.append(job["id"])
+        videos.store.update(job["id"], status="completed")
+
+    async def work() -> None:
+        task = asyncio.create_task(videos.work(idle.model("moving")))
+        while len(made) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    monkeypatch.setattr(videos, "_run", run)
+    asyncio.run(work())
+    assert made == [first, third, second]
+
+
+def test_a_clip_that_is_written_for_long_is_not_taken_over(
+    server: tuple[str, App], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = server[1].videos
+    assert videos is not None
+    monkeypatch.setattr("nar.serving.videos.PROGRESS_SECONDS", 0.05)
+    monkeypatch.setattr("nar.serving.jobs._SILENT_SECONDS", 1.5)
+    write, is_taken = videos.store.write, list[bool]()
+
+    def slow(number: str, name: str, writer: Any) -> bool:
+        if name.endswith(".mp4"):
+            time.sleep(2.0)
+            is_taken.append(Store(videos.store.folder).claim(lambda job: job["id"] == number) is not None)
+        return write(number, name, writer)
+
+    monkeypatch.setattr(videos.store, "write", slow)
+    assert client.videos.create_and_poll(prompt="pear").status == "completed"
+    assert is_taken == [False]
 
 
 def started(arguments: list[str], folder: Path) -> tuple[subprocess.Popen[str], str]:

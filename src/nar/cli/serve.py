@@ -41,7 +41,8 @@ def serve(
         int | None, typer.Option(min=0, help="Pictures that wait beyond them; more are refused. Default: 4 a slot.")
     ] = None,
     max_waiting_per_key: Annotated[
-        int | None, typer.Option(min=1, help="Of one key, or address where there are no keys. Default: all.")
+        int | None,
+        typer.Option(min=1, help="Of one key, or address where there are none; clips of a key. Default: all."),
     ] = None,
     videos: Annotated[
         Path | None, typer.Option(help="Folder of jobs for clips. Default: ~/.cache/nar/videos-PORT.")
@@ -88,7 +89,7 @@ def serve(
         if find_spec("av") is None:
             raise ModuleNotFoundError("clips are served as mp4, which needs PyAV: pip install nar-gen[video]")
         store = Store(videos or Path(f"~/.cache/nar/videos-{port}").expanduser(), keep_seconds=3600 * keep_hours)
-    server = App(served, keys=api_key or (), store=store)
+    server = App(served, keys=api_key or (), store=store, max_waiting_per_key=max_waiting_per_key)
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     Server(server, drain_seconds=drain_seconds, on_start=lambda: echo(f"http://{shown}:{port}")).run_on(socket)
     for one in served:

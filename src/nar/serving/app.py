@@ -46,7 +46,10 @@ _log = logging.getLogger("nar.serving")
 
 
 class App:
-    """The state of a server: its models, its keys, and whether it takes more work. `asgi` is what runs."""
+    """The state of a server: its models, its keys, and whether it takes more work. `asgi` is what runs.
+
+    `max_waiting_per_key` is of clips; pictures have their batchers' limits.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class App:
         keys: Sequence[str] = (),
         store: Store | None = None,
         keepalive_seconds: float = KEEPALIVE_SECONDS,
+        max_waiting_per_key: int | None = None,
     ) -> None:
         self.models = {served.name: served for served in models}
         if len(self.models) < len(models):
@@ -64,7 +68,7 @@ class App:
         self.metrics = Metrics({name: served.batcher for name, served in self.models.items()})
         self.is_draining = False
         self.num_open = 0  # requests for pictures that are not answered yet
-        self.videos = None if store is None else Videos(self, store)
+        self.videos = None if store is None else Videos(self, store, max_waiting_per_key)
         app = FastAPI(title="nar", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._life)
         self.asgi = app
         for kind in (Refusal, RequestValidationError, HTTPException, Exception):

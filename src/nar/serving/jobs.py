@@ -22,6 +22,8 @@ from nar.storage.files import atomically, is_running, read_json
 
 RECORD, CLAIM = "job.json", "claim.json"
 _DELETED = ".deleted-"
+_OPEN = ("queued", "in_progress")
+_LOST_SECONDS = 7 * 86_400.0  # without any change, after which a job that has not ended counts as nobody's
 _SILENT_SECONDS = 30.0  # without a sign of life, after which the process of another machine counts as gone
 _OWN = secrets.token_hex(8)  # a process that has our number and another token is one before us
 Job = dict[str, Any]
@@ -33,25 +35,19 @@ class Store:
     Args:
         keep_seconds: how long a job stays after it has ended.
         most_bytes: of all files; above it the jobs that ended first go.
-        most_waiting: jobs in the queue, beyond which `create` refuses.
     """
 
-    def __init__(
-        self, folder: Path, *, keep_seconds: float = 86_400, most_bytes: int = 2**31, most_waiting: int = 100
-    ) -> None:
-        self.folder, self.keep_seconds = folder, keep_seconds
-        self.most_bytes, self.most_waiting = most_bytes, most_waiting
+    def __init__(self, folder: Path, *, keep_seconds: float = 86_400, most_bytes: int = 2**31) -> None:
+        self.folder, self.keep_seconds, self.most_bytes = folder, keep_seconds, most_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
 
-    def create(self, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> Job | None:
-        """Put a job in the queue, with files that belong to it; None when the queue is full.
+    def create(self, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> Job:
+        """Put a job in the queue, with files that belong to it.
 
         Raises:
             OSError: it can't be written; nothing is left of it.
         """
-        if sum(job["status"] == "queued" for job in self.jobs()) >= self.most_waiting:
-            return None
         number = f"video_{time.time_ns():016x}{secrets.token_hex(4)}"  # in the order in which they came
         created = int(time.time())
         job = {"id": number, "status": "queued", "progress": 0, "created_at": created, **fields}
@@ -96,13 +92,15 @@ class Store:
         shutil.rmtree(hidden, ignore_errors=True)
         return True
 
-    def claim(self, wanted: Callable[[Job], bool]) -> Job | None:
-        """Take the oldest job that is wanted, and that nobody works on who is still there; it is then in progress."""
-        for job in self.jobs():
-            if job["status"] not in ("queued", "in_progress") or not wanted(job):
-                continue
-            if self._take(self.file(job["id"], CLAIM)):
-                return self.update(job["id"], status="in_progress", progress=0)
+    def claim(self, wanted: Callable[[Job], bool], rank: Callable[[Job], float] = lambda _: 0.0) -> Job | None:
+        """Take the job of the lowest rank, the oldest of several, among those that are wanted and that nobody works on
+        who is still there; it is then in progress."""
+        for job in sorted((job for job in self.jobs() if job["status"] in _OPEN and wanted(job)), key=rank):
+            number, claim = job["id"], self.file(job["id"], CLAIM)
+            if self._take(claim):
+                if (now := self.get(number)) is not None and now["status"] in _OPEN:
+                    return self.update(number, status="in_progress", progress=0)
+                claim.unlink(missing_ok=True)  # it ended after it was read
         return None
 
     def update(self, number: str, **fields: Any) -> Job | None:
@@ -111,7 +109,7 @@ class Store:
         if job is None:
             return None
         job |= fields
-        if job["status"] in ("completed", "failed"):
+        if job["status"] not in _OPEN:
             job["expires_at"] = int(time.time() + self.keep_seconds)
             job["completed_at"] = int(time.time()) if job["status"] == "completed" else None
         if not self.write(number, RECORD, lambda path: path.write_text(json.dumps(job), encoding="utf-8")):
@@ -153,15 +151,23 @@ class Store:
         for path in self.folder.glob(f"{_DELETED}*"):
             shutil.rmtree(path, ignore_errors=True)
         for job in list(self.jobs()):
-            if job.get("expires_at") and job["expires_at"] < now:
+            if self._expires(job) < now:
                 self.delete(job["id"])
             else:
                 kept.append((job, _bytes_in(self.folder / job["id"])))
         total = sum(size for _, size in kept)
-        for job, size in kept:
-            if total > self.most_bytes and job["status"] in ("completed", "failed"):
+        for job, size in sorted(kept, key=lambda pair: pair[0].get("expires_at", 0)):
+            if total > self.most_bytes and job["status"] not in _OPEN:
                 self.delete(job["id"])
                 total -= size
+
+    def _expires(self, job: Job) -> float:
+        if job["status"] not in _OPEN:
+            return float(job["expires_at"])
+        try:
+            return self.file(job["id"], RECORD).stat().st_mtime + _LOST_SECONDS
+        except OSError:  # deleted meanwhile
+            return 0.0
 
     def _take(self, path: Path) -> bool:
         """Make the file that says who works on a job, unless somebody does who is still there."""

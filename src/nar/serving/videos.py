@@ -29,6 +29,7 @@ POLL_MILLISECONDS = 250  # that clients are asked to wait between two looks at a
 PROGRESS_SECONDS = 0.5  # between two notes of how far a job is
 LOOK_SECONDS = 1.0  # between two looks for jobs that other processes left
 SWEEP_SECONDS = 600.0
+MOST_WAITING = 100  # clips of a model
 RETRY_SECONDS = 2.0  # after something went wrong that is not the job's fault
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
@@ -59,8 +60,8 @@ class Server(Protocol):
 class Videos:
     """The jobs of a server; `work` makes their clips until it is cancelled."""
 
-    def __init__(self, server: Server, store: Store) -> None:
-        self.server, self.store = server, store
+    def __init__(self, server: Server, store: Store, max_waiting_per_key: int | None = None) -> None:
+        self.server, self.store, self._max_waiting_per_key = server, store, max_waiting_per_key
         self.running: dict[str, Running] = {}
         self.num_working = 0  # workers that have a job
         self._news = asyncio.Event()
@@ -92,15 +93,28 @@ class Videos:
         }
         files = {} if reference is None else {REFERENCE: reference}
         try:
-            made = await asyncio.to_thread(self.store.create, job, files)
+            made = await asyncio.to_thread(self._queued, job, files)
         except OSError as error:
             _log.error("a job can't be kept: %s", error)
             raise Refusal(507, "the server can't keep the job: its disk is full or can't be written") from error
-        if made is None:
-            said = f"{self.store.most_waiting} clips are waiting, which is all that are taken"
-            raise Refusal(503, said, retry_after_seconds=30.0)
         self._news.set()
         return made
+
+    def _queued(self, job: Job, files: dict[str, bytes]) -> Job:
+        """Put a job in its model's queue: others are not waited for, and may be those of models that are gone.
+
+        Raises:
+            Refusal: the queue is full (503), or the key has too much in it (429).
+        """
+        model, key, most = job["model"], job["key"], self._max_waiting_per_key
+        waiting = [one["key"] for one in self.store.jobs() if one["status"] == "queued" and one["model"] == model]
+        if len(waiting) >= MOST_WAITING:
+            said = f"{len(waiting)} clips of {model} are waiting, at most {MOST_WAITING} may; try again later"
+            raise Refusal(503, said, retry_after_seconds=30.0)
+        if key and most is not None and (own := waiting.count(key)) >= most:
+            said = f"{own} clips of {model} are waiting for this key, at most {most} may; try again later"
+            raise Refusal(429, f"{said}, or delete one", retry_after_seconds=30.0)
+        return self.store.create(job, files)
 
     def get(self, number: str, key: str) -> Job:
         """A job of this key; raises Refusal (404) for others'."""
@@ -163,8 +177,9 @@ class Videos:
         await asyncio.to_thread(self.store.delete, number)
 
     async def work(self, served: Served) -> None:
-        """Make the clips of one model, one job after the other; for ever, whatever goes wrong with one."""
-        swept = monotonic()
+        """Make the clips of one model, one job after the other, while keys take turns; for ever, whatever goes wrong
+        with one."""
+        swept, turns = monotonic(), dict[str, float]()  # when a key's last clip began
         while True:
             try:
                 if monotonic() - swept > SWEEP_SECONDS:
@@ -172,8 +187,13 @@ class Videos:
                     swept = monotonic()
                 job = None
                 if not self.server.is_draining:
-                    job = await asyncio.to_thread(self.store.claim, lambda job: job["model"] == served.name)
+                    job = await asyncio.to_thread(
+                        self.store.claim,
+                        lambda job: job["model"] == served.name,
+                        lambda job: turns.get(job["key"], 0.0),
+                    )
                 if job is not None:
+                    turns[job["key"]] = monotonic()
                     self.num_working += 1
                     try:
                         await self._run(served, job)
@@ -190,6 +210,7 @@ class Videos:
     async def _run(self, served: Served, job: Job) -> None:
         """Make one clip; when this is cancelled the job is in the queue again."""
         number, error = job["id"], None
+        beats = asyncio.create_task(self._beat(number))
         try:
             await self._make(served, job)
         except Refusal as refused:
@@ -203,8 +224,15 @@ class Videos:
         except Exception:
             _log.exception("%s failed", number)
             error = {"code": "internal_error", "message": "the server failed on this clip"}
+        finally:
+            beats.cancel()
         if error is not None:
             self.store.update(number, status="failed", error=error)
+
+    async def _beat(self, number: str) -> None:
+        """Say that a job is worked on, also while its files are written, until it is deleted or another's."""
+        while self.store.beat(number):
+            await asyncio.sleep(PROGRESS_SECONDS)
 
     async def _make(self, served: Served, job: Job) -> None:
         number, asked = job["id"], read_fields(Clip, job["fields"])
