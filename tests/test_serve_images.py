@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,16 +19,17 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
-
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
 from nar import Pipeline
 from nar.cli.app import app
 from nar.serving.app import CONTENT_POLICY, STATIC, App
+from nar.serving.edits import read
 from nar.serving.models import Served
-from nar.serving.protocol import partial_fronts
+from nar.serving.protocol import Refusal, partial_fronts
 from serving_tools import http, serving, wait_until
 
 
@@ -227,6 +230,9 @@ def test_framework_errors_have_openais_form(url: str, method: str, path: str, st
         (b"\xff\xfe", "application/json", 400),
         (b"[" * 20_000, "application/json", 400),
         (b'{"prompt": "\\ud800"}', "application/json", 400),
+        (b'{"prompt": "pear", "safety_identifier": "\\ud800"}', "application/json", 400),
+        (b'{"prompt": "pear", "model": "\\ud800"}', "application/json", 400),
+        (b'{"prompt": "pear", "\\ud800": 1}', "application/json", 400),
         (b'{"prompt": "pear", "guidance_scale": NaN}', "application/json", 400),
         (b'{"prompt": "pear", "seed": 1e400}', "application/json", 400),
         (b'{"prompt": "pear", "seed": ' + b"9" * 6000 + b"}", "application/json", 400),
@@ -241,6 +247,14 @@ def test_bodies_that_are_nothing(url: str, body: bytes, kind: str, status: int) 
     answer = http.post(f"{url}/v1/images/generations", content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text
     assert is_openai_error(answer)
+
+
+def test_texts_that_are_half_a_character_are_echoed_as_json(url: str) -> None:
+    """By a form of such a charset, whose names an error repeats."""
+    field = '--x\r\nContent-Disposition: form-data; name="\\ud800"\r\n\r\n1\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    answer = http.post(f"{url}/v1/images/edits", content=f"{field * 2}--x--\r\n".encode(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "\ud800")
 
 
 def test_bodies_without_a_length_are_limited_too(url: str) -> None:
@@ -337,9 +351,9 @@ def test_a_full_queue_refuses_at_once(toy_folder: Path) -> None:
         for error in refused:
             assert isinstance(error, openai.InternalServerError)
             assert (error.status_code, error.code) == (503, "server_is_overloaded")
-            wait = float(error.response.headers["retry-after-ms"])
+            wait = int(error.response.headers["retry-after-ms"])
             assert 0 <= wait < 120_000
-            assert float(error.response.headers["retry-after"]) == pytest.approx(wait / 1000, abs=0.01)
+            assert error.response.headers["retry-after"] == str(math.ceil(wait / 1000))
 
 
 def test_keys(toy_folder: Path) -> None:
@@ -354,20 +368,6 @@ def test_keys(toy_folder: Path) -> None:
         assert http.get(f"{url}/health").status_code == 200
 
 
-def test_one_name_twice_is_refused(toy_folder: Path) -> None:
-    served = Served.load(f"toy={toy_folder}")
-    with pytest.raises(ValueError, match="NAME=MODEL"):
-        App([served, served])
-    served.close()
-
-
-def test_a_text_encoder_is_of_models_that_read_words(
-    toy_folder: Path, words_folder: Path, encoder_folder: Path
-) -> None:
-    for folder in (toy_folder, words_folder):  # the first reads no words, and is no reason to refuse both
-        served = Served.load(str(folder), text_encoder=str(encoder_folder))
-        assert served.reads_words == (folder == words_folder)
-        served.close()
 def test_keys_are_needed_under_a_prefix(toy_folder: Path) -> None:
     """Where the app is part of another, or behind a prefix, all but its health, metrics and page needs a key."""
     app = App([Served.load(f"toy={toy_folder}")], keys=["secret"])
@@ -384,10 +384,39 @@ def test_keys_are_needed_under_a_prefix(toy_folder: Path) -> None:
     app.model("toy").close()
 
 
+def test_one_name_twice_is_refused(toy_folder: Path) -> None:
+    served = Served.load(f"toy={toy_folder}")
+    with pytest.raises(ValueError, match="NAME=MODEL"):
+        App([served, served])
+    served.close()
+
+
+def test_a_text_encoder_is_of_models_that_read_words(
+    toy_folder: Path, words_folder: Path, encoder_folder: Path
+) -> None:
+    for folder in (toy_folder, words_folder):  # the first reads no words, and is no reason to refuse both
+        served = Served.load(str(folder), text_encoder=str(encoder_folder))
+        assert served.reads_words == (folder == words_folder)
+        served.close()
     with pytest.raises(ValueError, match="no model of these reads words: leave --text-encoder out"):
         CliRunner().invoke(
             app, ["serve", str(toy_folder), "--port", "0", "--text-encoder", "nowhere"], catch_exceptions=False
         )
+
+
+def test_a_folder_with_an_equals_sign(toy_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_folder.parent, tmp_path / "lr=0.1") / "model"
+    for source, name in ((str(folder), "lr=0.1"), (f"toy={toy_folder}", "toy")):
+        served = Served.load(source)
+        assert served.name == name
+        served.close()
+
+
+def test_waits_are_whole_seconds() -> None:
+    """As HTTP has them: clients fail at others."""
+    for wait, seconds in ((0.512, "1"), (2.0, "2"), (2.001, "3")):
+        headers = Refusal(503, "full", retry_after_seconds=wait).headers
+        assert headers == {"retry-after": seconds, "retry-after-ms": str(round(1000 * wait))}
 
 
 def test_draining(toy_folder: Path) -> None:
@@ -418,6 +447,18 @@ def test_edits_keep_what_is_not_masked(client: openai.OpenAI) -> None:
         assert not np.array_equal(edited[4:], picture[4:])
     assert not np.array_equal(first, second)
     assert made.usage.input_tokens_details.image_tokens == 16
+
+
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_edits_turn_pictures_upright(form: str) -> None:
+    """Those with alpha too, and masks."""
+    pixels = np.zeros((6, 4, 4), np.uint8)
+    pixels[..., 3], pixels[:3] = 255, 90
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(pixels).save(file, form, exif=exif, lossless=True)
+    upright = np.asarray(read(file.getvalue(), "image"))
+    assert np.array_equal(upright, np.rot90(pixels, -1))
 
 
 def test_edits_stream(client: openai.OpenAI) -> None:

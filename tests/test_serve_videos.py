@@ -24,6 +24,7 @@ import openai
 import pytest
 from PIL import Image
 
+from conftest import make_model
 from nar import Pipeline
 from nar.media.clips import as_array, save_clip
 from nar.serving.app import App
@@ -32,6 +33,7 @@ from nar.serving.models import Served
 from nar.serving.protocol import Clip, Refusal
 from nar.serving.videos import Videos
 from serving_tools import http, serving, wait_until
+from toy_models import causal
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's methods for videos
 
@@ -415,6 +417,27 @@ def test_a_clip_that_is_written_for_long_is_not_taken_over(
     monkeypatch.setattr(videos.store, "write", slow)
     assert client.videos.create_and_poll(prompt="pear").status == "completed"
     assert is_taken == [False]
+
+
+def test_what_is_asked_of_a_clip(clips_folder: Path) -> None:
+    served = Served.load(f"moving={clips_folder}")
+    request, _ = served.planned(Clip(negative_prompt="red"), None)
+    assert request.negative == "red"
+    assert not served.planned(Clip(), None)[0].has_negative
+    served.close()
+
+
+def test_a_clip_without_a_class_is_refused_at_once(tmp_path: Path) -> None:
+    """By a model without a null class, as pictures are."""
+    causal().save_pretrained(tmp_path / "tokenizer")
+    model = make_model("frames", grid=(3, 2, 2), prefix_grid=(2, 2, 2), null_class=False)
+    frames = {"given_frames": [0, 1, 3], "frame_rate": 5.0}
+    model.save_pretrained(tmp_path / "model", tokenizer=tmp_path / "tokenizer", **frames)
+    served = Served.load(str(tmp_path / "model"))
+    with pytest.raises(Refusal, match="no null class: give class_label"):
+        served.planned(Clip(), None)
+    assert served.planned(Clip(class_label=1), None)[0].label == 1
+    served.close()
 
 
 def started(arguments: list[str], folder: Path) -> tuple[subprocess.Popen[str], str]:

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
@@ -57,8 +58,8 @@ class App:
         *,
         keys: Sequence[str] = (),
         store: Store | None = None,
-        keepalive_seconds: float = KEEPALIVE_SECONDS,
         max_waiting_per_key: int | None = None,
+        keepalive_seconds: float = KEEPALIVE_SECONDS,
     ) -> None:
         self.models = {served.name: served for served in models}
         if len(self.models) < len(models):
@@ -451,7 +452,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def _body(error: Refusal, headers: dict[str, str]) -> Response:
-    return JSONResponse({"error": error.error}, error.status, {**headers, **error.headers})
+    text = json.dumps({"error": error.error})  # in ASCII: a name that is repeated may be half a character
+    return Response(text, error.status, {**headers, **error.headers}, "application/json")
 
 
 def outcome_of(error: Refusal) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nar.media.pictures import num_frames, opened, to_rgb, upright_rgb
@@ -136,8 +137,11 @@ def read(file: bytes, name: str) -> Image.Image:
                 raise Refusal(400, f"{name} has {size} pixels: at most {MOST_PIXELS:,} in all", param=name)
             if num_frames(picture) > 1:
                 raise Refusal(400, f"{name} is an animation: send a still", param=name)
-            has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-            return picture.convert("RGBA") if has_alpha else upright_rgb(picture)
+            if "A" not in picture.getbands() and "transparency" not in picture.info:
+                return upright_rgb(picture)
+            with suppress(SyntaxError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
+                return ImageOps.exif_transpose(picture).convert("RGBA")
+            return picture.convert("RGBA")  # it states its orientation in a way that no viewer reads
     except Refusal:
         raise
     except (ValueError, OSError) as error:

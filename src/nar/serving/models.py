@@ -65,11 +65,12 @@ class Served:
         text_encoder: str | None = None,
         **limits: Any,
     ) -> Served:
-        """Load `NAME=MODEL` or a bundled name, a folder or a hub id, which is called by its last part.
+        """Load a bundled name, a folder or a hub id, which is called by its last part, or `NAME=MODEL` where that whole
+        is no path.
 
         `limits` are those of `Batcher`. The text encoder is for a model that reads words.
         """
-        name, _, place = source.rpartition("=")
+        name, _, place = ("", "", source) if Path(source).exists() else source.rpartition("=")
         config = read_config(find_model(place)).get("model")
         encoder = text_encoder if isinstance(config, dict) and config.get("text_dim") else None
         pipeline = Pipeline.from_pretrained(place, device=device, dtype=dtype, text_encoder=encoder)
@@ -171,9 +172,8 @@ class Served:
             arguments["class_labels"] = [label]
         if asked.negative_prompt:
             arguments["negative_prompt"] = asked.negative_prompt
-        if self.makes_clips and not prompt.strip() and label is None:
-            return Request()  # the null condition, or whatever clip is continued
-        if not config.text_dim and label is None:
+        is_null = not prompt.strip() and label is None and not asked.negative_prompt
+        if is_null and (self.makes_clips or not config.text_dim):
             if config.num_classes and not config.null_class:
                 raise Refusal(400, "this model has no null class: give class_label", param="class_label")
             return Request()

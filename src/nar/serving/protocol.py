@@ -6,6 +6,7 @@ Knows names of fields, their ranges and how a refusal reads; does not know model
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +19,8 @@ MOST = 2**31 - 1  # of numbers without a limit of their own: a deadline of 24 da
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 MOST_PICTURES = 10  # of one request
 MOST_SEED = 2**32 - 1
+# With a length that is checked, so that halves of characters ("\ud800"), which no answer can hold, are refused too.
+Text = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 Asked = TypeVar("Asked", bound="Generation")
 
 _KINDS = {
@@ -58,9 +61,9 @@ class Refusal(Exception):  # noqa: N818 not every one is somebody's error
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come back, in both spellings."""
+        """When to come back, in both spellings: whole seconds, as HTTP has them, and milliseconds."""
         wait = self.retry_after_seconds
-        return {} if wait is None else {"retry-after": f"{wait:.3f}", "retry-after-ms": str(round(1000 * wait))}
+        return {} if wait is None else {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(round(1000 * wait))}
 
 
 class _Fields(BaseModel):
@@ -79,18 +82,18 @@ class _Fields(BaseModel):
 class Generation(_Fields):
     """What pictures and clips have in common: the condition, the seed and how codes are sampled."""
 
-    prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)] = ""
-    model: str | None = None
-    size: str = "auto"
-    user: str | None = None
-    safety_identifier: str | None = None
+    prompt: Text = ""
+    model: Text | None = None
+    size: Text = "auto"
+    user: Text | None = None
+    safety_identifier: Text | None = None
     # Extensions: not of OpenAI's, and named as other servers of open models name them.
-    class_label: int | str | None = None
-    negative_prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)] = ""
+    class_label: int | Text | None = None
+    negative_prompt: Text = ""
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     guidance_interval: Annotated[int, Field(ge=0, le=MOST)] | None = None
-    guidance_curve: str | None = None
+    guidance_curve: Text | None = None
     guidance_power: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST)] | None = None
