@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -249,3 +250,43 @@ def test_one_head_may_decide(pipe: Pipeline, clips: Pipeline) -> None:
     with pytest.raises(ValueError, match="no temporal head can decide: this model has heads horizontal, vertical"):
         pipe.with_heads("temporal")
     assert clips.with_heads("temporal")("cross", seed=1).codes.shape == clips("cross", seed=1).codes.shape
+
+
+def test_one_head_goes_on_deciding(pipe: Pipeline, toy_folder: Path, tmp_path: Path) -> None:
+    """Whatever else is changed: the head, the grid, the number format; and it is not lost in a folder."""
+    one = pipe.with_heads("horizontal")
+    for heads in ("mean", "vertical"):
+        assert torch.equal(one.with_heads(heads)([0, 1], seed=3).codes, pipe.with_heads(heads)([0, 1], seed=3).codes)
+    larger = one.at_grid((5, 5))
+    assert larger.model.row == 0
+    assert torch.equal(larger(1, seed=3).codes, pipe.at_grid((5, 5)).with_heads("horizontal")(1, seed=3).codes)
+    moved = Pipeline.from_pretrained(toy_folder, device="cpu", dtype="int8").with_heads("horizontal").to("float32")
+    assert torch.equal(moved([0, 1], seed=3).codes, one([0, 1], seed=3).codes)
+    plain = Pipeline(nar.Transformer.from_pretrained(toy_folder), pipe.tokenizer).with_heads("vertical")
+    for saved in (one, plain, plain.model):
+        with pytest.raises(ValueError, match=r"one head decides .*, which a folder does not record: save "):
+            saved.save_pretrained(tmp_path / "saved")
+    one.with_heads("mean").save_pretrained(tmp_path / "saved")
+
+
+def test_moving_leaves_alone_what_shares_the_weights(toy_folder: Path, words_folder: Path) -> None:
+    """A model that is not packed is moved in place, and so is a tokenizer: that of other pipelines too."""
+    model = nar.Transformer.from_pretrained(toy_folder)
+    own = Pipeline(model, Pipeline.from_pretrained(toy_folder, device="cpu").tokenizer)
+    one, larger = own.with_heads("horizontal"), own.at_grid((5, 5))
+    expected, sampled = one([0, 1], seed=3).codes, larger([0, 1], seed=3).codes
+    assert own.to("bfloat16").dtype == torch.bfloat16
+    assert own([0, 1], seed=3).codes.shape == (2, 4, 4)
+    assert (one.dtype, larger.dtype, model.dtype) == (torch.float32,) * 3
+    assert torch.equal(one([0, 1], seed=3).codes, expected)
+    assert one.to("float16").model.row == 0
+    assert torch.equal(larger([0, 1], seed=3).codes, sampled)
+    kept = larger.tokenizer
+    del one
+    gc.collect()
+    assert larger.to("bfloat16").tokenizer is kept is larger.continuation.tokenizer  # nothing else has it
+    words = Pipeline.from_pretrained(words_folder, device="cpu")
+    encoder, other = words.text_encoder(), words.with_heads("mean")
+    words.to("bfloat16")
+    assert words.text_encoder() is not encoder is other.text_encoder()
+    assert words("a red apple", seed=1).names == ["a red apple"]

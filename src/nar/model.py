@@ -199,8 +199,8 @@ class Layout:
     front_rows: Tensor  # (C + S,) the front that each sequence position comes before, for embeddings of levels
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Layout:
-        schedule = config.order()
+    def of(cls, config: ModelConfig, row: int | None = None) -> Layout:
+        schedule = config.order() if row is None else config.order().decided_by(row)
         count = config.num_condition
         phases = table = None
         if config.positions == "rope":
@@ -244,6 +244,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config = config.complete()
+        self.row: int | None = None  # of predictions, that decides alone; see `decided_by`
         with torch.device("cpu"):  # also when the parameters are made on the meta device
             self.layout = Layout.of(config)
         dim, num_heads = config.dim, len(config.head_depths)
@@ -671,13 +672,14 @@ class Transformer(nn.Module):
         other = copy.copy(self)  # the same modules, packed ones too
         prefix = tuple(grid) if whole else ()
         other.config = dataclasses.replace(self.config, grid=tuple(grid), prefix_grid=prefix)
-        other.layout = Layout.of(other.config).to(self.device)
+        other.layout = Layout.of(other.config, self.row).to(self.device)
         return other
 
-    def decided_by(self, row: int) -> Transformer:
-        """The same weights, shared and not copied, with one row of predictions (0: along the width) deciding alone."""
-        other, schedule = copy.copy(self), self.layout.schedule.decided_by(row)
-        other.layout = dataclasses.replace(self.layout, schedule=schedule, weight=schedule.weight.to(self.device))
+    def decided_by(self, row: int | None) -> Transformer:
+        """The same weights, shared and not copied, with one row of predictions (0: along the width) deciding alone; of
+        None their mean."""
+        other = copy.copy(self)
+        other.row, other.layout = row, Layout.of(self.config, row).to(self.device)
         return other
 
     @classmethod
@@ -714,6 +716,8 @@ class Transformer(nn.Module):
 
         A model folder that is there is replaced whole; one with a tokenizer only when a `tokenizer` is given.
         """
+        if self.row is not None:
+            raise ValueError("one head decides in this model, which a folder does not record: save decided_by(None)")
         model, names = dataclasses.asdict(self.config), list(class_names)
         config = {"kind": "transformer", "model": model, "class_names": names, **extra}
         state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}

@@ -5,6 +5,7 @@ Knows model folders and packed weights; does not know conditions or sampling.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,14 +76,17 @@ def number_format(model: Transformer) -> str:
     return packed or str(model.dtype).removeprefix("torch.")
 
 
-def moved(model: Transformer, device: torch.device, dtype: str, source: Path | None) -> Transformer:
-    """The model on a device in a number format; what is packed is read again from `source`, the folder it came from.
+def moved(model: Transformer, device: torch.device, dtype: str, source: Path | None, *, shared: bool) -> Transformer:
+    """The model on a device in a number format, a copy where its weights are `shared`; what is packed is read again
+    from `source`, the folder it came from.
 
     Raises:
         ValueError: a format that the device has no kernels for, or a packed model that came from no folder.
     """
     if _is_packed(model):
-        return Transformer.from_pretrained(_needed(source), dtype, device).at_grid(model.config.grid)
+        model, grid, row = Transformer.from_pretrained(_needed(source), dtype, device), model.config.grid, model.row
+        return model.at_grid(grid).decided_by(row)
+    model = copy.deepcopy(model) if shared else model
     if dtype in ("float32", "bfloat16"):
         return model.to(device, getattr(torch, dtype))
     return convert(model, dtype, device)
@@ -106,9 +110,12 @@ def save(
     `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
 
     Raises:
-        ValueError: the folder holds something else, or the model is packed and was not read from a folder.
+        ValueError: the folder holds something else, one head decides alone, or the model is packed and was not read
+            from a folder.
     """
     model, source = self.model, self.folder
+    if model.row is not None:
+        raise ValueError("one head decides here, which a folder does not record: save pipe.with_heads('mean')")
     text = self.text.config if isinstance(self.text, TextEncoder) else self.text
     state = read_weights(_needed(source)) if _is_packed(model) else model.state_dict()
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}

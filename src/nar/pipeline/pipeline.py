@@ -6,10 +6,12 @@ Knows model folders, names of classes, captions and pixels; does not know the co
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -85,6 +87,7 @@ class Pipeline:
         self.inputs = Inputs(config, self.class_names, self.continuation.counts)
         self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
         self._lock = threading.RLock()  # one generation at a time; re-entrant, for callbacks that raise a better error
+        self._sharing = weakref.WeakSet([self])  # pipelines with the same weights
         self.choice: Choice | None = None  # why it has its number format, where that was measured
         self.folder: Path | None = None
 
@@ -129,7 +132,8 @@ class Pipeline:
     ) -> Pipeline:
         """Move the pipeline to a device, or into a number format, in place; returns it.
 
-        A model packed for a CPU is read again from its folder, as its weights are no longer as they were.
+        A model packed for a CPU is read again from its folder, as its weights are no longer as they were. What other
+        pipelines share with this one (`at_grid`, `with_heads`) stays as it is: then copies are moved.
 
         Raises:
             ValueError: a device that is not there, a format that it has no kernels for, or a packed model that was not
@@ -142,11 +146,14 @@ class Pipeline:
         name = number_format(self.model) if dtype is None else str(dtype).removeprefix("torch.")
         with self._lock:
             if (place, name) != (self.device, number_format(self.model)):
-                model = moved(self.model, place, name, self.folder)
+                shared = len(self._sharing) > 1
+                model = moved(self.model, place, name, self.folder, shared=shared)
+                tokenizer = (copy.deepcopy(self.tokenizer) if shared else self.tokenizer).to(place)
                 vars(self).update(model=model, session=Session(model), choice=None, _half=name == "bfloat16")
-                self.continuation.model = model
-                self.tokenizer.to(place)
-                self.captions.move(place)
+                vars(self).update(tokenizer=tokenizer, captions=self.captions.moved(place))
+                vars(self.continuation).update(model=model, tokenizer=tokenizer)
+                self._sharing.discard(self)
+                self._sharing = weakref.WeakSet([self])
         return self
 
     @property
@@ -214,13 +221,13 @@ class Pipeline:
         "mean" is as trained. What one head does not predict, horizontally the first column, the others do. Raises
         ValueError where the model has no such head.
         """
-        row = row_of(heads, self.model.layout.schedule)
-        return self._with(self.model.at_grid(self.config.grid) if row is None else self.model.decided_by(row))
+        return self._with(self.model.decided_by(row_of(heads, self.model.layout.schedule)))
 
     def _with(self, model: Transformer) -> Pipeline:
         parts = model, self.tokenizer, self.class_names, self.sampling
         other = Pipeline(*parts, given_frames=self.continuation.counts, frame_rate=self._trained_rate)
-        vars(other).update({name: vars(self)[name] for name in ("captions", "folder", "choice", "_lock")})
+        vars(other).update({name: vars(self)[name] for name in ("captions", "folder", "choice", "_lock", "_sharing")})
+        self._sharing.add(other)
         return other
 
     @property

@@ -6,6 +6,7 @@ tokens, `F` feature width.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 
@@ -60,12 +61,14 @@ class Captions:
         if self.encoder is not None and not isinstance(self.encoder, TextEncoderConfig):
             self.encoder.close()
 
-    def move(self, device: torch.device) -> None:
-        """Encode on another device from now on."""
-        self.close()
-        self.device = device
-        if isinstance(self.encoder, TextEncoder):
-            self.encoder.device = device
+    def moved(self, device: torch.device) -> Captions:
+        """The same on another device, whose encoder reads its weights at its first prompt."""
+        encoder = self.encoder
+        if isinstance(encoder, TextEncoder):
+            encoder = copy.copy(encoder)
+            encoder.close()
+            encoder.device = device
+        return Captions(encoder, length=self.length, dim=self.dim, device=device)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, T, F), their mask (B, T), and which prompts (B,) say nothing.
