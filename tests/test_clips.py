@@ -12,6 +12,7 @@ from PIL import Image
 from nar.media import clips
 from nar.media.clips import as_array, save_clip, several
 from nar.media.sheet import contact_sheet, film_strips, moving_sheet
+from nar.media.video import Timeline, timeline
 
 
 def moving(length: int = 6, height: int = 34, width: int = 46) -> np.ndarray:
@@ -54,6 +55,21 @@ def test_animations_loop_at_their_rate(tmp_path: Path, suffix: str) -> None:
         animation.load()
         assert animation.info["duration"] == 100
         assert animation.info["loop"] == 0
+
+
+@pytest.mark.parametrize(("suffix", "most"), [(".gif", 50), (".webp", 240)])
+def test_animations_have_each_frame_once_at_their_rate(tmp_path: Path, suffix: str, most: int) -> None:
+    path, clip = tmp_path / f"a{suffix}", moving(16, 8, 8)
+    for rate in (0.7, 5.3, *range(6, most + 1, 1 if suffix == ".gif" else 18)):
+        save_clip(clip, path, frame_rate=rate)
+        assert len(as_array(path, frame_rate=rate)) == 16, rate
+        assert timeline(path).seconds == pytest.approx(16 / rate, abs=0.0051)
+    truncated = Timeline(np.arange(16) * 0.03, 0.48)  # as they were written before
+    assert truncated.steady_rows(30).tolist() == list(range(16))
+    if suffix == ".gif":
+        with pytest.warns(UserWarning, match=r"at most 50 frames a second: a.gif has that many, not 120; .mp4 and"):
+            save_clip(clip, path, frame_rate=120)
+        assert timeline(path).seconds == pytest.approx(16 / 50)
 
 
 def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def masks() -> dict[str, tuple[Any, str]]:
         "full": (Image.new("1", (8, 8), 1), "covers the whole picture"),
         "alpha": (clear, "the mask has transparency"),
         "array": (np.zeros((8, 8, 3)), r"or an array \(H, W\)"),
+        "array of 16 bits": (np.full((8, 8), 3000, np.uint16), "covers nothing"),
         "none": (None, "say what is to be new"),
     }
 
@@ -172,6 +173,24 @@ def test_masks_in_every_form_say_the_same(pipe: Pipeline, tmp_path: Path) -> Non
     given = picture()
     for form in (*forms, tmp_path / "mask.png"):
         assert (prepared(given, form, None, pipe.pixel_shape).mask == mask).all()
+
+
+def test_masks_are_read_as_pictures_are(tmp_path: Path) -> None:
+    mask, given = box_mask((8, 8), (2, 2, 3, 4)), picture()
+    deep = np.where(mask, np.uint16(65535), np.uint16(3000))  # 4.6 % grey
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(mask).astype(np.uint8) * 255).save(tmp_path / "turned.png", exif=turned)
+    for form in (tmp_path / "deep.png", Image.fromarray(deep), deep, deep.astype(np.int64), tmp_path / "turned.png"):
+        assert (masked(given, form, None) == mask).all(), form
+    Image.fromarray(deep).save(tmp_path / "clear.png", transparency=65535)
+    with pytest.raises(ValueError, match=r"clear.png has transparency"):
+        masked(given, tmp_path / "clear.png", None)
+    stills = [Image.fromarray(np.roll(mask, step).astype(np.uint8) * 255) for step in range(3)]
+    stills[0].save(tmp_path / "moving.gif", save_all=True, append_images=stills[1:])
+    with pytest.raises(ValueError, match=r"moving.gif has 3 frames: give a still, .*, or an array \(T, H, W\)"):
+        masked(np.stack([given] * 3), tmp_path / "moving.gif", None)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ frames and pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from nar.media.video import File, timeline
 from nar.media.video import frames as decoded
 
 SUFFIXES = (".mp4", ".gif", ".webp")
+MOST_GIF_RATE = 50  # frames a second: programs show a frame that says less than 20 ms for 100
 MOST_FRAMES = 2000  # of a clip to continue and of its continuation, which are held in memory
 Frames = Any  # a path, Pillow pictures, or uint8 (T, H, W, 3); several: a list of these, or (B, T, H, W, 3)
 
@@ -87,27 +89,36 @@ def _each(frames: Frames, frame_rate: float) -> Iterator[np.ndarray]:
 def save_clip(frames: Frames, path: Path, *, frame_rate: float) -> None:
     """Write a clip as .mp4 (h264), .gif or .webp (in an endless loop), or as a folder of PNGs.
 
-    .webp and the folder lose nothing; .gif has 256 colours a frame, and .mp4 half the resolution in colour.
+    .webp and the folder lose nothing; .gif has 256 colours a frame and at most 50 frames a second, and .mp4 half the
+    resolution in colour.
 
     Raises:
         ModuleNotFoundError: .mp4 without PyAV.
         ValueError: another suffix.
     """
-    if path.suffix not in (*SUFFIXES, ""):
+    suffix = path.suffix.lower()
+    if suffix not in (*SUFFIXES, ""):
         raise ValueError(f"clips are written as {', '.join(SUFFIXES)}, or frames into a folder, not {path.suffix!r}")
     clip = as_array(frames)
-    if path.suffix == ".mp4":
+    if suffix == ".mp4":
         _save_mp4(clip, path, frame_rate)
         return
     pictures = [Image.fromarray(frame) for frame in clip]
-    if not path.suffix:
+    if not suffix:
         path.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(pictures):
             picture.save(path / f"{index:06d}.png")
         return
-    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
-    milliseconds = round(1000 / frame_rate)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, **options)
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    unit = 1 if suffix == ".webp" else 10  # milliseconds that a file can say
+    if suffix == ".gif" and frame_rate > MOST_GIF_RATE:
+        message = f"a gif shows at most {MOST_GIF_RATE} frames a second: {path.name} has that many, not {frame_rate:g}"
+        warnings.warn(f"{message}; .mp4 and .webp may have more", stacklevel=2)
+        frame_rate = MOST_GIF_RATE
+    # Each frame begins at its time rounded down: at that time it is on screen, also where delays differ to keep time.
+    begin = np.floor(np.arange(len(clip)) * (1000 / unit / frame_rate) + 1e-6)
+    delays = unit * np.diff([*begin, round(len(clip) * 1000 / unit / frame_rate)])
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=delays.tolist(), loop=0, **options)
 
 
 def _save_mp4(clip: np.ndarray, path: Path, frame_rate: float) -> None:

@@ -124,7 +124,7 @@ class Timeline:
         """
         counts = np.diff([*self.times, self.seconds]) * frame_rate
         whole = np.round(counts)
-        if frame_rate and self.seconds and (np.abs(counts - whole) <= _UNSTEADY * whole).all():
+        if frame_rate and self.seconds and (np.abs(counts - whole) <= _UNSTEADY * whole + 1e-6).all():
             return np.repeat(np.arange(len(self.times)), whole.astype(np.int64))
         return self.rows(frame_rate)
 

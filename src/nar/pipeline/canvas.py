@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nar.media.pictures import most_pixels, opened, read_picture, upright_rgb
+from nar.media.pictures import most_pixels, num_frames, opened, read_picture, upright_rgb
 from nar.media.pixels import as_images, as_pixels
 
 WHITE = 128  # from which a pixel of a mask is to be new
@@ -232,18 +232,29 @@ def _mask(mask: Mask) -> np.ndarray:
     """A mask in any form as ([T,] H, W) bool."""
     if isinstance(mask, str | Path):
         with opened(mask) as picture:
-            mask = picture.copy()
+            return _white(picture, str(mask))
     if isinstance(mask, Image.Image):
-        if "A" in mask.getbands() or "transparency" in mask.info:
-            if min(np.asarray(mask.convert("RGBA"))[..., 3].flat) < 255:
-                raise ValueError("the mask has transparency: give it black and white, white where something new goes")
-            mask = mask.convert("RGB")
-        return np.asarray(mask.convert("L")) >= WHITE
+        return _white(mask, "the mask")
     array = np.asarray(mask)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         found = f"{array.dtype} {array.shape}"
         raise ValueError(f"mask must be a picture, or an array (H, W), of clips maybe (T, H, W), not {found}")
-    return array >= (WHITE if array.size and array.max() > 1 else 0.5)
+    most = array.max(initial=0)  # of 1, 8 or 16 bits
+    return array >= (0.5 if most <= 1 else WHITE if most <= 255 else 2**15)
+
+
+def _white(picture: Image.Image, name: str) -> np.ndarray:
+    """Where a picture, read as others are, is white: (H, W) bool."""
+    if (count := num_frames(picture)) > 1:
+        raise ValueError(f"{name} has {count} frames: give a still, which goes with all frames, or an array (T, H, W)")
+    clear = picture.info.get("transparency")
+    if picture.mode.startswith("I"):  # which Pillow makes opaque
+        transparent = clear is not None and (np.asarray(picture) == clear).any()
+    else:
+        transparent = picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+    if transparent:
+        raise ValueError(f"{name} has transparency: give it black and white, white where something new goes")
+    return np.asarray(upright_rgb(picture).convert("L")) >= WHITE
 
 
 def _of_box(box: Sequence[int], shape: Sequence[int]) -> np.ndarray:
