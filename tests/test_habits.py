@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def clips(clips_folder: Path) -> Pipeline:
 def test_what_it_is(pipe: Pipeline) -> None:
     assert (pipe.device, pipe.dtype, pipe.num_steps) == (torch.device("cpu"), torch.float32, 7)
     assert pipe.config is pipe.model.config
+    assert [pipe.label_name(index) for index in (1, 99, -1)] == ["pear", "99", "-1"]
     assert "pictures of 8x8 from class labels; grid 4x4, 7 steps, float32 on cpu" in repr(pipe)
 
 
@@ -129,6 +132,8 @@ def test_other_names_are_answered(pipe: Pipeline, name: str, answer: str) -> Non
     [
         ("scheduler", "can't be set: the generation order is pipe.model.layout.schedule"),
         ("guidance_scale", "can't be set: the model's own settings are pipe.sampling"),
+        ("frame_rate", r"can't be set: out.save\(FILE, frame_rate=...\) plays clips at another rate"),
+        ("pixel_shape", r"can't be set: Pipeline\(model, tokenizer\) takes other parts"),
         ("model", r"can't be set: Pipeline\(model, tokenizer\) takes other parts"),
         ("tokenizer", r"can't be set: Pipeline\(model, tokenizer\) takes other parts"),
     ],
@@ -184,6 +189,19 @@ def test_guidance_far_above_the_own(pipe: Pipeline) -> None:
         pipe(0, guidance_scale=7.5)
 
 
+def test_a_saved_card_has_no_results_of_another_grid(toy_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_folder, tmp_path / "own")
+    config = json.loads((tmp_path / "own/config.json").read_text())
+    config["training"] = {"images_seen": 5, "heldout": {"bits_per_token": 1.5}}
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    own = Pipeline.from_pretrained(tmp_path / "own", device="cpu")
+    for saved, there in ((own, True), (own.at_grid((5, 5)), False)):
+        saved.save_pretrained(tmp_path / "saved")
+        written = json.loads((tmp_path / "saved/config.json").read_text())["training"]
+        assert written["images_seen"] == 5
+        assert ("heldout" in written) is there is ("| held-out |" in (tmp_path / "saved/README.md").read_text())
+
+
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_pictures_are_a_list_and_saved(pipe: Pipeline, tmp_path: Path, output_type: str) -> None:
     out = pipe([0, 1], num_images_per_prompt=3, seed=1, output_type=output_type)
@@ -202,6 +220,9 @@ def test_pictures_are_a_list_and_saved(pipe: Pipeline, tmp_path: Path, output_ty
     one = pipe(1, seed=1, output_type=output_type)
     with Image.open(one.save(str(tmp_path / "one.png"))) as picture:
         assert picture.size == (8, 8), "one picture is saved as it is"
+    for lower, upper in (("one.png", "ONE.PNG"), ("one.jpg", "ONE.JPG"), ("one.npz", "ONE.NPZ")):
+        assert one.save(tmp_path / upper).is_file()
+        assert one.save(tmp_path / lower).read_bytes() == (tmp_path / upper).read_bytes()
     for wrong in ("a.mp4", "a.gif", "a.tiff"):
         with pytest.raises(ValueError, match=r"pictures are saved as .png, .jpg, .* not '\."):
             out.save(tmp_path / wrong)
@@ -211,7 +232,7 @@ def test_clips_are_saved(clips: Pipeline, tmp_path: Path) -> None:
     out = clips("cross", seed=1)
     expected = clips("cross", seed=1, output_type="np").videos[0]
     assert out.frame_rate == 5.0
-    for name in ("a.gif", "a.webp", "a.mp4"):
+    for name in ("a.gif", "a.webp", "a.mp4", "A.GIF", "A.WEBP", "A.MP4"):
         assert as_array(out.save(tmp_path / name)).shape == (5, 8, 8, 3)
     np.testing.assert_array_equal(as_array(tmp_path / "a.webp"), expected)
     np.testing.assert_array_equal(as_array(out.save(tmp_path / "folder") / "000000"), expected)

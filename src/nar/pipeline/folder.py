@@ -119,7 +119,10 @@ def save(
     text = self.text.config if isinstance(self.text, TextEncoder) else self.text
     state = read_weights(_needed(source)) if _is_packed(model) else model.state_dict()
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
-    config = (read_config(source) if source else {}) | {
+    known = read_config(source) if source else {}
+    if known.get("model", {}).get("grid") != list(model.config.grid):
+        known.get("training", {}).pop("heldout", None)  # results of another grid
+    config = known | {
         "kind": "transformer",
         "model": dataclasses.asdict(model.config),
         "class_names": list(self.class_names),

@@ -80,6 +80,7 @@ ATTRIBUTES = {
     "scheduler": "the generation order is pipe.model.layout.schedule",
     "num_timesteps": "passes of a picture are pipe.num_steps",
     "guidance_scale": "the model's own settings are pipe.sampling",
+    "frame_rate": "out.save(FILE, frame_rate=...) plays clips at another rate, Pipeline(..., frame_rate=...) has one",
     "name_or_path": "where it was read from is pipe.folder",
     "set_progress_bar_config": "give progress=True in a call",
     "progress_bar": "give progress=True in a call",

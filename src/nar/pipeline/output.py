@@ -87,21 +87,22 @@ class Output:
             ModuleNotFoundError: .mp4 without PyAV.
         """
         path, clips = Path(path), self.videos is not None
-        if path.suffix.lower() not in ("", ".npz", *(CLIPS if clips else STILLS)):
+        suffix = path.suffix.lower()
+        if suffix not in ("", ".npz", *(CLIPS if clips else STILLS)):
             kinds = ", ".join((CLIPS if clips else STILLS)[:-1])
             noun = "clips" if clips else "pictures"
             raise ValueError(f"{noun} are saved as {kinds}, .npz, or in a folder without a dot, not {path.suffix!r}")
         rate, pictures = frame_rate or self.frame_rate, self.pictures()
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             atomically(path, self._write_arrays)
-        elif not path.suffix:
+        elif not suffix:
             atomically(path, lambda folder: _write_folder(folder, pictures, rate))
-        elif clips and path.suffix.lower() in (".gif", ".mp4", ".webp"):
+        elif clips and suffix in (".gif", ".mp4", ".webp"):
             moving = pictures[0] if len(pictures) == 1 else moving_sheet(pictures, self.names, columns=self.columns)
             atomically(path, lambda staged: save_clip(moving, staged, frame_rate=rate))
         else:
             picture = self._picture()
-            options = {"quality": JPEG_QUALITY} if path.suffix.lower() in (".jpg", ".jpeg") else {"lossless": True}
+            options = {"quality": JPEG_QUALITY} if suffix in (".jpg", ".jpeg") else {"lossless": True}
             atomically(path, lambda staged: picture.save(staged, **options))
         return path
 
@@ -139,7 +140,8 @@ class Output:
         pixels = made if isinstance(made, np.ndarray) else np.stack([_array(one) for one in self.pictures()])
         labels = np.array(self.class_labels)
         arrays = {"arr_0": pixels, "names": np.array(self.names)} | ({"labels": labels} if labels.min() >= 0 else {})
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        with path.open("wb") as file:  # of a path numpy would make .NPZ.npz
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     def _repr_png_(self) -> bytes | None:
         return (

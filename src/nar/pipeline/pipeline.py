@@ -42,7 +42,8 @@ from nar.text.captions import Captions
 from nar.tokenizer import Tokenizer
 
 USUAL_FRAME_RATE = 8.0  # of clips of models that do not say
-FIXED = ("model", "tokenizer", "session", "captions", "continuation", "inputs", "class_names")  # as they fit together
+# They fit together.
+FIXED = ("model", "tokenizer", "session", "captions", "continuation", "inputs", "class_names", "pixel_shape")
 DECODED_PIXELS = 2**20  # at once: 16 pictures of 256x256, whose decoder takes some 2 GB
 
 Callback = Callable[["Pipeline", int, Tensor], None]
@@ -85,7 +86,7 @@ class Pipeline:
         self.pixel_shape = tokenizer.pixel_shape(config.grid)
         self.continuation = Continuation(model, tokenizer, given_frames)
         self.inputs = Inputs(config, self.class_names, self.continuation.counts)
-        self._trained_rate, self.frame_rate = frame_rate, frame_rate or USUAL_FRAME_RATE
+        self._trained_rate = frame_rate
         self._lock = threading.RLock()  # one generation at a time; re-entrant, for callbacks that raise a better error
         self._sharing = weakref.WeakSet([self])  # pipelines with the same weights
         self.choice: Choice | None = None  # why it has its number format, where that was measured
@@ -172,6 +173,11 @@ class Pipeline:
         return self.model.config
 
     @property
+    def frame_rate(self) -> float:
+        """Of clips, frames per second."""
+        return self._trained_rate or USUAL_FRAME_RATE
+
+    @property
     def num_steps(self) -> int:
         """Forward passes that a picture takes, or one pass over a clip: one a front."""
         return self.model.layout.schedule.num_steps
@@ -255,7 +261,7 @@ class Pipeline:
     @checked
     def label_name(self, index: int) -> str:
         """The name of a class, or its number where there are no names."""
-        return self.class_names[index] if index < len(self.class_names) else str(index)
+        return self.class_names[index] if 0 <= index < len(self.class_names) else str(index)
 
     def __call__(
         self,
@@ -318,11 +324,11 @@ class Pipeline:
         """
         habits.refuse(others, habits.CALL, signature(Pipeline.__call__).parameters)
         class_labels, prompt = self.inputs.meant(what, class_labels, prompt)
+        check_call(output_type, batch_size, callback_on_front_end, progress=progress)
+        check_particles(particles, known)
         if size is not None:
             return of_size(self, size, locals())
         sampling = dataclasses.replace(self.sampling, **settings_among(locals()))
-        check_call(output_type, batch_size, callback_on_front_end, progress=progress)
-        check_particles(particles, known)
         requests = self.inputs.requests(
             class_labels, prompt, negative_prompt, frames, read=self._read, number=num_images_per_prompt
         )
