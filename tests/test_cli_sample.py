@@ -204,7 +204,7 @@ def test_missing_packages_are_named(
         return found(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    monkeypatch.setattr("nar.cli.sample.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("nar.cli.options.find_spec", lambda name: None if name == package else object())
     failed = run("sample", clips_folder, "--prompt", "a", "-o", tmp_path / "a.mp4", code=2)
     assert f"pip install nar-gen[{extra}]" in failed
 

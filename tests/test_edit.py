@@ -241,6 +241,13 @@ def test_pictures_of_any_size_from_nothing(pipe: Pipeline) -> None:
     assert (called.images == pipe.extend(None, (8, 13), class_labels="plum", seed=3, output_type="np").images).all()
     with pytest.raises(ValueError, match="size does not go with known"):
         pipe("plum", size=(8, 13), known=np.zeros((1, 4, 4), np.int64))
+    for options, message in (
+        ({"particles": 8}, "particles choose among samples by what is known"),
+        ({"particles": -3}, "particles must be a whole number from 1"),
+        ({"progress": "x"}, "progress must be true or false, not 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe("plum", size=(8, 13), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size must be two whole numbers"):
         pipe("plum", size=16)
 
@@ -347,6 +354,8 @@ def test_the_command(folder: Path, toy_folder: Path, tmp_path: Path, capsys: pyt
     sheet, several = tmp_path / "sheet.png", tmp_path / "several"
     assert run("edit", folder, *common, "--box", "1,2,3,4", "-n", 3, "-o", several, "--sheet", sheet) == 0
     assert len(list(several.glob("*.png"))) == 3
+    assert run("edit", tmp_path / "no model", *common, "--box", "1,2,3,4", "-o", several) == 2
+    assert "several must be new or empty" in capsys.readouterr().err  # before anything is sampled
     assert Image.open(sheet).width > 5 * 10
     assert "not trained to edit" not in capsys.readouterr().err
     assert run("edit", toy_folder, *common, "--box", "1,2,3,4", "-o", tmp_path / "known.png") == 0

@@ -149,3 +149,15 @@ def test_a_pipeline_and_the_command_choose_and_record(toy_folder: Path, tmp_path
     record = json.loads((tmp_path / "set" / "samples.json").read_text())[0]
     assert record["dtype"] in ("float32", "float16", "int8", "bfloat16")
     assert record["dtype_choice"]["threads"] == torch.get_num_threads()
+
+
+def test_a_set_in_a_measured_format_is_resumed(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed: list[dict[str, object]] = []
+    monkeypatch.setattr("nar.evaluation.sets.claim", lambda _, settings, **__: claimed.append(settings))
+    command = ["sample", str(toy_folder), "--dtype", "auto", "-n", "2", "--labels", "balanced", "--device", "cpu"]
+    for name in ("first.npz", "second.npz"):
+        CliRunner().invoke(app, [*command, "-o", str(tmp_path / name)], catch_exceptions=False)
+    assert claimed[0] == claimed[-1]
+    assert claimed[0]["dtype"] in ("float32", "float16", "int8", "bfloat16")

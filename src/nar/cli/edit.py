@@ -11,7 +11,6 @@ import typer
 
 from nar.cli import options as shared
 from nar.cli.app import app, echo
-from nar.storage.files import check_output
 
 
 @app.command(
@@ -87,7 +86,7 @@ def edit(
     if sheet is not None and sheet.suffix.lower() not in kinds:
         raise ValueError(f"sheet {sheet} must end in .png, .jpg or .webp")
     for path in filter(None, (output, sheet)):
-        check_output(path if path.suffix else path / "000000.png")
+        shared.check_results(path)
     from nar.pipeline import Pipeline
     from nar.pipeline.canvas import before, extended, masked
     from nar.pipeline.edit import opened

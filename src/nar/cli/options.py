@@ -1,11 +1,15 @@
-"""Options that several verbs have, with their help."""
+"""Options that several verbs have, with their help, and what they check of them."""
 
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nar.storage.files import check_output
 
 
 def finite(value: float | None) -> float | None:
@@ -31,3 +35,12 @@ GuidancePower = Annotated[float | None, typer.Option(help="Exponent of how far a
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens, 0 is off.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the most likely tokens up to this mass.")]
+
+
+def check_results(output: Path) -> None:
+    """Refuse a place for results, a folder where it has no ending, that can't be written before they are made."""
+    if output.suffix.lower() == ".mp4" and find_spec("av") is None:
+        raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
+    if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output folder {output} must be new or empty")
+    check_output(output if output.suffix else output / "samples.json")

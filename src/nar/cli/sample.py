@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ import typer
 from nar import __version__
 from nar.cli import options as shared
 from nar.cli.app import app, echo, sizes
-from nar.storage.files import atomically, check_output
+from nar.storage.files import atomically
 from nar.storage.text import read_lines
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def sample(
             raise ValueError("a set needs a place: give --output FILE.npz, or a folder")
         if of_prompts and prompts_file is None:
             raise ValueError("--labels prompts samples one picture of each line of a file: give --prompts-file FILE")
-        from nar.pipeline.folder import format_facts
+        from nar.pipeline.folder import number_format
         from nar.sampling import settings_among
         from nar.training.distributed import joined
 
@@ -160,7 +159,8 @@ def sample(
         with joined(device or "auto") as workers:
             pipe = _pipeline(model, workers.device, dtype, text_encoder, grid, heads)
             how: dict[str, Any] = {"sampling": dataclasses.replace(pipe.sampling, **settings), "seed": seed}
-            how |= {"batch_size": batch_size, "settings": {"model": model, **format_facts(pipe.model, pipe.choice)}}
+            # Not why: measurements differ from one process or day to another, and parts are shared and kept.
+            how |= {"batch_size": batch_size, "settings": {"model": model, "dtype": number_format(pipe.model)}}
             how["settings"] |= {"heads": heads} if heads != "mean" else {}
             _sample_set(pipe, workers, output, number or EACH, set_labels or "", lines, geneval, how)
         return
@@ -293,11 +293,7 @@ def _check_output(output: Path) -> None:
     if output.suffix not in CLIPS:
         allowed = ".png, .jpg, .webp, .gif or .npz (clips also .mp4), or be a folder without a dot in its name"
         raise ValueError(f"output {output} must end in {allowed}, not {output.suffix!r}")
-    if output.suffix == ".mp4" and find_spec("av") is None:
-        raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install nar-gen[video]")
-    if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output folder {output} must be new or empty")
-    check_output(output if output.suffix else output / "samples.json")
+    shared.check_results(output)
 
 
 def _free(model: str, ending: str) -> Path:
