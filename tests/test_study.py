@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nar.model import ModelConfig
+from nar.sampling import Sampling
 from nar.storage.config import load
 from nar.storage.files import write_json
 from nar.storage.folder import find_model
 from nar.study.figures import write_figures
-from nar.study.judge import Judged, golden_section
-from nar.study.plan import STUDY, Prediction, Study, model_config, read_study, training_flops
+from nar.study.judge import Half, Judged, golden_section
+from nar.study.plan import STUDY, Judging, Prediction, Study, model_config, read_study, training_flops
 from nar.study.run import compare_models, run_study, write_log
 from nar.study.tables import FAILED, HELD, OPEN, markdown, read_result, result, write_tables
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
@@ -251,6 +253,88 @@ def test_a_refused_study_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^held-out samples: 1, and 4 are needed: .*heldout_share"):
         run_study(study_of(tmp_path, data=str(tmp_path / "pictures")))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Trainings and judgements that take no time: which runs are judged, with which guidance scale."""
+    judged: list[tuple[str, float | None]] = []
+
+    def train(_: str, overrides: tuple[str, ...]) -> Path:
+        run = Path(overrides[-1].removeprefix("run="))
+        write_json(run / "model" / "config.json", {"training": {"heldout": {"loss": 1.0}}})
+        (run / "metrics.jsonl").touch()
+        return run / "model"
+
+    def judge(folder: Path, *_: object, guidance_scale: float | None, **__: object) -> Judged:
+        judged.append((folder.parent.name.rpartition("-")[0], guidance_scale))
+        facts = {"metrics": {"steps": 7.0}, "interval": {}}
+        return Judged(facts | {"sampling": {"guidance_scale": guidance_scale or float(len(judged))}}, {})
+
+    monkeypatch.setattr("nar.study.run.run_recipe", train)
+    monkeypatch.setattr("nar.study.run.judge", judge)
+    monkeypatch.setattr("nar.study.run.code_sets", lambda *_: None)
+    return judged
+
+
+@pytest.mark.usefixtures("asked")
+def test_tables_leave_out_logs_of_the_study_before_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(tmp_path, seeds=[0])
+    out = run_study(study)
+    assert out is not None
+    assert len(read_result(out).arms) == 2
+    changed = study_of(tmp_path, seeds=[0], judging=JUDGING | {"number": 32})
+    with monkeypatch.context() as stopped:
+        stopped.setattr("nar.study.run.write_log", lambda path, log: write_log(path, log) or sys.exit())
+        with pytest.raises(SystemExit):
+            run_study(changed)
+    with pytest.warns(UserWarning, match=f"^raster-0 in .* before it was changed, .* nar compare STUDY.yaml run={out}"):
+        assert [*read_result(out).arms] == ["nar"]
+    run_study(changed)
+    assert len(read_result(out).arms) == 2
+    with monkeypatch.context() as stopped:
+        stopped.setattr("nar.study.run.run_recipe", lambda *_: None)
+        assert run_study(study_of(tmp_path, seeds=[0], num_images=64)) is None
+    with pytest.warns(UserWarning, match="nar-0, raster-0"), pytest.raises(ValueError, match="has no logs yet"):
+        read_result(out)
+    write_json(out / STUDY, dataclasses.asdict(study))  # of a version that kept no digests
+    assert len(read_result(out).arms) == 2
+
+
+def test_all_seeds_of_an_arm_have_the_guidance_of_its_first(
+    tmp_path: Path, asked: list[tuple[str, float | None]]
+) -> None:
+    arms = ARMS | {"fixed": {"of": "nar", "sampling": ["guidance_scale=3"]}}
+    for seeds in ([0, 1], [5, 0, 1]):
+        out = run_study(study_of(tmp_path, arms=arms, seeds=seeds, judging=JUDGING | {"guidance": [1, 3]}))
+        assert out is not None
+        for arm in ARMS:
+            logs = [json.loads((out / f"logs/{arm}-{seed}.json").read_text()) for seed in seeds]
+            assert len({log["sampling"]["guidance_scale"] for log in logs}) == 1
+    assert len(asked) == 2 * 2 + 2 + 2 * 3 + 1  # what does not depend on the first seed is kept
+
+
+@pytest.mark.parametrize("where", ["arm", "sweep"])
+def test_arms_hold_out_the_same_samples(tmp_path: Path, where: str) -> None:
+    further = {"smaller": {"settings": ["data.heldout_share=0.2"]}}
+    values = {"arms": ARMS | further} if where == "arm" else {"sweep": {"data.heldout_share": [0.05, 0.2]}}
+    with pytest.raises(ValueError, match=r"data.heldout_share is 0.2, and must be 0.05 as in the other arms"):
+        run_study(study_of(tmp_path, **values))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 64), (64, 64)])
+def test_real_samples_get_the_size_of_the_model(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = SimpleNamespace(makes_clips=len(shape) == 3, pixel_shape=shape, device="cpu")
+    half = Half.__new__(Half)
+    half.pipe, half.how, half.cache, half.count = pipe, Judging(), None, 0  # type: ignore[assignment]
+    half.samples = SimpleNamespace(requests=lambda *_: ["one"])  # type: ignore[assignment]
+    half.heldout = SimpleNamespace(source=None)  # type: ignore[assignment]
+    monkeypatch.setattr("nar.metrics.detectors.TransNetDetector", lambda _: None)
+    given: dict[str, object] = {}
+    monkeypatch.setattr("nar.study.judge.evaluate", lambda *_, **options: given.update(options) or {"interval": {}})
+    half.scores(Sampling(), 8)
+    assert given["size"] == 64
 
 
 def test_one_model_is_no_comparison(tmp_path: Path) -> None:

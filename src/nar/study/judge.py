@@ -166,7 +166,7 @@ class Half:
                 self.heldout.source,
                 Sampled(pipe, asked, sampling, self.how.seed, batch),
                 detector=detector,
-                size=None if clips else pipe.pixel_shape[-1],
+                size=pipe.pixel_shape[-1],
                 calibration=0,
                 resamplings=resamplings,
                 batch_size=batch,

@@ -181,6 +181,13 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Kept(Study):
+    """A study as its folder keeps it, with the digests of the logs that belong to it; any do where there are none."""
+
+    digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prediction:
     """That a metric of an arm is below (or above) that of another arm, or a number, plus a margin."""
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from nar.training.samples import code_sets
 from nar.training.tasks import run_recipe
 
 CURVE = "heldout_bits_per_token"
+SAME_DATA = ("source", "validation", "heldout_share", "group", "group_without", "codes", "heldout_codes")  # of all arms
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,15 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     trained = [name for name, arm in study.all_arms.items() if not arm.of]
     check_halves(len(work.sources[1]))
     work.make_codes()
-    write_json(work.folder / STUDY, dataclasses.asdict(study))  # only now: a refused study leaves nothing
-    tried = {name: [work.run(name, study.seeds[0], choice) for choice in work.choices] for name in trained}
+    places = itertools.product(trained, study.seeds, work.choices)
+    every = {(name, seed, choice): work.run(name, seed, choice) for name, seed, choice in places}
+    work.keep(every.values())  # only now: a refused study leaves nothing
+    tried = {name: [every[name, study.seeds[0], choice] for choice in work.choices] for name in trained}
     if not work.train([run for runs in tried.values() for run in runs], jobs):
         return None
     best = {name: work.choices[_least_loss(runs)] for name, runs in tried.items()}
-    runs = {(name, seed): work.run(name, seed, best[name]) for name in trained for seed in study.seeds}
+    runs = {(name, seed): every[name, seed, best[name]] for name in trained for seed in study.seeds}
+    work.keep(runs.values())
     if not work.train(list(runs.values()), jobs):
         return None
     if int(os.environ.get("RANK", "0")) == 0:
@@ -138,6 +142,19 @@ class _Work:
         if not self.base.data.source:
             raise ValueError(f"recipe {study.recipe} needs pictures: data=FOLDER")
         self.choices = [*itertools.product(*([f"{k}={v}" for v in values] for k, values in study.sweep.items()))]
+        for name, arm in study.all_arms.items():
+            for choice in self.choices if not arm.of else ():
+                self._check_data(name, study.recipe_of(name, choice))
+
+    def _check_data(self, name: str, recipe: Recipe) -> None:
+        """Raise ValueError where a recipe may learn from what all arms are judged on."""
+        for key in SAME_DATA:
+            own, common = getattr(recipe.data, key), getattr(self.base.data, key)
+            if own != common:
+                raise ValueError(
+                    f"arm {name}: data.{key} is {own!r}, and must be {common!r} as in the other arms, which are judged "
+                    "on the same held-out samples; set it for all of them, in the settings of the study"
+                )
 
     @cached_property
     def tokenizer(self) -> Path | None:
@@ -193,12 +210,30 @@ class _Work:
                 bar.update()
         return True
 
+    def keep(self, runs: Iterable[Run]) -> None:
+        """Write the study beside the digests of the logs that it will have of these runs: tables leave others out."""
+        arms = self.study.all_arms.items()
+        digests = [self.digest(name, run) for run in runs for name, arm in arms if (arm.of or name) == run.arm]
+        write_json(self.folder / STUDY, dataclasses.asdict(self.study) | {"digests": digests})
+
+    def digest(self, name: str, run: Run) -> str:
+        """Of all that the log of a run as an arm depends on: its guidance is chosen with the first seed."""
+        study, first = self.study, [self.study.seeds[0]] if self._tunes(name) else []
+        return _digest(
+            run.folder.name, dataclasses.asdict(study.all_arms[name]), dataclasses.asdict(study.judging), *first
+        )
+
+    def _tunes(self, name: str) -> bool:
+        """Whether the guidance of an arm is searched."""
+        given = any(setting.startswith("guidance_scale=") for setting in self.study.all_arms[name].sampling)
+        return bool(self.study.judging.guidance) and not given
+
     def judge(self, name: str, run: Run, choice: Sequence[str]) -> None:
         """Judge a run as one arm does, unless it was: writes its log."""
         study, arm = self.study, self.study.all_arms[name]
         path = self.folder / "logs" / f"{name}-{run.seed}.json"
         facts = {"arm": name, "seed": run.seed, "run": run.folder.name, "chosen": [*choice]}
-        facts["digest"] = _digest(run.folder.name, dataclasses.asdict(arm), dataclasses.asdict(study.judging))
+        facts["digest"] = self.digest(name, run)
         if path.is_file() and read_json(path).get("digest") == facts["digest"]:
             return
         settings = dict(given.partition("=")[::2] for given in arm.sampling)
@@ -206,9 +241,9 @@ class _Work:
         sampling = {key: all_settings[key] for key in settings}
         first = self.folder / "logs" / f"{name}-{study.seeds[0]}.json"
         scale = None
-        if run.seed != study.seeds[0] and study.judging.guidance and "guidance_scale" not in settings:
+        if run.seed != study.seeds[0] and self._tunes(name):
             scale = read_json(first)["sampling"]["guidance_scale"]  # chosen once an arm
-        how = dataclasses.replace(study.judging, guidance=()) if "guidance_scale" in settings else study.judging
+        how = study.judging if self._tunes(name) else dataclasses.replace(study.judging, guidance=())
         options: dict[str, Any] = {"heads": arm.heads, "sampling": sampling, "guidance_scale": scale}
         began = time.monotonic()
         judged = judge(run.folder / "model", self.sources[1], how, cache=self.folder / "features", **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from nar.data.source import some
 from nar.storage.arrays import read_arrays
 from nar.storage.fields import from_dict
 from nar.storage.files import read_json, write_json, write_text
 from nar.study.judge import Judged
-from nar.study.plan import STUDY, Prediction, Study
+from nar.study.plan import STUDY, Kept, Prediction, Study
 from nar.study.statistics import Estimate, difference, estimate, holm
 
 NAMES = {
@@ -75,13 +77,24 @@ class Result:
 
 def read_result(folder: Path) -> Result:
     """The result of a study's folder, by its logs."""
-    study: Study = from_dict(Study, read_json(folder / STUDY), folder / STUDY)
+    study = from_dict(Kept, read_json(folder / STUDY), folder / STUDY)
     logs: dict[str, list[Judged]] = {}
+    stale = []
     for arm in study.all_arms:
         for seed in study.seeds:
             path = folder / "logs" / f"{arm}-{seed}.json"
             if path.is_file():
-                logs.setdefault(arm, []).append(Judged(_read_log(path), _read_pictures(path.with_suffix(".npz"))))
+                log = Judged(_read_log(path), _read_pictures(path.with_suffix(".npz")))
+                if study.digests and log.facts.get("digest", study.digests[0]) not in study.digests:
+                    stale.append(path.stem)
+                else:
+                    logs.setdefault(arm, []).append(log)
+    if stale:
+        warnings.warn(
+            f"{some(stale)} in {folder / 'logs'} are of the study before it was changed, and are left out; run the "
+            f"study again: nar compare STUDY.yaml run={folder}",
+            stacklevel=2,
+        )
     if not logs:
         raise ValueError(f"{folder} has no logs yet; run the study: nar compare STUDY.yaml run={folder}")
     return result(study, logs)
