@@ -15,16 +15,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from nar import bench
 from nar.model import ModelConfig
 from nar.sampling import Sampling
 from nar.storage.config import load
 from nar.storage.files import write_json
 from nar.storage.folder import find_model
 from nar.study.figures import write_figures
-from nar.study.judge import Half, Judged, golden_section
+from nar.study.judge import Half, Judged, _speed, check_halves, golden_section, judge
 from nar.study.plan import STUDY, Judging, Prediction, Study, model_config, read_study, training_flops
 from nar.study.run import compare_models, run_study, write_log
-from nar.study.tables import FAILED, HELD, OPEN, markdown, read_result, result, write_tables
+from nar.study.tables import FAILED, HELD, OPEN, Result, as_csv, markdown, read_result, result, write_tables
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.training.recipe import Recipe
 from training_runs import recipe, start
@@ -127,6 +128,8 @@ def test_training_flops_are_counted_as_stated() -> None:
         ({"baseline": "rster"}, "did you mean 'raster'"),
         ({"expect": ["nar is better"]}, "must be `METRIC of ARM < ARM`"),
         ({"expect": ["FD of nar < rastr"]}, "did you mean 'raster'"),
+        ({"expect": ["FDD of nar < raster"]}, "names no metric 'FDD' .did you mean 'FD'.*; there are bits_per_token"),
+        ({"expect": ["steps_given_5 of nar < raster"]}, "names no metric 'steps_given_5'"),
         ({"sweep": {"batch_size": "7"}}, "sweep: batch_size must have a list of values"),
         ({"num_images": 5, "training_flops": 1e9}, "a budget is num_images or training_flops"),
         ({"judging": {"guidance": [3, 1]}}, "must be two rising scales"),
@@ -178,6 +181,11 @@ def test_tables_say_what_held_with_intervals(tmp_path: Path) -> None:
     assert {path.name for path in write_figures(tmp_path, found)} == {"curves.png", "quality.png"}
 
 
+def test_a_published_table_is_made_again_of_its_logs() -> None:
+    folder = STUDIES / "results" / "orders-short"
+    assert markdown(read_result(folder)) == (folder / "table.md").read_text(encoding="utf-8")
+
+
 def test_predictions_are_read() -> None:
     assert Prediction.of("FD of nar > raster - 0.5", ["nar", "raster"]) == Prediction(
         "FD of nar > raster - 0.5", "FD", "nar", False, "raster", -0.5
@@ -203,6 +211,92 @@ def test_finished_models_are_compared(tmp_path: Path) -> None:
     assert "which says nothing of seeds" in markdown(found)
     difference = next(iter(found.differences.values()))["bits_per_token"][0]
     assert difference.pictures is not None
+
+
+def of_arms(expect: list[str], **arms: list[dict[str, float]]) -> Result:
+    """The result of arms with these metrics, by seed."""
+    facts = {"interval": {"FD": [9.0, 11.0]}, "sampling": {"guidance_scale": 1.0}}
+    logs = {
+        arm: [Judged(facts | {"metrics": metrics, "seed": seed}, {}) for seed, metrics in enumerate(found)]
+        for arm, found in arms.items()
+    }
+    return result(Study(recipe="toy", arms={arm: {} for arm in arms}, expect=tuple(expect)), logs)
+
+
+def test_exact_metrics_fail_on_the_boundary_and_ties_show_nothing() -> None:
+    expect = ["steps of a < 8", "steps of a < b", "steps of a < 8.5", "steps of a > 8", "precision of a < b"]
+    expect += ["precision of a < 0.6", "coverage of a < b"]
+    a = [{"steps": 8.0, "precision": 0.5 - 1 / 128, "coverage": coverage} for coverage in (0.3, 0.31)]
+    b = [{"steps": 8.0, "precision": 0.5, "coverage": coverage} for coverage in (0.4, 0.42)]
+    found = of_arms(expect, a=a, b=b)
+    answers = [found.held(prediction)[0] for prediction in found.study.predictions]
+    assert answers == [FAILED, FAILED, HELD, FAILED, OPEN, OPEN, HELD]
+    assert found.differences["b"]["precision"][1] is None
+
+
+def test_uneven_seeds_are_stated() -> None:
+    several = [{"FD": 10.0}, {"FD": 20.0}, {"FD": 30.0}]
+    found = of_arms(["FD of b < a"], a=several, b=several[:1])
+    text = markdown(found)
+    assert "Means of 1 to 3 seeds; in brackets the 95 % interval over seeds (Student's t), of one seed over" in text
+    assert "| seeds | 3 | 1 |\n| FD | 20 [-4.841, 44.84] | 10 [9, 11] |" in text
+    assert "| b | FD | +0 (1 seed) |" in text
+    assert "| FD of b < a | **not shown** | difference 0 (1 seed)  |" in text
+    assert found.arms["a"]["FD"].pictures is None  # what is known is of the first seed alone
+    assert as_csv(found).splitlines()[1].endswith(",,,3")
+    assert "| seeds |" not in markdown(of_arms([], a=several, b=several))
+
+
+def test_bits_after_context_frames_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a judgement, its log and the tables: models that begin after other numbers of frames aren't compared."""
+    for count in (0, 1):
+        samples = SimpleNamespace(bits=lambda _: np.array([6.0, 7.0]), cost=lambda *_: np.zeros(2), text_bytes=0)
+        half = SimpleNamespace(samples=samples, count=count, heldout=[1, 2])
+        pipe = SimpleNamespace(sampling=Sampling(), num_steps=7, config=ModelConfig((4, 4), 32, num_classes=3))
+        monkeypatch.setattr("nar.study.judge.Pipeline.from_pretrained", lambda _, pipe=pipe: pipe)
+        monkeypatch.setattr("nar.study.judge.halves", lambda *_, half=half: (half, half))
+        write_json(tmp_path / "config.json", {})
+        monkeypatch.setattr("nar.study.judge.made_by", lambda _: {})
+        log = judge(tmp_path, "toy", Judging(num_sampled=0, batch_sizes=()))
+        log.facts["seed"] = 0
+        write_log(tmp_path / f"logs/arm{count}-0.json", log)
+    write_json(tmp_path / STUDY, dataclasses.asdict(Study(recipe="toy", arms={"arm0": {}, "arm1": {}}, seeds=(0,))))
+    found = read_result(tmp_path)
+    assert {name for name in found.arms["arm0"] if "_" in name} >= {"bits_per_token", "independence_cost"}
+    assert found.arms["arm1"]["bits_per_token_given_1"].pictures is not None
+    assert "bits_per_token" not in found.arms["arm1"]
+    assert not found.differences["arm1"]
+    assert "| bits per token, after 1 frames |  | 6.5 [" in markdown(found)
+
+
+@pytest.mark.parametrize(("independence", "least"), [(True, 8), (False, 4)])
+def test_too_few_held_out_samples_are_refused_before_the_training(independence: bool, least: int) -> None:
+    how = Judging(independence=independence)
+    check_halves(least, how)
+    with pytest.raises(ValueError, match=f"samples: {least - 1}, and {least} are needed"):
+        check_halves(least - 1, how)
+
+
+def test_speed_is_of_the_settings_and_the_device_that_are_judged(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[Sampling] = []
+    real = bench.generate
+    monkeypatch.setattr(
+        bench, "generate", lambda model, what, how, **more: sampled.append(how) or real(model, what, how, **more)
+    )
+    monkeypatch.setattr(bench, "_machine", lambda *_: (1.0, 1.0))
+    chosen = Sampling(2.5, 8, "linear", temperature=0.7, top_k=5)
+    setups: list[bench.Setup] = []
+    monkeypatch.setattr(
+        "nar.study.judge.bench_folder",
+        lambda folder, setup, **more: setups.append(setup) or bench.bench_folder(folder, setup, **more),
+    )
+    found, device = _speed(toy_folder, "cpu:0", chosen, Judging(batch_sizes=(1,), repetitions=1))
+    assert set(sampled) == {chosen}
+    assert [setup.device for setup in setups] == ["cpu:0"]
+    assert device.startswith("cpu")
+    assert found["latency_seconds"] > 0
 
 
 def test_one_seed_shows_no_difference_in_what_varies(tmp_path: Path) -> None:

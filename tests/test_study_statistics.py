@@ -83,4 +83,11 @@ def test_a_single_seed_has_pictures_only() -> None:
     assert (one.seeds, one.p) == (None, None)
     assert one.interval == one.pictures == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)
     assert estimate([2.5]).interval is None
-    assert estimate([1.0, 1.0]).p == 0.0  # no spread: sure
+
+
+def test_ties_of_a_coarse_metric_show_nothing() -> None:
+    """Two seeds whose precision differs by one picture of 128 in both are no proof; none that differs is as it was."""
+    tied = difference([0.7 - 1 / 128, 0.1 - 1 / 128], [0.7, 0.1])
+    assert (tied.seeds, tied.p, tied.interval) == (None, None, None)
+    assert difference([0.5, 0.3], [0.5, 0.3]).p == 1.0
+    assert estimate([1.0, 1.001]).p is not None

@@ -132,7 +132,7 @@ def bench_preset(
             f"how many passes {JACOBI} takes depends on what a model has learned: give a folder of weights"
         )
     config = _preset_config(name)
-    default = VIDEO_GUIDANCE if len(config.grid) == 3 else IMAGE_GUIDANCE
+    default = Sampling(VIDEO_GUIDANCE if len(config.grid) == 3 else IMAGE_GUIDANCE)
     schedules = (config.schedule,) if config.scales else schedules
     tokenizer = preset_tokenizer(name) if setup.pixels else None
 
@@ -143,10 +143,16 @@ def bench_preset(
 
 
 def bench_folder(
-    source: str | Path, setup: Setup, schedules: Sequence[str] = (), *, report: Callable[[Row], None] | None = None
+    source: str | Path,
+    setup: Setup,
+    schedules: Sequence[str] = (),
+    *,
+    sampling: Sampling | None = None,
+    report: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Measure a model folder, a bundled name or a hub id; other schedules than its own run on random weights.
 
+    Sampled as `sampling` says, by default with the model's own scale of guidance, where the setup has none.
     "jacobi" decodes a raster model's own weights in parallel, with Gumbel numbers; its steps are the passes it took.
     """
     folder = find_model(source)
@@ -161,7 +167,8 @@ def bench_folder(
             return Transformer.from_pretrained(folder, dtype, setup.device)
         return _random(with_schedule(shape, schedule), dtype, setup.device)
 
-    default, schedules = float(config.get("sampling", {}).get("guidance_scale", 1.0)), schedules or (shape.schedule,)
+    default = sampling or Sampling(float(config.get("sampling", {}).get("guidance_scale", 1.0)))
+    schedules = schedules or (shape.schedule,)
     setup = _decided(setup, load, schedules[0], model_digest(folder))
     return _bench(str(source), load, schedules, tokenizer, setup, default, report)
 
@@ -235,11 +242,11 @@ def _bench(
     schedules: Sequence[str],
     tokenizer: Tokenizer | None,
     setup: Setup,
-    default_guidance: float,
+    sampling: Sampling,
     report: Callable[[Row], None] | None,
 ) -> list[Row]:
-    scale = default_guidance if setup.guidance_scale is None else setup.guidance_scale
-    sampling = Sampling(guidance_scale=scale, guidance_interval=setup.guidance_interval)
+    given = {name: getattr(setup, name) for name in ("guidance_scale", "guidance_interval")}
+    sampling = dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
     device = torch.device(setup.device)
     bandwidth, arithmetic = _machine(setup.dtype, device)
     if tokenizer is not None:
@@ -279,7 +286,7 @@ def _bench(
                 "floor_fraction": max(reading, multiplying) / seconds,
                 "weights_per_step": needed.weights_per_step,
                 "compiled": setup.compiled,
-                "guidance_scale": scale,
+                "guidance_scale": sampling.guidance_scale,
             }
             rows.append(setup.row(name, "sample", batch, times, setup.dtype, **facts))
             if report is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nar.storage.files import atomically
+from nar.study.plan import kind_of
 from nar.study.tables import Result
 
 
@@ -47,8 +48,9 @@ def quality(result: Result, folder: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     known = [found for found in result.arms.values() if "latency_seconds" in found]
-    metric = "FD" if known and all("FD" in found for found in known) else "bits_per_token"
-    if not known or not all(metric in found for found in known):
+    names = ["FD", *(name for found in known[:1] for name in found if kind_of(name) == "bits_per_token")]
+    metric = next((name for name in names if all(name in found for found in known)), None)
+    if not known or metric is None:
         return None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -29,7 +29,7 @@ from nar.study.plan import Judging, training_flops
 from nar.training.models import num_parameters
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-LEAST = 4  # samples: two in each half
+LEAST, LEAST_COUPLED = 4, 8  # samples, two in each half; and four, which fitting a coupling takes
 SCORES = ("FD", "KID", "precision", "recall", "coverage")  # of those that are computed, what a study reports
 
 
@@ -72,24 +72,25 @@ def judge(
 
         scale, tried = golden_section(distance, how.guidance[0], how.guidance[1], how.tuning_steps)
         chosen = dataclasses.replace(chosen, guidance_scale=scale)
-    bits = second.samples.bits(second.count)
-    metrics, intervals, pictures = {"bits_per_token": float(bits.mean())}, dict[str, Any](), {"bits_per_token": bits}
+    given = f"_given_{second.count}" if second.count else ""  # bits after some frames are of fewer codes
+    intervals, pictures = dict[str, Any](), {f"bits_per_token{given}": second.samples.bits(second.count)}
     if how.independence and second.samples.text_bytes <= COUPLED_BYTES:
-        cost = second.samples.cost(second.count, how.seed)
-        metrics["independence_cost"], pictures["independence_cost"] = float(cost.mean()), cost
+        pictures[f"independence_cost{given}"] = second.samples.cost(second.count, how.seed)
+    metrics = {name: float(values.mean()) for name, values in pictures.items()}
     if how.num_sampled:
         numbers, intervals = second.scores(chosen, how.num_sampled)
         metrics |= {name: numbers[name] for name in SCORES if name in numbers}
         intervals = {name: intervals[name] for name in metrics if name in intervals}
     metrics["steps"] = float(pipe.num_steps)
-    metrics |= _speed(folder, chosen, how) if how.batch_sizes else {}
+    speed, timed_on = _speed(folder, str(pipe.device), chosen, how) if how.batch_sizes else ({}, "")
+    metrics |= speed
     training = read_config(folder).get("training", {})
     seen, flops = training.get("images_seen", 0), training_flops(pipe.config)
     facts: dict[str, Any] = {"metrics": metrics, "interval": intervals, "sampling": dataclasses.asdict(chosen)}
     facts |= {"tried": tried, "num_real": len(second.heldout), "judging": dataclasses.asdict(how), **made_by(folder)}
     facts |= {"num_images": seen, "training_flops": seen * flops, "flops_per_image": flops}
     facts |= {"num_parameters": num_parameters(pipe.config)}
-    facts |= {"hours": training.get("hours"), "version": __version__}
+    facts |= {"hours": training.get("hours"), "timed_on": timed_on, "version": __version__}
     return Judged(facts, pictures)
 
 
@@ -125,18 +126,20 @@ def halves(
 ) -> tuple[Half, Half]:
     """Held-out samples in two halves, as a pipeline is conditioned on them; `trained` is what it was trained on."""
     heldout = held_out([pipe], trained, real, "test", how.number, how.seed)
-    check_halves(len(heldout))
+    check_halves(len(heldout), how)
     first, second = (_part(heldout, half) for half in np.array_split(np.arange(len(heldout)), 2))
     wording = trained.get("wording", "plain")
     return Half(pipe, first, wording, how, cache), Half(pipe, second, wording, how, cache)
 
 
-def check_halves(number: int) -> None:
+def check_halves(number: int, how: Judging) -> None:
     """Raise ValueError for held-out samples of which no halves can be compared."""
-    if number < LEAST:
+    least = LEAST_COUPLED if how.independence else LEAST
+    if number < least:
         raise ValueError(
-            f"held-out samples: {number}, and {LEAST} are needed: settings are chosen on one half and judged on the "
+            f"held-out samples: {number}, and {least} are needed: settings are chosen on one half and judged on the "
             "other; give more, or hold out a larger share of a study's (data.heldout_share)"
+            + (f", or measure no cost of independence (judging.independence=false), then {LEAST} do" * how.independence)
         )
 
 
@@ -184,12 +187,13 @@ def _part(heldout: HeldOut, rows: np.ndarray) -> HeldOut:
     return HeldOut(heldout.source.take(rows), heldout.codes[rows], frames)
 
 
-def _speed(folder: Path, sampling: Sampling, how: Judging) -> dict[str, float]:
-    """Seconds for the smallest batch and pictures a second of the largest, the pixel decoder included."""
+def _speed(folder: Path, device: str, sampling: Sampling, how: Judging) -> tuple[dict[str, float], str]:
+    """Seconds for the smallest batch and pictures a second of the largest, the pixel decoder included; and the name of
+    the device."""
     sizes = sorted({how.batch_sizes[0], how.batch_sizes[-1]})
-    scale, end = sampling.guidance_scale, sampling.guidance_interval
-    rows = bench_folder(folder, Setup(tuple(sizes), scale, end, repetitions=how.repetitions))
+    setup = Setup(tuple(sizes), device=device, repetitions=how.repetitions)
+    rows = bench_folder(folder, setup, sampling=sampling)
     return {
         "latency_seconds": rows[0].latency_with_pixels_seconds or rows[0].latency_seconds,
         "images_per_second": rows[-1].images_per_second_with_pixels or rows[-1].images_per_second,
-    }
+    }, rows[0].device

@@ -29,6 +29,19 @@ from nar.training.recipe import Recipe
 from nar.training.tasks import read_recipe
 
 STUDY = "study.json"  # a copy of the study in its folder
+METRICS = {  # what is measured, and what tables call it
+    "bits_per_token": "bits per token",
+    "independence_cost": "of which independence costs",
+    **{score: score for score in ("FD", "KID", "precision", "recall", "coverage")},
+    "steps": "steps",
+    "latency_seconds": "seconds, smallest batch",
+    "images_per_second": "pictures a second, largest batch",
+    "num_images": "pictures learned from",
+    "training_flops": "training FLOPs",
+    "num_parameters": "parameters",
+    "guidance_scale": "guidance",
+}
+_GIVEN = re.compile(r"(bits_per_token|independence_cost)_given_(\d+)")  # of clips, after so many context frames
 _PREDICTION = re.compile(r"(.+?) of (\S+) ([<>]) (\S+)(?: ([+-]) (\S+))?")
 _NAME = re.compile(r"[\w.+-]+")
 
@@ -42,7 +55,7 @@ class Arm:
         flops_of: another arm: as many pictures are learned as cost what training that one costs.
         of: another arm: its models are judged with other `heads` or `sampling`, and none is trained.
         heads: which head decides where several predict.
-        sampling: settings of sampling, key=value; of `guidance_scale` the one that is tuned comes first.
+        sampling: settings of sampling, key=value; with a `guidance_scale` none is searched.
     """
 
     settings: tuple[str, ...] = ()
@@ -200,7 +213,7 @@ class Prediction:
 
     @classmethod
     def of(cls, text: str, arms: Sequence[str] | dict[str, Arm]) -> Prediction:
-        """Read a line; raises ValueError for what is none, or names no arm."""
+        """Read a line; raises ValueError for what is none, or names no arm or metric."""
         found = _PREDICTION.fullmatch(" ".join(text.split()))
         if found is None:
             raise ValueError(
@@ -208,10 +221,26 @@ class Prediction:
             )
         metric, arm, sign, right, plus, by = found.groups()
         other: str | float = right if right in arms else _number(right, text, arms)
+        if kind_of(metric) not in METRICS:
+            raise ValueError(
+                f"expect: {text!r} names no metric {metric!r}{suggestion(metric, METRICS)}; there are "
+                f"{', '.join(METRICS)}, and of clips bits_per_token_given_N after N frames"
+            )
         if arm not in arms:
             raise ValueError(f"expect: {text!r} names no arm {arm!r}{suggestion(arm, arms)}")
         margin = _number(by, text, ()) * (-1 if plus == "-" else 1) if by else 0.0
         return cls(text, metric, arm, sign == "<", other, margin)
+
+
+def kind_of(metric: str) -> str:
+    """The metric without the number of context frames that it is measured after."""
+    return _GIVEN.sub(r"\1", metric)
+
+
+def title(metric: str) -> str:
+    """What tables call a metric."""
+    after = _GIVEN.fullmatch(metric)
+    return METRICS.get(kind_of(metric), metric) + (f", after {after[2]} frames" if after else "")
 
 
 def read_study(path: str, overrides: Sequence[str] = ()) -> Study:

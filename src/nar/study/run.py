@@ -75,7 +75,7 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     if work.tokenizer is None:
         return None
     trained = [name for name, arm in study.all_arms.items() if not arm.of]
-    check_halves(len(work.sources[1]))
+    check_halves(len(work.sources[1]), study.judging)
     work.make_codes()
     places = itertools.product(trained, study.seeds, work.choices)
     every = {(name, seed, choice): work.run(name, seed, choice) for name, seed, choice in places}

@@ -16,6 +16,7 @@ from functools import cache
 import numpy as np
 
 LEVEL = 0.95
+TIED = 1e-9  # of a mean: seeds that differ by less are one number, and say nothing of how far others would lie
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,17 @@ class Estimate:
 
     Attributes:
         mean: over seeds and pictures.
-        seeds: the 95 % interval by Student's t over seed means; None of a single seed.
+        seeds: the 95 % interval by Student's t over seed means; None of a single seed, and where they tie.
         pictures: the 95 % interval over pictures, of means over seeds; None where there are no numbers by picture.
-        p: two-sided, of a mean of 0, by Student's t over seed means; None of a single seed.
+        p: two-sided, of a mean of 0, by Student's t over seed means; None as `seeds` is.
+        num_seeds: of the mean; of a difference those that both arms have.
     """
 
     mean: float
     seeds: tuple[float, float] | None = None
     pictures: tuple[float, float] | None = None
     p: float | None = None
+    num_seeds: int = 1
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -44,11 +47,11 @@ def estimate(values: Sequence[float] | np.ndarray, pictures: np.ndarray | None =
     """The mean of `values` (S,), one a seed; `pictures` (S, M) are what they are means of, if known."""
     values = np.asarray(values, np.float64)
     mean, seeds, p = float(values.mean()), None, None
-    if len(values) > 1:
+    if len(values) > 1 and (mean == 0 or np.ptp(values) > TIED * abs(mean)):
         error = float(values.std(ddof=1)) / math.sqrt(len(values))
         seeds = _around(mean, error, len(values) - 1)
-        p = two_sided(mean / error, len(values) - 1) if error else float(mean == 0)
-    return Estimate(mean, seeds, None if pictures is None else over_pictures(pictures.mean(0)), p)
+        p = two_sided(mean / error, len(values) - 1) if error else 1.0
+    return Estimate(mean, seeds, None if pictures is None else over_pictures(pictures.mean(0)), p, len(values))
 
 
 def difference(

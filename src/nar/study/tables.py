@@ -21,21 +21,11 @@ from nar.storage.arrays import read_arrays
 from nar.storage.fields import from_dict
 from nar.storage.files import read_json, write_json, write_text
 from nar.study.judge import Judged
-from nar.study.plan import STUDY, Kept, Prediction, Study
+from nar.study.plan import STUDY, Kept, Prediction, Study, kind_of, title
 from nar.study.statistics import Estimate, difference, estimate, holm
 
-NAMES = {
-    "bits_per_token": "bits per token",
-    "independence_cost": "of which independence costs",
-    "steps": "steps",
-    "latency_seconds": "seconds, smallest batch",
-    "images_per_second": "pictures a second, largest batch",
-    "num_images": "pictures learned from",
-    "training_flops": "training FLOPs",
-    "num_parameters": "parameters",
-    "guidance_scale": "guidance",
-}
 _EXACT = ("steps", "num_images", "num_parameters", "training_flops")  # the same for all seeds
+_BY_PICTURE = ("bits_per_token", "independence_cost")
 _TESTED = ("bits_per_token", "FD", "KID", "precision", "recall", "coverage")
 HELD, OPEN, FAILED = "held", "not shown", "failed"
 
@@ -72,7 +62,8 @@ class Result:
             return OPEN, found  # one seed
         low, high = found.interval or (found.mean, found.mean)
         low, high = (low - margin, high - margin) if prediction.below else (margin - high, margin - low)
-        return HELD if high < 0 else FAILED if low > 0 else OPEN, found
+        missed = low >= 0 if prediction.metric in _EXACT else low > 0
+        return HELD if high < 0 else FAILED if missed else OPEN, found
 
 
 def read_result(folder: Path) -> Result:
@@ -84,7 +75,9 @@ def read_result(folder: Path) -> Result:
         for seed in study.seeds:
             path = folder / "logs" / f"{arm}-{seed}.json"
             if path.is_file():
-                log = Judged(_read_log(path), _read_pictures(path.with_suffix(".npz")))
+                facts = _read_log(path)
+                by_picture = [name for name in facts["metrics"] if kind_of(name) in _BY_PICTURE]
+                log = Judged(facts, _read_pictures(path.with_suffix(".npz"), by_picture))
                 if study.digests and log.facts.get("digest", study.digests[0]) not in study.digests:
                     stale.append(path.stem)
                 else:
@@ -114,9 +107,9 @@ def _read_log(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_pictures(path: Path) -> dict[str, np.ndarray]:
+def _read_pictures(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The numbers of every picture, where they are kept; raises ValueError for what are none."""
-    arrays = read_arrays(path, ["bits_per_token", "independence_cost"]) if path.is_file() else {}
+    arrays = read_arrays(path, names) if path.is_file() else {}
     for name, values in arrays.items():
         if values.dtype.kind != "f" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             found = f"{name} is {values.dtype} {values.shape}, and must be a finite number for each picture"
@@ -129,7 +122,8 @@ def result(study: Study, logs: dict[str, list[Judged]]) -> Result:
     arms = {arm: _estimates(found) for arm, found in logs.items()}
     baseline = next(iter(logs))
     differences: dict[str, dict[str, tuple[Estimate, float | None]]] = {arm: {} for arm in logs if arm != baseline}
-    for metric in _TESTED:
+    metrics = dict.fromkeys(name for found in arms.values() for name in found if kind_of(name) in _TESTED)
+    for metric in metrics:
         found = {
             arm: _difference(logs[arm], logs[baseline], metric)
             for arm in differences
@@ -153,9 +147,11 @@ def write_tables(folder: Path, result: Result) -> list[Path]:
 def markdown(result: Result) -> str:
     """The question, a table of all arms, differences from the baseline, and the predictions."""
     study, arms = result.study, list(result.arms)
-    seeds = max(map(len, result.logs.values()))
+    fewest, seeds = _num_seeds(result)
     lines = [f"**{study.question}**\n"] if study.question else []
     said = f"Means of {seeds} seeds; in brackets the 95 % interval over seeds (Student's t)"
+    if fewest < seeds:
+        said = said.replace("of", f"of {fewest} to", 1) + ", of one seed over pictures"
     said = said if seeds > 1 else "One seed; in brackets the 95 % interval over pictures, which says nothing of seeds"
     lines += [f"{said}.\n", f"| | {' | '.join(arms)} |", "|---|" + "---|" * len(arms)]
     lines += [f"| {head} | {' | '.join(cells)} |" for head, cells in _rows(result)]
@@ -166,14 +162,14 @@ def markdown(result: Result) -> str:
         for arm, found in result.differences.items():
             for metric, (each, p) in found.items():
                 cells = [_ends(each.seeds), _ends(each.pictures), "" if p is None else f"{p:.3g}"]
-                name = NAMES.get(metric, metric)
-                lines.append(f"| {arm} | {name} | {each.mean:+.4g} | {' | '.join(cells)} |")
+                mean = _mean(each, "+.4g", seeds)
+                lines.append(f"| {arm} | {title(metric)} | {mean} | {' | '.join(cells)} |")
     if study.predictions:
         lines += ["", "| expected before it ran | | found |", "|---|---|---|"]
         for prediction in study.predictions:
             answer, found_by = result.held(prediction)
             what = "difference " if isinstance(prediction.other, str) else ""
-            found_text = "" if found_by is None else f"{what}{found_by.mean:.4g} {_ends(found_by.interval)}"
+            found_text = "" if found_by is None else f"{what}{_mean(found_by, '.4g', seeds)} {_ends(found_by.interval)}"
             lines.append(f"| {prediction.text} | **{answer}** | {found_text} |")
     return "\n".join(lines) + "\n"
 
@@ -190,13 +186,15 @@ def as_csv(result: Result) -> str:
     """Every estimate in a line of its own."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    names = ["seeds_low", "seeds_high", "pictures_low", "pictures_high", "p", "p_holm"]
+    names = ["seeds_low", "seeds_high", "pictures_low", "pictures_high", "p", "p_holm", "num_seeds"]
     writer.writerow(["arm", "metric", "difference_from", "mean", *names])
     baseline = next(iter(result.arms))
     for arm, found in result.arms.items():
-        writer.writerows([arm, metric, "", *_numbers(each)[:5], "", ""] for metric, each in found.items())
+        rows = ([arm, metric, "", *_numbers(each)[:5], "", "", each.num_seeds] for metric, each in found.items())
+        writer.writerows(rows)
     for arm, differences in result.differences.items():
-        writer.writerows([arm, name, baseline, *_numbers(each), p] for name, (each, p) in differences.items())
+        found_by = differences.items()
+        writer.writerows([arm, name, baseline, *_numbers(each), p, each.num_seeds] for name, (each, p) in found_by)
     return file.getvalue()
 
 
@@ -222,8 +220,8 @@ def _estimates(logs: Sequence[Judged]) -> dict[str, Estimate]:
     found = {}
     for name in [name for name in facts[0] if all(name in each for each in facts)]:
         each = estimate([metrics[name] for metrics in facts], _pictures(logs, name))
-        ends = logs[0].facts["interval"].get(name)
-        found[name] = dataclasses.replace(each, pictures=tuple(ends)) if ends and each.pictures is None else each
+        ends = logs[0].facts["interval"].get(name) if len(logs) == 1 and each.pictures is None else None
+        found[name] = dataclasses.replace(each, pictures=tuple(ends)) if ends else each
     return found
 
 
@@ -256,7 +254,21 @@ def _pictures(logs: Sequence[Judged], metric: str) -> np.ndarray | None:
 def _rows(result: Result) -> list[tuple[str, list[str]]]:
     metrics = list(dict.fromkeys(name for found in result.arms.values() for name in found))
     cells = {name: [_cell(name, found.get(name)) for found in result.arms.values()] for name in metrics}
-    return [(NAMES.get(name, name), cells[name]) for name in metrics]
+    fewest, most = _num_seeds(result)
+    counts = [("seeds", [str(len(logs)) for logs in result.logs.values()])] if fewest < most else []
+    return counts + [(title(name), cells[name]) for name in metrics]
+
+
+def _num_seeds(result: Result) -> tuple[int, int]:
+    """How many seeds the arms have, at least and at most."""
+    counts = [len(logs) for logs in result.logs.values()]
+    return min(counts), max(counts)
+
+
+def _mean(each: Estimate, style: str, most: int) -> str:
+    """A mean, and of how many seeds it is where others are of more."""
+    fewer = "" if each.num_seeds == most else f" ({each.num_seeds} seed{'s' * (each.num_seeds > 1)})"
+    return f"{each.mean:{style}}{fewer}"
 
 
 def _cell(name: str, each: Estimate | None) -> str:
