@@ -14,6 +14,7 @@ from PIL import Image
 from clip_files import level, numbers, write
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
+from nar.data.config import DataConfig
 from nar.data.extract import extract
 from nar.data.open import load_pictures, open_source
 from nar.media.pixels import as_pixels
@@ -136,6 +137,31 @@ def test_ucf_lists_take_the_class_from_the_name_and_others_from_the_column(tmp_p
     (tmp_path / "lost.csv").write_text(f"{header}1,data/lost.avi,x,1\n")
     with pytest.raises(FileNotFoundError, match=r"lost.csv names the clip data/lost.avi"):
         open_source(tmp_path / "lost.csv", size=16, windows=Windows(2))
+
+
+def test_lists_mean_the_clips_beside_them_from_whichever_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list lies in two folders, whose clips differ; both hold out the same rows, from anywhere."""
+    rows, splits = [f"clips/{row}.gif" for row in range(12)], []
+    for name, shown in (("old", 0), ("moved", 5)):
+        for row in rows:
+            (tmp_path / name / row).parent.mkdir(parents=True, exist_ok=True)
+            frames = [Image.new("L", (8, 8), level(shown + frame)) for frame in (0, 1)]
+            frames[0].save(tmp_path / name / row, save_all=True, append_images=frames[1:], duration=100)
+        (tmp_path / name / "all.csv").write_text("\n".join(["path", *rows]))
+    for here, source in ((tmp_path / "old", "../moved/all.csv"), (tmp_path, "moved/all.csv"), (tmp_path, "old/all.csv")):
+        monkeypatch.chdir(here)
+        found = open_source(source, size=8, windows=Windows(2))
+        assert numbers(found.array(0, 8)) == ([5, 6] if "moved" in source else [0, 1])
+        splits.append([part.names for part in DataConfig(source=source, num_frames=2, heldout_share=0.2).open()])
+    assert splits[0] == splits[1] == splits[2]
+    assert sorted(sum(splits[0], [])) == sorted(rows)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    (tmp_path / "elsewhere" / "few.csv").write_text("path,label\nclips/0.gif,1\nclips/1.gif,01\nclips/2.gif,1\n")
+    few = open_source("../elsewhere/few.csv", size=8, windows=Windows(2))  # found from the working directory
+    assert (few.class_names, few.labels.tolist()) == (("01", "1"), [1, 0, 1])
 
 
 def test_what_is_no_source_of_clips(tmp_path: Path, clips: Path) -> None:

@@ -152,7 +152,8 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
     """Clips named by csv files with the columns `path`, and maybe `label`, `action` and `caption`.
 
     This is the protocol of UCF-101 and Kinetics-600 as LARP's and NAR's trainers have it. Paths are relative to the
-    list, or to a folder above it. In a list whose name begins with "ucf" the class is that of the file's name
+    list, to a folder above it, or else to the working directory; clips are named as the list writes them, so that the
+    same are held out wherever it lies. In a list whose name begins with "ucf" the class is that of the file's name
     (v_<Action>_g01_c01.avi), and classes are numbered in the order of ASCII; in others by the column `label`, named by
     `action`. Without labels there is one class.
 
@@ -160,13 +161,14 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
         ValueError: a list has no column `path`, no rows, or names classes in some rows only.
         FileNotFoundError: a clip is nowhere that its list may mean.
     """
-    files, actions, numbers, captions = list[Path](), list[str](), list[str](), list[str]()
+    written, files, actions, numbers, captions = list[str](), list[Path](), list[str](), list[str](), list[str]()
     for path in paths:
         rows = read_csv(path)
         if not rows or "path" not in rows[0]:
             raise ValueError(f"{path} must be a csv file with a header that names `path`, and at least one row")
         for row in rows:
-            files.append(_found(path, row.get("path", "")))
+            written.append(row.get("path") or "")
+            files.append(_found(path, written[-1]))
             of_name = files[-1].stem.split("_")[1:2] if path.stem.lower().startswith("ucf") else []
             actions.append(of_name[0] if of_name else (row.get("action") or ""))
             numbers.append("" if of_name else (row.get("label") or ""))
@@ -175,10 +177,10 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
     keys = [number or action for number, action in zip(numbers, actions, strict=True)]
     if named and not all(keys):
         raise ValueError(f"{paths[0]}: row {keys.index('') + 1} has no class, but others have; every row needs one")
-    ordered = sorted(set(keys), key=lambda key: (0, int(key), "") if key.isdecimal() else (1, 0, key))
+    ordered = sorted(set(keys), key=lambda key: (0, int(key), key) if key.isdecimal() else (1, 0, key))
     names = dict(zip(keys, actions, strict=True))
     return ClipSource(
-        [str(file) for file in files],
+        written,
         np.array([ordered.index(key) for key in keys]),
         tuple(names[key] or key for key in ordered) if named else ("clip",),
         lambda index: files[index],
@@ -187,9 +189,10 @@ def open_list(paths: Sequence[Path]) -> ClipSource:
 
 
 def _found(listing: Path, name: str) -> Path:
-    for parent in (Path(), *listing.resolve().parents):
+    for parent in (*listing.resolve().parents, Path()):
         if (parent / name).is_file():
             return parent / name
     raise FileNotFoundError(
-        f"{listing} names the clip {name}, which is neither beside the list nor below a folder above it"
+        f"{listing} names the clip {name}, which is neither beside the list nor below a folder above it; "
+        "write its path from the list's folder"
     )
