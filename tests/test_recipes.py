@@ -240,6 +240,8 @@ def test_the_tokenizer_is_set_in_the_same_command(tmp_path: Path, capfd: pytest.
     assert "(for so many: tokenizer.vocab_size=128)" in said
     with pytest.raises(ValueError, match="no tokenizer is trained, as one is given"):
         read_recipe(name, [*given, *advice, "tokenizer_path=emoji/tokenizer"])
+    with pytest.raises(ValueError, match=r"epochs=2 has no effect: no tokenizer is trained, as one is given"):
+        read_recipe(name, [*given, "tokenizer_recipe.epochs=2", "init=emoji"])
     with pytest.raises(ValueError, match=r"unknown key 'tokenizer_loss.kmeans_step' in recipe tokenizer"):
         read_recipe(name, [*given, "tokenizer_loss.kmeans_step=1"])
 
@@ -256,6 +258,26 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert record["images_seen"] == steps * record["config"]["batch_size"] > 0
     monkeypatch.setattr("nar.training.tasks.steps_within", lambda *_: 10**6)
     assert run_recipe(str(path), given) == folder, "it is finished, whatever a new trial would find"
+
+
+@pytest.mark.parametrize(
+    ("given", "minutes"),
+    [
+        ("tokenizer_path=fashion/tokenizer", [3]),
+        ("init=fashion", [3]),
+        ("tokenizer_recipe.batch_size=8", [1, 2]),
+        ("tokenizer_recipe.epochs=0.1", [3]),
+        ("tokenizer_recipe.minutes=0.5", [0.5, 3]),
+    ],
+)
+def test_only_a_tokenizer_without_a_length_shares_the_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, minutes: list[float]
+) -> None:
+    measured: list[float] = []
+    monkeypatch.setattr(tasks, "steps_within", lambda seconds, *_: measured.append(seconds / 60) or 1)
+    name, *overrides = short_recipes(tmp_path)
+    assert run_recipe(name, [*overrides, "minutes=3", given]) is not None
+    assert measured == pytest.approx(minutes)
 
 
 def test_a_part_of_a_group_may_count_for_nothing() -> None:

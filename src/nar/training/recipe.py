@@ -162,6 +162,12 @@ class Recipe(Plan):
         return cast(TokenizerConfig, getattr(self, self.tokenizer_group))
 
     @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained before the model."""
+        given = self.tokenizer_path or self.data.codes or self.init
+        return self.task == "model" and bool(self.tokenizer_recipe) and not given
+
+    @property
     def learns_classes(self) -> bool:
         """Whether the model is conditioned on classes."""
         return not (self.text_encoder.source or self.given_frames) if self.classes is None else self.classes

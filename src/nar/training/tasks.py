@@ -67,7 +67,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if recipe.task == "tokenizer" or not recipe.tokenizer_recipe:
         own = overrides
     if others := [given.removeprefix("tokenizer_recipe.") for given in overrides if given not in own]:
-        if recipe.tokenizer_path or recipe.data.codes:
+        if not recipe.trains_tokenizer:
             raise ValueError(f"{others[0]} has no effect: no tokenizer is trained, as one is given; leave it out")
         load(Recipe, recipe.tokenizer_recipe, others)  # says what is wrong with them
         own.append(f"tokenizer_overrides={json.dumps([*recipe.tokenizer_overrides, *others])}")
@@ -128,16 +128,17 @@ def _run(
         sources = () if recipe.data.codes else recipe.data.open()
         data = facts(recipe, sources)
         _refuse_changes(run, config, data, workers, override=override)
+        share = _first_share(recipe)
         if recipe.init and recipe.task == "model" and not (recipe.tokenizer_path or recipe.data.codes):
             recipe = dataclasses.replace(recipe, tokenizer_path=str(find_model(recipe.init) / "tokenizer"))
-        if recipe.task == "model" and recipe.tokenizer_recipe and not (recipe.tokenizer_path or recipe.data.codes):
+        if recipe.trains_tokenizer:
             folder = _run(_first(recipe, sources), workers, override=override)
             if folder is None:
                 return None
             recipe = dataclasses.replace(recipe, tokenizer_path=str(folder))
         kind = TokenizerTask if recipe.task == "tokenizer" else ModelTask
         if recipe.minutes and not recipe.steps:
-            seconds = 60 * recipe.minutes * (1 - FIRST_SHARE if recipe.tokenizer_recipe else 1)
+            seconds = 60 * recipe.minutes * (1 - share)
             trial = dataclasses.replace(recipe, minutes=0.0, steps=TRIAL_STEPS)
             steps = steps_within(seconds, kind(trial, workers, sources), trial, workers)
             recipe = dataclasses.replace(recipe, steps=steps)
@@ -162,12 +163,17 @@ def _as_begun(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, group_without=without))
 
 
+def _first_share(recipe: Recipe) -> float:
+    """Which share of a recipe's minutes is for the tokenizer that it trains first: none where that has its own length."""
+    own = any(given.partition("=")[0] in LENGTHS for given in recipe.tokenizer_overrides)
+    return FIRST_SHARE if recipe.trains_tokenizer and not own else 0.0
+
+
 def _first(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     """What trains the tokenizer of a model's recipe, on the same data."""
     run = str(Path(recipe.run) / "tokenizer")
-    within = [f"minutes={recipe.minutes * FIRST_SHARE}"] if recipe.minutes else []
-    if any(given.split("=")[0] in LENGTHS for given in recipe.tokenizer_overrides):
-        within = []
+    minutes = recipe.minutes * _first_share(recipe)
+    within = [f"minutes={minutes}"] if minutes else []
     overrides = [f"run={run}", *within, *recipe.tokenizer_overrides]
     first = _fitted(recipe.tokenizer_recipe, overrides, run, lambda: sources)
     if first.task != "tokenizer":
