@@ -260,6 +260,23 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run_recipe(str(path), given) == folder, "it is finished, whatever a new trial would find"
 
 
+def test_steps_and_minutes_exclude_each_other(tmp_path: Path) -> None:
+    refused = "of steps=5 and minutes=10 each takes the place of the others; give one of them"
+    (tmp_path / "both.yaml").write_text("steps: 5\nminutes: 10\n")
+    (tmp_path / "few.yaml").write_text("base: toy\nby_count: {9999: {steps: 5, minutes: 10}}\n")
+    for name, given in (("toy", ["steps=5", "minutes=10"]), *((str(path), []) for path in tmp_path.glob("*.yaml"))):
+        with pytest.raises(ValueError, match=refused):
+            read_recipe(name, given)
+    assert read_recipe("toy", ["steps=5", "minutes=0.0"]).steps == 5
+    assert read_recipe(str(tmp_path / "few.yaml"), ["minutes=3"]).steps == 0
+
+
+@pytest.mark.parametrize("given", ["run=", "run= "])
+def test_a_run_needs_a_folder(given: str) -> None:
+    with pytest.raises(ValueError, match=r"run='.*' is no folder; give one, such as run=runs/mine"):
+        read_recipe("toy", [given])
+
+
 @pytest.mark.parametrize(
     ("given", "minutes"),
     [

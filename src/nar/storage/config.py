@@ -50,8 +50,8 @@ def load(
     `REPLACED`, a key that is given takes the place of those named there for it, of everything before.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong type, or what the dataclass's
-            own checks refuse.
+        ValueError: an unknown key (with the nearest known one), a value of the wrong type, what the dataclass's own
+            checks refuse, or two keys that take each other's place.
         FileNotFoundError: no such recipe.
     """
     path = find_recipe(recipe)
@@ -71,7 +71,11 @@ def load(
         given = _merged(given, nested)
     for above in (*layers, given):
         values = _over(values, above, replaced)
-    return from_dict(schema, values, f"recipe {path.stem}", text=True)
+    loaded = from_dict(schema, values, f"recipe {path.stem}", text=True)
+    if len(rivals := _given(values, replaced)) > 1:
+        found = " and ".join(f"{key}={values[key]}" for key in rivals)
+        raise ValueError(f"recipe {path.stem}: of {found} each takes the place of the others; give one of them")
+    return loaded
 
 
 def _read(path: Path, readers: tuple[Path, ...], replaced: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -120,9 +124,13 @@ def _parse(text: Any, origin: str) -> Any:
 
 def _over(below: dict[str, Any], above: Mapping[str, Any], replaced: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Settings over earlier ones, some of which they take the place of."""
-    given = [key for key in above if key in replaced and str(above[key]).strip("0.") not in ("", "None")]
-    gone = {name for key in given for name in replaced[key]}
+    gone = {name for key in _given(above, replaced) for name in replaced[key]}
     return _merged({key: value for key, value in below.items() if key not in gone}, above)
+
+
+def _given(settings: Mapping[str, Any], replaced: Mapping[str, Sequence[str]]) -> list[str]:
+    """Keys among settings, not 0 or null, that take the place of others."""
+    return [key for key in settings if key in replaced and str(settings[key]).strip("0.") not in ("", "None")]
 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.run.strip():
+            raise ValueError(f"run={self.run!r} is no folder; give one, such as run=runs/mine")
         given = [name for name in LENGTHS if getattr(self, name)]
-        if len(given) != 1 and given != ["steps", "minutes"]:  # minutes that have become steps
+        if len(given) != 1 and given != ["steps", "minutes"]:  # minutes that have become steps; see `load`
             found = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "none"
             raise ValueError(f"one of {', '.join(LENGTHS)} says how long the run is; found {found}")
         if self.images_between[0] > self.images_between[1]:
