@@ -150,7 +150,11 @@ def test_lists_mean_the_clips_beside_them_from_whichever_folder(
             frames = [Image.new("L", (8, 8), level(shown + frame)) for frame in (0, 1)]
             frames[0].save(tmp_path / name / row, save_all=True, append_images=frames[1:], duration=100)
         (tmp_path / name / "all.csv").write_text("\n".join(["path", *rows]))
-    for here, source in ((tmp_path / "old", "../moved/all.csv"), (tmp_path, "moved/all.csv"), (tmp_path, "old/all.csv")):
+    for here, source in (
+        (tmp_path / "old", "../moved/all.csv"),
+        (tmp_path, "moved/all.csv"),
+        (tmp_path, "old/all.csv"),
+    ):
         monkeypatch.chdir(here)
         found = open_source(source, size=8, windows=Windows(2))
         assert numbers(found.array(0, 8)) == ([5, 6] if "moved" in source else [0, 1])

@@ -171,6 +171,49 @@ def test_what_would_be_passed_over_is_refused(recipe: str, given: str, message: 
         load(Recipe, recipe, given.split())
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(
+            "data.heldout_styles=[x]",
+            "data.heldout_pairs=2",
+            "data.composed=0.3",
+            "data.wording=varied",
+            "data.codes=x",
+        ),
+        *("condition_dropout=0.5", "mixed_context=0.5", "edit.plain=0.1", "given_frames=[1]", "sampling.top_k=5"),
+        *("dropout.token=0.1", "equal=depth", "prompts=[x]", "classes=true", "model.num_layers=4"),
+        *("tokenizer_path=fashion/tokenizer", "tokenizer_recipe=fashion-tokenizer", "tokenizer_recipe.epochs=3"),
+    ],
+)
+def test_settings_of_models_are_refused_for_a_tokenizer(given: str) -> None:
+    key = re.escape(given.partition("=")[0])
+    with pytest.raises(ValueError, match=f"^{key} has no effect on a tokenizer; leave it out"):
+        read_recipe("toy-tokenizer", [given])
+
+
+def test_only_what_is_said_of_a_tokenizer_itself_is_refused(tmp_path: Path) -> None:
+    refused = r"data\.views has no effect on a tokenizer, which sees pictures as data\.augment says; leave it out"
+    (tmp_path / "flipped.yaml").write_text("base: toy-tokenizer\ndata: {views: flip}\n")
+    (tmp_path / "derived.yaml").write_text("base: flipped.yaml\nbatch_size: 32\n")
+    for name, given in (
+        ("toy-tokenizer", "data.views=flip"),
+        (str(tmp_path / "flipped.yaml"), "seed=1"),
+        ("toy", "tokenizer_recipe.data.views=flip"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            read_recipe(name, [given])
+    assert read_recipe(str(tmp_path / "derived.yaml")).batch_size == 32
+    recipe = read_recipe("toy", ["data.views=flip", "data.wording=varied", "tokenizer_recipe.data.augment=flip"])
+    first = tasks._first(recipe, recipe.data.open())
+    assert (first.task, first.data.views, first.data.augment) == ("tokenizer", "flip", "flip")
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"my-data"}))
+def test_every_recipe_can_be_trained_as_it_is(name: str) -> None:
+    assert read_recipe(name).about
+
+
 def own_folder(folder: Path) -> Path:
     """Pictures of two sizes in two class folders, as people have them."""
     pictures = load_pictures("toy", size=40)

@@ -38,6 +38,12 @@ def about(recipe: str) -> str:
         return " ".join(str(_parse(file, recipe).get("about", "")).split())
 
 
+def keys_of(recipe: str) -> list[str]:
+    """The dotted keys that a recipe's own file holds, without those of its base."""
+    with find_recipe(recipe).open("rb") as file:
+        return [key for key, _ in leaves(_parse(file, recipe))]
+
+
 @checked
 def load(
     schema: type[Schema], recipe: str, overrides: Sequence[str] = (), *, layers: Sequence[Mapping[str, Any]] = ()

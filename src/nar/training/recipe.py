@@ -6,6 +6,7 @@ Knows keys and their meaning; does not know how anything is trained.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -28,6 +29,12 @@ from nar.training.prior import PriorConfig
 # Groups with the sizes of a tokenizer to train, the first where no other is given; and all that speak of tokenizers.
 _TOKENIZERS = ("tokenizer", "causal_tokenizer", "video_tokenizer", "multiscale_tokenizer")
 OF_TOKENIZERS = frozenset((*_TOKENIZERS, "tokenizer_loss", "adversary", "prior", "train_encoder"))
+# What only the training of a model reads, groups and keys.
+_OF_MODELS = frozenset("model text_encoder prompts equal dropout condition_dropout mixed_context classes".split()) | {
+    *("given_frames", "frame_dropout", "edit", "sampling", "tokenizer_path", "tokenizer_recipe", "tokenizer_overrides"),
+    *("data.views", "data.wording", "data.heldout_pairs", "data.heldout_styles", "data.text_features"),
+    *("data.composed", "data.num_composed", "data.codes", "data.heldout_codes"),
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,14 @@ class Recipe(Plan):
     def learns_classes(self) -> bool:
         """Whether the model is conditioned on classes."""
         return not (self.text_encoder.source or self.given_frames) if self.classes is None else self.classes
+
+    def refuse_of_models(self, given: Iterable[str]) -> None:
+        """Refuse `given` keys that the training of a tokenizer would pass over; a base, or a model's data, may hold them."""
+        wrong = next((key for key in given if not _OF_MODELS.isdisjoint((key, key.partition(".")[0]))), "")
+        if wrong and self.task == "tokenizer":
+            why = ", which sees pictures as data.augment says" if wrong == "data.views" else ""
+            fix = "leave it out, or set it for a recipe with task=model"
+            raise ValueError(f"{wrong} has no effect on a tokenizer{why}; {fix}")
 
     def check_null_class(self, config: ModelConfig) -> None:
         """Refuse to drop classes where a model of this config has no embedding for none."""

@@ -17,7 +17,7 @@ from nar.data.config import recorded
 from nar.data.look import ANY, look
 from nar.data.source import Source
 from nar.progress import Progress
-from nar.storage.config import difference, leaves, load
+from nar.storage.config import difference, keys_of, leaves, load
 from nar.storage.fields import checked, filled
 from nar.storage.folder import CONFIG, find_model, read_config
 from nar.training.checkpoint import last_record, named
@@ -66,10 +66,12 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = load(Recipe, name, own)
     if recipe.task == "tokenizer" or not recipe.tokenizer_recipe:
         own = overrides
+    recipe.refuse_of_models([*keys_of(name), *_keys(own)])
     if others := [given.removeprefix("tokenizer_recipe.") for given in overrides if given not in own]:
         if not recipe.trains_tokenizer:
             raise ValueError(f"{others[0]} has no effect: no tokenizer is trained, as one is given; leave it out")
-        load(Recipe, recipe.tokenizer_recipe, others)  # says what is wrong with them
+        first = load(Recipe, recipe.tokenizer_recipe, others)  # says what is wrong with them
+        first.refuse_of_models(_keys(others))
         own.append(f"tokenizer_overrides={json.dumps([*recipe.tokenizer_overrides, *others])}")
     return _fitted(name, own, recipe.run, None if recipe.data.codes or not recipe.data.source else recipe.data.open)
 
@@ -83,6 +85,10 @@ def _chosen(overrides: Sequence[str]) -> tuple[str, list[str]]:
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
     Progress(ANY, None, "", quiet=not first).say(f"found {found.summary}: {' '.join((found.recipe, *found.overrides))}")
     return found.recipe, [*found.overrides, *overrides]
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [given.partition("=")[0] for given in overrides]
 
 
 def _of_tokenizer(override: str) -> bool:
@@ -103,7 +109,7 @@ def _fitted(name: str, overrides: Sequence[str], run: str, sources: Callable[[],
     limits = [limit for limit in sorted(map(int, recipe.by_count)) if count <= limit]
     settings = recipe.by_count[str(limits[0])] if limits else {}
     recipe = load(Recipe, name, overrides, layers=[settings])
-    given = {override.partition("=")[0] for override in overrides}
+    given = {*_keys(overrides)}
     given |= {*LENGTHS, "images_between"} if given & {*LENGTHS} else set()  # one takes the place of all
     return dataclasses.replace(recipe, by_count={str(count): {k: v for k, v in leaves(settings) if k not in given}})
 
@@ -165,15 +171,14 @@ def _as_begun(recipe: Recipe) -> Recipe:
 
 def _first_share(recipe: Recipe) -> float:
     """Which share of a recipe's minutes is for the tokenizer that it trains first: none where that has its own length."""
-    own = any(given.partition("=")[0] in LENGTHS for given in recipe.tokenizer_overrides)
+    own = any(key in LENGTHS for key in _keys(recipe.tokenizer_overrides))
     return FIRST_SHARE if recipe.trains_tokenizer and not own else 0.0
 
 
 def _first(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     """What trains the tokenizer of a model's recipe, on the same data."""
     run = str(Path(recipe.run) / "tokenizer")
-    minutes = recipe.minutes * _first_share(recipe)
-    within = [f"minutes={minutes}"] if minutes else []
+    within = [f"minutes={minutes}"] if (minutes := recipe.minutes * _first_share(recipe)) else []
     overrides = [f"run={run}", *within, *recipe.tokenizer_overrides]
     first = _fitted(recipe.tokenizer_recipe, overrides, run, lambda: sources)
     if first.task != "tokenizer":
