@@ -30,7 +30,8 @@ from nar.training.prior import PriorConfig
 _TOKENIZERS = ("tokenizer", "causal_tokenizer", "video_tokenizer", "multiscale_tokenizer")
 OF_TOKENIZERS = frozenset((*_TOKENIZERS, "tokenizer_loss", "adversary", "prior", "train_encoder"))
 # What only the training of a model reads, groups and keys.
-_OF_MODELS = frozenset("model text_encoder prompts equal dropout condition_dropout mixed_context classes".split()) | {
+_OF_MODELS = {
+    *("model", "text_encoder", "prompts", "equal", "dropout", "condition_dropout", "mixed_context", "classes"),
     *("given_frames", "frame_dropout", "edit", "sampling", "tokenizer_path", "tokenizer_recipe", "tokenizer_overrides"),
     *("data.views", "data.wording", "data.heldout_pairs", "data.heldout_styles", "data.text_features"),
     *("data.composed", "data.num_composed", "data.codes", "data.heldout_codes"),
@@ -180,7 +181,7 @@ class Recipe(Plan):
         return not (self.text_encoder.source or self.given_frames) if self.classes is None else self.classes
 
     def refuse_of_models(self, given: Iterable[str]) -> None:
-        """Refuse `given` keys that the training of a tokenizer would pass over; a base, or a model's data, may hold them."""
+        """Refuse `given` keys that training a tokenizer passes over; a base or a model's data may have them."""
         wrong = next((key for key in given if not _OF_MODELS.isdisjoint((key, key.partition(".")[0]))), "")
         if wrong and self.task == "tokenizer":
             why = ", which sees pictures as data.augment says" if wrong == "data.views" else ""

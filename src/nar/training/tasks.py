@@ -170,7 +170,7 @@ def _as_begun(recipe: Recipe) -> Recipe:
 
 
 def _first_share(recipe: Recipe) -> float:
-    """Which share of a recipe's minutes is for the tokenizer that it trains first: none where that has its own length."""
+    """The share of a recipe's minutes for a tokenizer that is trained first; 0 where that has a length of its own."""
     own = any(key in LENGTHS for key in _keys(recipe.tokenizer_overrides))
     return FIRST_SHARE if recipe.trains_tokenizer and not own else 0.0
 
