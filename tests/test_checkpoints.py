@@ -316,6 +316,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
     assert [found.name for found in (run / "checkpoints" / "aside").iterdir()] == ["step-000000004"]
 
 
+@pytest.mark.parametrize("damage", [b"{", b"{}", b"[]"])
+def test_a_damaged_record_of_an_older_checkpoint_stops_nothing(tmp_path: Path, damage: bytes) -> None:
+    """Not the save that comes after it, which then removes what is not kept, and not the run that goes on."""
+    path, run = recipe(tmp_path, keep_last=2, checkpoint_every=1, preview_every=1), tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", "num_images=64"])
+    (run / "checkpoints" / "step-000000001" / "run.json").write_bytes(damage)
+    assert run_recipe(str(path), [f"run={run}"], override=True) == run / "model"
+    kept = [found.name for found in (run / "checkpoints").iterdir()]
+    assert "step-000000001" not in kept
+    assert {"step-000000003", "step-000000004"} <= {*kept}
+
+
 def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
     path, run = recipe(tmp_path), tmp_path / "run"
     run_recipe(str(path), [f"run={run}"])

@@ -64,8 +64,8 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{_PREFIX}*"))
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest held-out loss, or None when none was measured."""
-        scores = [(read_record(path)["heldout"], path) for path in self.all()]
+        """The checkpoint with the lowest held-out loss of those that can be read, or None when none was measured."""
+        scores = [((_readable(path) or {}).get("heldout"), path) for path in self.all()]
         return min(((score, path) for score, path in scores if score is not None), default=(0, None))[1]
 
     def resume(self, take: Callable[[Fill], None], start: str = "") -> dict[str, Any] | None:
@@ -187,12 +187,16 @@ def named(run: Path, start: str) -> Path:
 
 def last_record(run: Path) -> dict[str, Any] | None:
     """The newest record that can be read of a run's checkpoints, None where there is none."""
-    for path in sorted((run / "checkpoints").glob(f"{_PREFIX}*"), reverse=True):
-        try:
-            return read_record(path)
-        except ValueError:
-            continue
-    return None
+    newest_first = sorted((run / "checkpoints").glob(f"{_PREFIX}*"), reverse=True)
+    return next(filter(None, map(_readable, newest_first)), None)
+
+
+def _readable(path: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint, None when it is damaged."""
+    try:
+        return read_record(path)
+    except ValueError:
+        return None
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
