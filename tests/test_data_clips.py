@@ -160,7 +160,7 @@ def test_lists_mean_the_clips_beside_them_from_whichever_folder(
         assert numbers(found.array(0, 8)) == ([5, 6] if "moved" in source else [0, 1])
         splits.append([part.names for part in DataConfig(source=source, num_frames=2, heldout_share=0.2).open()])
     assert splits[0] == splits[1] == splits[2]
-    assert sorted(sum(splits[0], [])) == sorted(rows)
+    assert sorted([*splits[0][0], *splits[0][1]]) == sorted(rows)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "old")
     (tmp_path / "elsewhere" / "few.csv").write_text("path,label\nclips/0.gif,1\nclips/1.gif,01\nclips/2.gif,1\n")

@@ -18,6 +18,7 @@ from nar.data.builtin import FASHION_MNIST_CLASSES
 from nar.data.open import load_pictures, open_source
 from nar.data.source import Pictures
 from nar.data.split import held_out, held_out_pairs
+from nar.storage.text import composed
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -116,6 +117,29 @@ def test_class_folders_are_sorted_cropped_and_put_on_white(tmp_path: Path) -> No
     assert (pictures.images[2] == 0).all()
     assert load_pictures(tmp_path, size=4).images.shape == (3, 4, 4, 3)
     assert load_pictures(tmp_path, size=13).images.shape == (3, 13, 13, 3)
+
+
+def test_class_folders_may_be_named_with_any_digits(tmp_path: Path) -> None:
+    names = ("１", "猫", "2", "10", "²", "٣a")
+    for name in names:
+        solid(tmp_path / name / "0.png", "red")
+    assert set(open_source(tmp_path).class_names) == {composed(name) for name in names}
+    solid(tmp_path / "10" / "9.png", "red")
+    solid(tmp_path / "10" / "10.png", "red")
+    shown = [name for name in open_source(tmp_path).names if name.startswith("10/")]
+    assert shown == ["10/0.png", "10/9.png", "10/10.png"]
+
+
+def test_a_number_with_a_zero_before_it_is_a_name(tmp_path: Path) -> None:
+    for name in "abc":
+        solid(tmp_path / f"{name}.png", "red")
+    table = "file_name,label,scene\na.png,01,007\nb.png,1,7\nc.png,0,7\n"
+    (tmp_path / "metadata.csv").write_text(table)
+    source = open_source(tmp_path, group="scene")
+    assert [source.class_names[label] for label in source.labels] == ["01", "1", "0"]
+    assert source.groups == ["007", "7", "7"]
+    (tmp_path / "metadata.csv").write_text(table.replace("01,", "10,"))
+    assert open_source(tmp_path).class_names == ("0", "1", "10"), "numbers are in their order"
 
 
 def test_flat_folder_is_one_class_and_splits_are_subfolders(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def read_records(path: Path) -> list[Any]:
 
 
 def number_or_name(text: str) -> int | str | None:
-    """What a class is called in a file without types: digits are a number, and no text is none."""
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text or None
+    """What a class is called in a file without types: digits are a number, but names after a 0, and no text is none."""
+    return int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text or None
 
 
 def inside(folder: Path, name: str, origin: Path | str) -> Path:

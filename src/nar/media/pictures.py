@@ -146,7 +146,8 @@ def _scaled(turned: Image.Image, picture: Image.Image) -> Image.Image:
 
 def natural(path: Path) -> list[list[str | int]]:
     """Key that sorts paths as people count: frame 2 before frame 10."""
-    return [[int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)] for name in path.parts]
+    split = (re.split(r"([0-9]+)", name) for name in path.parts)  # text and digits take turns, whatever else is a digit
+    return [[int(part) if place % 2 else part for place, part in enumerate(parts)] for parts in split]
 
 
 def _called(file: Any, name: str) -> str:
