@@ -34,7 +34,8 @@ class DataConfig:
         size: pixels a side.
         validation: the split that is held out: "val" or "test", either of which stands for the other where one is
             missing. "auto" takes the source's own test or val split, or else holds out `heldout_share` of the pictures.
-        heldout_share: of pictures, or groups, that are held out where there is no split for it.
+        heldout_share: of pictures, or groups, that are held out where there is no split for it, by a hash of their
+            names: files, or numbers of rows, which are others when rows are added before them.
         label, group: columns of tables; samples of one group are held out together.
         group_without: a regular expression; what it finds in a group does not count. For emoji, of which drawings that
             differ in skin tone are one thing: SKIN_TONES.

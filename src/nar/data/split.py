@@ -21,8 +21,9 @@ Part = TypeVar("Part", Codes, Source)
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     """Which samples (N,) bool are held out, about `share` of them, decided by a hash of their keys.
 
-    Samples with one key stay together, and a sample stays where it is when others come or go. At least one is held out
-    and at least one is not, where there are two keys.
+    Samples with one key stay together, and a sample stays where it is when others come or go, as long as its key does:
+    names of files do, numbers of rows need not. At least one is held out and at least one is not, where there are two
+    keys; where the share alone would leave none on a side, others can change which ones those are.
     """
     digests = {key: _rank(key) / 2**64 for key in set(keys)}
     ranked = sorted(digests, key=digests.__getitem__)
