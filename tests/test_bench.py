@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -166,9 +167,39 @@ def test_models_stand_beside_those_of_the_nearest_fid(tmp_path: Path, monkeypatc
     said = CliRunner().invoke(app, [*command, "--plot", files[2]], catch_exceptions=False).stdout
     assert "4 rows were in" in said
     assert json.loads(Path(files[0]).read_text(encoding="utf-8")) == written
+    measured = list[bench.Setup]()
+    monkeypatch.setattr(efficiency, "bench_preset", lambda _, setup, __: measured.append(setup) or [_row(setup)])
+    changes = [("--clock", "cpu"), ("--warmups", "1"), ("--guidance-interval", "4"), ("--dtype", "float16")]
+    for change in changes:
+        said = CliRunner().invoke(app, [*command, *change], catch_exceptions=False).stdout
+        assert said.count("batch   2: 7.000 s") == said.count("batch   2") == 4
+    assert len(measured) == 16
+    rows = efficiency.known_rows(Path(files[0]))
+    assert len(rows) == 20
+    other = [dataclasses.replace(row, device="another") for row in rows]
+    setup = bench.Setup((2,), warmups=1, repetitions=2)
+    assert [row.device for row in efficiency.compare(["NAR-t"], setup, other).rows] == [rows[0].device]
+    ended = efficiency.arithmetic("NAR-t", guidance_interval=4).operations
+    assert ended < efficiency.arithmetic("NAR-t").operations
     Path(files[0]).write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no comparison of efficiency"):
         CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def _row(setup: bench.Setup) -> Row:
+    """A row of a setup that nobody measured."""
+    facts = {name: getattr(setup, name) for name in ("compiled", "guidance_scale", "guidance_interval")}
+    return setup.row("", "sample", setup.batch_sizes[0], [7.0], setup.dtype, **facts)
+
+
+def test_floors_are_by_the_clock_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others are busy, a floor by the wall clock is above what processor time can reach."""
+    asked = list[str]()
+    monkeypatch.setattr(bench, "_time", lambda run, _, clock: (run(), asked.append(clock), 1.0)[-1])
+    bench._machine("float32", torch.device("cpu"), "cpu")
+    monkeypatch.setattr(bench, "_machine", lambda *given: asked.append(given[2]) or (1.0, 1.0))
+    bench.bench_folder("fashion", bench.Setup(warmups=0, repetitions=1, pixels=False, clock="cpu"))
+    assert set(asked) == {"cpu"}
 
 
 def test_published_sizes_under_every_schedule() -> None:
@@ -196,6 +227,7 @@ def test_published_sizes_under_every_schedule() -> None:
         (["--preset", "NAR-B", "--against", "VAR-d16"], "of --efficiency"),
         (["--preset", "NAR-B", "--efficiency", "--schedule", "raster"], "no --schedule"),
         (["--preset", "NAR-video-S", "--efficiency"], "a model of clips"),
+        (["--preset", "NAR-B", "--efficiency", "--dtype", "auto"], "in one format, not auto: give one of float32"),
         (["--preset", "NAR-B", "--efficiency", "--against", "PAR-Q-4x"], "did you mean LlamaGen"),
         (["--preset", "NAR-B", "--plot", "x.jpg"], "must end in .png, .pdf or .svg"),
     ],

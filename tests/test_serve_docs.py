@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -75,7 +76,7 @@ def test_load_of_a_server_that_answers(url: str, toy_folder: Path, tmp_path: Pat
 
 
 class _Bad(BaseHTTPRequestHandler):
-    """Answers requests in turns: refused, an error, a stream that is cut, nothing, an error in a stream."""
+    """Answers requests in turns: refused, an error, a stream that is cut, nothing, or else these words."""
 
     protocol_version = "HTTP/1.1"
     kinds = iter(())
@@ -91,11 +92,11 @@ class _Bad(BaseHTTPRequestHandler):
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
             self.wfile.write(b"c\r\ndata: {}\n\n ")
-        elif kind == "late":
+        elif kind != "nothing":
             self.send_response(200)
-            self.send_header("content-length", "60")
+            self.send_header("content-length", str(len(kind)))
             self.end_headers()
-            self.wfile.write(b'data: {"type": "error", "error": {"code": "internal_error"}}')
+            self.wfile.write(kind.encode())
         self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
@@ -103,18 +104,23 @@ class _Bad(BaseHTTPRequestHandler):
 
 
 def test_what_is_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = ["429", "500", "cut", "nothing", "late"]
-    monkeypatch.setattr(_Bad, "kinds", iter(kinds))
+    late = 'data: {"type": "error", "error": {"code": "internal_error"}}'
+    kinds = ["429", "500", "cut", "nothing", late, 'data: {"type": "error", "error": "boom"}', "data: 1"]
+    whole = ['{"data": []}', '{"data": [{"url": "x"}]}', '{"data": [{"b64_json": null}]}', "[]", "3"]
+    monkeypatch.setattr(_Bad, "kinds", iter([*kinds, *whole]))
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Bad)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     setup = load.Setup(f"http://127.0.0.1:{server.server_port}", ("pear",), timeout_seconds=5)
     import asyncio
 
-    calls = [asyncio.run(load.ask(setup, number, 0.0)) for number in range(5)]
+    calls = [asyncio.run(load.ask(setup, number, 0.0)) for number in range(len(kinds))]
+    answers = dataclasses.replace(setup, partial_images=0)
+    calls += [asyncio.run(load.ask(answers, number, 0.0)) for number in range(len(whole))]
     server.shutdown()
-    assert [call.outcome for call in calls] == ["refused", "failed", "lost", "lost", "failed"]
+    outcomes = ["refused", "failed", "lost", "lost", "failed", "failed", "failed"]
+    assert [call.outcome for call in calls] == [*outcomes, *["failed"] * len(whole)]
     row = load.row(setup, calls, 1.0)
-    assert (row.sent, row.ok, row.refused, row.failed, row.lost) == (5, 0, 1, 2, 2)
+    assert (row.sent, row.ok, row.refused, row.failed, row.lost) == (12, 0, 1, 9, 2)
 
 
 def test_wrong_pictures_are_counted() -> None:

@@ -67,7 +67,7 @@ class Setup:
 
     def row(self, name: str, operation: str, batch_size: int, times: list[float], dtype: str, **facts: Any) -> Row:
         """A measurement in this setup, and what else is known of it."""
-        device, seconds = _device_name(torch.device(self.device)), statistics.median(times)
+        device, seconds = device_name(torch.device(self.device)), statistics.median(times)
         setup = (dtype, device, torch.get_num_threads(), self.warmups, self.repetitions)
         facts |= {"clock": self.clock, "latency_shortest_seconds": min(times), "latency_longest_seconds": max(times)}
         return Row(name, operation, batch_size, seconds, batch_size / seconds, *setup, **facts)
@@ -248,7 +248,7 @@ def _bench(
     given = {name: getattr(setup, name) for name in ("guidance_scale", "guidance_interval")}
     sampling = dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
     device = torch.device(setup.device)
-    bandwidth, arithmetic = _machine(setup.dtype, device)
+    bandwidth, arithmetic = _machine(setup.dtype, device, setup.clock)
     if tokenizer is not None:
         tokenizer = tokenizer.to(device)
     decoding: dict[int, float] = {}  # the same for every schedule
@@ -287,6 +287,7 @@ def _bench(
                 "weights_per_step": needed.weights_per_step,
                 "compiled": setup.compiled,
                 "guidance_scale": sampling.guidance_scale,
+                "guidance_interval": sampling.guidance_interval,
             }
             rows.append(setup.row(name, "sample", batch, times, setup.dtype, **facts))
             if report is not None:
@@ -319,16 +320,16 @@ def _num_weights(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def _machine(dtype: str, device: torch.device) -> tuple[float, float]:
+def _machine(dtype: str, device: torch.device, clock: str) -> tuple[float, float]:
     """Bytes read per second, and operations per second of a large product in this precision, as measured now."""
     memory = torch.empty(2**26, device=device).fill_(1.0)  # 256 MiB, more than caches hold
-    read = min(_time(lambda: memory.sum(), device) for _ in range(5))
+    read = min(_time(lambda: memory.sum(), device, clock) for _ in range(5))
     side = 2048 if device.type == "cpu" else 8192
     layer = convert(nn.Sequential(nn.Linear(side, side, bias=False)), dtype, device)
     kind = getattr(torch, dtype) if device.type != "cpu" or dtype == "bfloat16" else torch.float32
     x = torch.randn(side, side, device=device, dtype=kind)
     with torch.inference_mode():
-        multiply = min(_time(lambda: layer(x), device) for _ in range(5))
+        multiply = min(_time(lambda: layer(x), device, clock) for _ in range(5))
     return memory.numel() * 4 / read, 2 * side**3 / multiply
 
 
@@ -344,7 +345,7 @@ def _times(run: Callable[[], Result], setup: Setup, device: torch.device) -> tup
     return [_time(once, device, setup.clock) for _ in range(setup.repetitions)], given[0]
 
 
-def _time(run: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+def _time(run: Callable[[], object], device: torch.device, clock: str) -> float:
     now = CLOCKS[clock]
     _wait(device)
     started = now()
@@ -382,7 +383,8 @@ def _peak(device: torch.device) -> int | None:
     return None
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What rows call a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nar.bench import IMAGE_GUIDANCE, WEIGHT_BYTES, Setup, bench_preset, work
+from nar.bench import IMAGE_GUIDANCE, WEIGHT_BYTES, Setup, bench_preset, device_name, work
 from nar.bench.report import Row
 from nar.model import ModelConfig, Transformer
 from nar.sampling import Sampling, last_guided
@@ -25,6 +25,7 @@ from nar.storage.fields import from_dict
 from nar.storage.folder import without_weights
 from nar.storage.presets import find
 
+_SETTINGS = ("dtype", "compiled", "guidance_interval", "clock", "warmups", "repetitions")  # of a setup and its rows
 CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # of a key's number, beside weights of a format
 
 
@@ -134,14 +135,20 @@ def preset_of(name: str) -> tuple[str, str]:
     return name, config.schedule
 
 
-def arithmetic(name: str, guidance_scale: float = IMAGE_GUIDANCE, dtype: str = "float32") -> Arithmetic:
+def arithmetic(
+    name: str,
+    guidance_scale: float = IMAGE_GUIDANCE,
+    dtype: str = "float32",
+    *,
+    guidance_interval: int | None = None,
+) -> Arithmetic:
     """What a model computes and reads for one picture."""
     from nar.bench import with_schedule
 
     preset, schedule = preset_of(name)
     with without_weights():
         model = Transformer(with_schedule(ModelConfig(**find(preset).config), schedule))
-    sampling = Sampling(guidance_scale=guidance_scale)
+    sampling = Sampling(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
     needed, layout = work(model, sampling), model.layout.schedule
     length = model.config.num_condition + layout.fed(layout.num_steps - 1).start
     rows = 1 if last_guided(sampling, layout) < 0 else 2
@@ -163,20 +170,21 @@ def compare(
 ) -> Comparison:
     """Measure every model at every batch size of `setup`, each in a process of its own, so that memory is its own.
 
-    What is in `known` with the same settings is not measured again. Models of a name that is no preset's are refused
-    before the first is measured.
+    What is in `known` with the same settings, on the same device, is not measured again; other rows are left out.
+    Models of a name that is no preset's are refused before the first is measured.
     """
+    if setup.dtype not in WEIGHT_BYTES:
+        raise ValueError(f"models are compared in one format, not {setup.dtype}: give one of {', '.join(WEIGHT_BYTES)}")
     scale = IMAGE_GUIDANCE if setup.guidance_scale is None else setup.guidance_scale
-    facts = [arithmetic(name, scale, setup.dtype) for name in names]
-    threads, rows = torch.get_num_threads(), list(known)
-
-    def settings(row: Row) -> tuple[Any, ...]:
-        return row.model, row.batch_size, row.dtype, row.guidance_scale, row.compiled, row.threads
-
-    done = {settings(row) for row in rows}
+    facts = [arithmetic(name, scale, setup.dtype, guidance_interval=setup.guidance_interval) for name in names]
+    threads, device = torch.get_num_threads(), device_name(torch.device(setup.device))
+    settings = {name: getattr(setup, name) for name in _SETTINGS} | {"guidance_scale": scale}
+    settings |= {"threads": threads, "device": device}
+    rows = [row for row in known if all(getattr(row, name) == value for name, value in settings.items())]
+    done = {(row.model, row.batch_size) for row in rows}
     for batch in sorted(setup.batch_sizes):
         for name in names:
-            if (name, batch, setup.dtype, scale, setup.compiled, threads) in done:
+            if (name, batch) in done:
                 continue
             alone = dataclasses.replace(setup, batch_sizes=(batch,), guidance_scale=scale, pixels=False)
             with ProcessPoolExecutor(1, get_context("spawn")) as process:

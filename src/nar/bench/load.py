@@ -147,6 +147,8 @@ async def ask(setup: Setup, number: int, due: float) -> Call:
             await _ask(setup, call)
     except (OSError, EOFError, ValueError, TimeoutError) as error:
         call.said = repr(error)
+    except (LookupError, AttributeError, TypeError) as error:  # an answer without a picture where one belongs
+        call.outcome, call.said = "failed", repr(error)
     call.ended = perf_counter()
     return call
 

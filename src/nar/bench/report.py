@@ -27,6 +27,7 @@ class Row:
         arithmetic_floor_seconds: the multiplications.
         floor_fraction: the larger floor over the latency.
         weights_per_step: matrix weights that one step reads.
+        guidance_interval: tokens after which guidance ended; None is the whole sample.
         layout: of convolutions' weights, "contiguous" or "channels_last".
         change: against float32 of the contiguous layout: of codes, the share that differs; of pixels, the mean absolute
             difference in units of 1/255.
@@ -58,6 +59,7 @@ class Row:
     weights_per_step: int | None = None
     compiled: bool | None = None
     guidance_scale: float | None = None
+    guidance_interval: int | None = None
     layout: str | None = None
     change: float | None = None
     fastest: bool | None = None
