@@ -146,6 +146,16 @@ def test_neighbours_of_known_rows() -> None:
     assert distances.tolist() == [0.5, 3, 15, 16, 18]
 
 
+@pytest.mark.parametrize("width", [6, 1280])
+def test_balls_of_no_radius_hold_equal_rows(width: int) -> None:
+    """Five copies of each row, in any order: float32 puts equal rows up to 5e-7 of their lengths apart."""
+    rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
+    for seed in range(4):
+        shuffled = rows[torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
+        assert all(found.all() for found in precision_recall(rows, shuffled))
+        assert not any(found.any() for found in precision_recall(rows, shuffled + 1e-2))
+
+
 def test_the_divisor_of_a_covariance_is_the_count_less_ddof() -> None:
     rows = torch.tensor([[0.0], [2.0], [4.0]])
     assert [float(feature_statistics([rows], ddof=ddof).covariance[0, 0]) for ddof in (0, 1)] == pytest.approx(

@@ -245,6 +245,18 @@ def test_near_copies() -> None:
         near_copies(real, training.astype(np.float32), real)
 
 
+def test_exact_copies_count_where_unseen_pictures_are_copies_too() -> None:
+    training, real = noise(100, size=8, seed=1), noise(100, size=8, seed=2)
+    real[:3] = training[:3]
+    report = near_copies(training[:50].copy(), training, real)
+    assert (report["near_copies"], report["threshold"]) == (1, 0)
+    assert report["real"]["unseen"]["near_copies"] == 0.03
+    assert "3.00% of the real pictures are training pictures" in report["warnings"][0]
+    usual = near_copies(training[:50].copy(), training, real[3:])
+    assert usual["warnings"] == []
+    assert usual["real"]["unseen"]["near_copies"] == pytest.approx(0.01, abs=0.005)
+
+
 @pytest.mark.parametrize("candidates", [1, 4])
 def test_the_nearest_across_blocks(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frechet, "BLOCK_NUMBERS", 64)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Features = Tensor | np.ndarray
 ROUNDING = 1e-12  # of the variance of both sets; a set in another order is at 1e-15 of it from itself
+EQUAL = 16  # rounding errors of a squared distance, of both lengths: equal rows are within 5, up to 12,288 features
 BLOCK_NUMBERS = 1 << 24  # distances held at once: 64 MB in float32
 
 
@@ -284,8 +285,12 @@ def _kernel(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """Return |l|^2 + |r|^2 - 2 l.r (L, R) around the mean of `right`, which keeps float32 exact enough."""
+    """Return |l|^2 + |r|^2 - 2 l.r (L, R) around the mean of `right`, which keeps float32 exact enough.
+
+    What is within rounding of 0 is 0, so that equal rows lie in balls of no radius.
+    """
     centre = right.mean(0)
     left, right = left - centre, right - centre
-    products = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)
-    return products.add_(left.square().sum(1, keepdim=True)).clamp_(min=0)
+    of_left, of_right = left.square().sum(1, keepdim=True), right.square().sum(1)
+    squared = torch.addmm(of_right, left, right.T, alpha=-2).add_(of_left)
+    return squared.masked_fill_(squared < EQUAL * torch.finfo(squared.dtype).eps * (of_left + of_right), 0)

@@ -258,9 +258,9 @@ def near_copies(
     """The share of pictures that lie closer to a training picture than nearly all unseen real ones do.
 
     All are uint8 (N, H, W, 3) of one size. Distances are Euclidean, over pixels 0..255; the threshold is the `quantile`
-    of the distances of `real` (pictures that were not trained on) to their nearest training picture, so the share is
-    `quantile` for real pictures by construction. Smooth pictures are closer to everything: read the share beside that
-    of real pictures after the tokenizer, where there is one.
+    of the distances of `real` (pictures that were not trained on) to their nearest training picture, so the share of
+    real pictures, reported beside, is `quantile` unless more have one distance, as copies do. Smooth pictures are
+    closer to everything: read the share beside that of real pictures after the tokenizer, where there is one.
 
     Returns the share, the threshold, and for every picture its `distances` and the row of its `nearest` one.
     """
@@ -272,10 +272,15 @@ def near_copies(
     def distances(some: np.ndarray) -> tuple[Tensor, Tensor]:
         return nearest(some.reshape(len(some), -1), known, candidates=4)
 
-    threshold = float(np.quantile(distances(real)[0].numpy(), quantile))
+    unseen = distances(real)[0]
+    threshold = float(np.quantile(unseen.numpy(), quantile))
     found, places = distances(pictures)
+    shares = [float((some <= threshold).double().mean()) for some in (found, unseen)]
+    equal = f"{shares[1]:.2%} of the real pictures are training pictures, so only exact copies count: remove them"
     return {
-        "near_copies": float((found < threshold).double().mean()),
+        "near_copies": shares[0],
+        "real": {"unseen": {"near_copies": shares[1]}},
+        "warnings": [] if threshold else [equal],
         "threshold": threshold,
         "quantile": quantile,
         "median_distance": float(np.median(found.numpy())),
