@@ -65,6 +65,7 @@ def test_families_of_one_strength_guide_a_token_alike(family: Family) -> None:
     for strength in (1.0, 1.3, 4.0):
         assert mean_guidance(family.sampling(Sampling(), model, strength)) == pytest.approx(strength, abs=1e-3)
     assert chosen_families([family.name]) == [family]
+    assert family.sampling(Sampling(), model, 0.0).guidance_scale >= 0  # as low as scales go
 
 
 def test_the_best_of_one_half_is_reported_on_the_other(

@@ -57,7 +57,7 @@ class Family:
         ]
         mean = sum(shares) / schedule.num_positions
         scale = 1 + (strength - 1) / mean if mean else 1.0
-        return dataclasses.replace(unit, guidance_scale=round(min(scale, LARGEST_GUIDANCE), 4))
+        return dataclasses.replace(unit, guidance_scale=round(min(max(scale, 0.0), LARGEST_GUIDANCE), 4))
 
 
 _CURVES = [("constant", 1.0), ("linear-tokens", 1.0), *(("cosine-tokens", power) for power in (1.0, 1.5, 2.0, 2.75))]
