@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from nar.cli import main
 from nar.data.open import open_source
+from nar.evaluation.likelihood import Samples, held_out
 from nar.evaluation.models import resample_tokens
-from nar.evaluation.sets import paired_places
+from nar.evaluation.sets import class_labels, paired_places
 from nar.metrics import evaluate
 from nar.metrics.defects import Defect, swap_patches
 from nar.metrics.detectors import Detected, EfficientNetDetector, default_detector
@@ -39,6 +41,7 @@ from nar.metrics.frechet import (
 from nar.metrics.pictures import batches
 from nar.metrics.reference import write_reference
 from nar.metrics.tables import as_table, metric_names
+from nar.pipeline import Pipeline
 from nar.tokenizer import load_tokenizer
 
 
@@ -397,6 +400,60 @@ def test_some_real_pictures_can_be_chosen(tmp_path: Path) -> None:
         judge([real], [fake], only_real=[3, 4, 90])
 
 
+@pytest.mark.filterwarnings("ignore:FD-Colours", "ignore:1 of 120")
+def test_broken_pictures_shift_no_chosen_places(tmp_path: Path) -> None:
+    """Whether the broken one is among the chosen or not, and where the last one is chosen; with its defects too."""
+    real, fake = pictures(120, 1), pictures(50, 2)
+    for index, picture in enumerate(real):
+        Image.fromarray(picture).save(tmp_path / f"{index:03d}.png")
+    (tmp_path / "010.png").write_bytes(b"broken")
+    source = open_source(tmp_path, broken="skip")
+    for places in (range(1, 120, 2), range(0, 120, 2), range(120)):
+        some = judge(source, [fake], only_real=[*places])
+        direct = judge([real[[place for place in places if place != 10]]], [fake])
+        assert some["settings"]["num_real"] == len([*places]) - (10 in places)
+        assert some["KID-Colours"] == direct["KID-Colours"]
+        assert some["calibration"].keys() == direct["calibration"].keys()
+        if places.step == 2 and places[0]:  # the places, which decide what the floor is of, are not those of `direct`
+            assert judge(source, [fake], only_real=[*places])["floor"] == some["floor"]
+
+
+@pytest.mark.filterwarnings("ignore:FD-Colours")
+@pytest.mark.parametrize("batch_size", [1, 2, 33])
+def test_known_defects_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    """Where one picture is left over too: 65 are judged in the floor's half."""
+    real, fake = [pictures(130, 1)], [pictures(130, 2)]
+    usual, other = (judge(real, fake, batch_size=size, resamplings=0) for size in (64, batch_size))
+    rows = [report["calibration"]["5 % of patches exchanged"] for report in (usual, other)]
+    for name in metric_names(rows[0]):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-6), name
+    assert rows[0]["KID-Colours"] != usual["floor"]["KID-Colours"]
+    groups: list[int] = []
+    count = Defect("counted", "c", lambda images, _: groups.append(len(images)) or images)
+    judge(real, fake, calibration=[count], batch_size=batch_size, resamplings=0)
+    assert groups == [65]
+
+
+@pytest.mark.parametrize(("num_real", "num_fake", "metric"), [(40, 60, "KID"), (60, 40, "KID"), (60, 60, "FD")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_primary_needs_enough_pictures_of_both_sides(
+    num_real: int, num_fake: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["nar.metrics.evaluate"], "ENOUGH", 50)
+    report = judge([pictures(num_real, 1)], [pictures(num_fake, 2)], resamplings=0, calibration=0)
+    assert report["primary"] == f"{metric}-Colours"
+
+
+@pytest.mark.filterwarnings("ignore:FD-Colours")
+def test_a_floor_of_fewer_pictures_stands_beside_as_many_fake_ones() -> None:
+    real, fake = [pictures(400, 1)], [pictures(200, 2)]
+    with pytest.warns(UserWarning, match="the floor has 50 pictures and the fake side 200: .* at_floor_counts"):
+        report = judge(real, fake, floor=[pictures(50, 3)], calibration=0)
+    assert (report["at_floor_counts"]["num_real"], report["at_floor_counts"]["num_fake"]) == (400, 50)
+    assert report["at_floor_counts"]["FD-Colours"] == pytest.approx(report["floor"]["FD-Colours"], rel=0.5)
+    assert report["FD-Colours"] < 0.5 * report["floor"]["FD-Colours"]
+
+
 def test_progress_is_shown_with_the_number_of_pictures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +649,18 @@ def test_the_command_refuses_in_one_line(toy_folder: Path, tmp_path: Path, run: 
     assert "pytorch-fid" in run("eval", *same, "--inception", tmp_path / "no.pth", code=2)[1].splitlines()[-1]
 
 
+def test_nothing_can_be_chosen_of_statistics(
+    toy_folder: Path, tmp_path: Path, run: Callable[..., tuple[str, str]]
+) -> None:
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(4))
+    real = ("--real", tmp_path / "reference.npz")
+    for chosen in ((toy_folder, "--labels", "real"), ("--fake", tmp_path / "fake.npz", "--protocol", "ucf101")):
+        said = run("eval", *chosen, *real, code=2)[1]
+        assert "reference.npz holds statistics" in said
+        assert "leave --labels real and --protocol out" in said
+
+
 def test_the_command_resamples_tokens_and_pairs_classes(
     toy_folder: Path, tmp_path: Path, run: Callable[..., tuple[str, str]]
 ) -> None:
@@ -683,6 +752,27 @@ def test_likelihood_of_models_is_paired_by_picture(
     shutil.rmtree(tmp_path / "both" / "test")
     assert "no 'test'" in run(*likelihood, "--real", tmp_path / "both", *options[2:], code=2)[1]
     assert "No such option: --top-k" in run(*likelihood, *options, "--top-k", 3, code=2)[1]
+
+
+def test_classes_of_models_without_names_are_numbers(toy_folder: Path, tmp_path: Path) -> None:
+    """Numbers of a table, and not the places of those that occur; without numbers the order, of all classes only."""
+    shutil.copytree(toy_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"class_names": []}))
+    named, nameless = Pipeline.from_pretrained(toy_folder), Pipeline.from_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "some.npz", arr_0=pictures(6, size=8), labels=[1, 2, 2, 1, 2, 1])
+    table = open_source(tmp_path / "some.npz")
+    for pipe in (named, nameless):
+        heldout = held_out([pipe], {}, table, "test", 6, 0)
+        order = [[1, 2, 2, 1, 2, 1][int(name.split()[-1])] for name in heldout.source.names]
+        assert Samples(pipe, heldout, "plain").labels.tolist() == order
+        assert class_labels(pipe, table).tolist() == [1, 2, 2, 1, 2, 1]
+    with pytest.raises(ValueError, match=r"unknown class '5'; classes: numbers 0 to 2"):
+        class_labels(nameless, dataclasses.replace(table, class_numbers=(1, 5)))
+    folders = dataclasses.replace(table, class_names=("a", "b"), class_numbers=(), numbered=False)
+    with pytest.raises(ValueError, match="unknown class 'a'"):
+        class_labels(nameless, folders)
+    assert class_labels(nameless, dataclasses.replace(folders, class_names=("a", "b", "c"))).tolist() == [*table.labels]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch import Tensor
 from nar import __version__
 from nar.data.open import open_source
 from nar.evaluation.floors import Floors, psnr_inside
-from nar.evaluation.sets import trained_on
+from nar.evaluation.sets import class_labels, trained_on
 from nar.likelihood import bits_per_token
 from nar.media.masks import FIXED, fixed_mask
 from nar.media.pixels import as_images, as_pixels
@@ -179,8 +179,7 @@ class _Edits:
         self.pipe, self.pixels, self.sampling, self.particles = pipe, as_pixels(pictures), sampling, particles
         config, labels, prompts = pipe.config, np.full(len(pictures), -1), [""] * len(pictures)
         if config.num_classes:
-            known = [pipe.label_index(name) for name in source.class_names] if pipe.class_names else None
-            labels = source.labels if known is None else np.array(known)[source.labels]
+            labels = class_labels(pipe, source)
         if config.text_dim:
             if source.captions is None:
                 raise ValueError("this model reads words, and the held-out pictures have no captions")
@@ -288,7 +287,8 @@ def _glued(pixels: Tensor, mask: Tensor) -> Tensor:
 
 def seam_steps(pixels: Tensor, mask: Tensor) -> np.ndarray:
     """Mean differences (M, 2), of 0..255, of neighbours in pixels (M, 3, H, W): at the edge of the mask (M, H, W) and
-    up to 3 pixels inside of it, where results are blended, and of the ordinary ones 4 pixels beyond on both sides.
+    up to 3 pixels inside of it, where results are blended, and of ordinary ones beyond: 4 pixels farther inside, and 7
+    outside.
 
     A ratio of means of both leaves blank backgrounds out: they add nothing to either. With the edge alone two pictures
     pass that are glued and blended.

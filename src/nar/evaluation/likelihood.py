@@ -23,7 +23,7 @@ from nar.data.open import open_source
 from nar.data.source import Source
 from nar.data.wording import wordings
 from nar.evaluation.independence import independence_cost
-from nar.evaluation.sets import trained_on
+from nar.evaluation.sets import class_labels, trained_on
 from nar.likelihood import bits_per_token
 from nar.media.pixels import as_pixels
 from nar.media.video import Windows
@@ -129,9 +129,7 @@ class Samples:
             raise ValueError(f"codes of {tuple(heldout.codes.shape[1:])} do not fit a model of {config.grid}")
         self.labels = np.full(len(heldout), -1)
         if config.num_classes:
-            # Numbers of the classes are those of the model: by name where it has names, else by place.
-            known = [pipe.label_index(name) for name in source.class_names] if pipe.class_names else None
-            self.labels = source.labels if known is None else np.array(known)[source.labels]
+            self.labels = class_labels(pipe, source)
         self.prompts: Sequence[str] = [""] * len(heldout)
         if config.text_dim:
             if source.captions is None:

@@ -87,7 +87,7 @@ def judge_set(how: Comparison, fake: str) -> dict[str, Any]:
     """The report of a set in files."""
     how, places = how.cut(), None
     if how.protocol:
-        how = dataclasses.replace(how, real=_opened(how, how.real))
+        how = _choosable(how)
         places = paired_places(len(how.real), how.number or NUMBER)
     return _report(how, fake, only_real=places)
 
@@ -115,7 +115,7 @@ def judge_model(
     chosen: str | Sequence[str | int] = labels
     places, count = None, how.number or NUMBER
     if labels == "real":
-        how = dataclasses.replace(how, real=_opened(how, how.real))
+        how = _choosable(how)
         chosen = how.real.classes(pipe.class_names)  # type: ignore[union-attr]
         places = paired_places(len(chosen), count)
         count = how.number or len(places)
@@ -131,6 +131,16 @@ def judge_model(
     }
     made_with |= {"grid": list(pipe.model.config.grid), "classes": len(set(numbers)), **made_by(folder)}
     return _report(how, source, only_real=None if places and len(places) == len(chosen) else places, settings=made_with)
+
+
+def _choosable(how: Comparison) -> Comparison:
+    """The comparison with its real side open; raises ValueError for statistics, of which no pictures can be chosen."""
+    if is_reference(how.real):
+        raise ValueError(
+            f"--real {how.real} holds statistics: real pictures can't be chosen of it, nor their classes be read; give "
+            "the pictures themselves, or leave --labels real and --protocol out"
+        )
+    return dataclasses.replace(how, real=_opened(how, how.real))
 
 
 def _opened(how: Comparison, real: str | DataSource) -> Any:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from nar import __version__
 from nar.condition import NULL_CLASS
+from nar.data.source import Source as DataSource
 from nar.media.pixels import as_images
 from nar.pipeline import Pipeline, Request
 from nar.progress import steps
@@ -46,6 +47,23 @@ PAIRING_SEED = 42  # of the published protocol for UCF-101
 def paired_places(total: int, count: int) -> list[int]:
     """Which of `total` real pictures are compared with `count` sampled ones: all, or as many, always the same."""
     return sorted(random.Random(PAIRING_SEED).sample(range(total), min(total, count)))
+
+
+def class_labels(pipe: Pipeline, source: DataSource) -> np.ndarray:
+    """The class (N,) int64 of every sample of a source among the model's: by name or number.
+
+    A model without names takes a source's numbers, or its classes in their order where both have as many.
+
+    Raises:
+        ValueError: the source names no classes, or others than the model's.
+    """
+    classes = source.classes(pipe.class_names)
+    if not pipe.class_names and source.class_numbers:
+        classes = [source.class_numbers[label] for label in source.labels]
+    elif not pipe.class_names and len(source.class_names) == pipe.model.config.num_classes:
+        classes = source.labels.tolist()
+    numbers = {name: pipe.label_index(name) for name in dict.fromkeys(classes)}
+    return np.array([numbers[name] for name in classes], np.int64)
 
 
 def set_labels(pipe: Pipeline, labels: str | Sequence[str | int], count: int, seed: int) -> np.ndarray:

@@ -106,7 +106,8 @@ def evaluate(
     report |= _beside(judge, real_source, real_set, fake_set, floor, calibration)
     report["warnings"] = list(dict.fromkeys(judge.warnings))
     published = detector.name("FD") in ("FID", "FVD-stylegan-v", "FVD-videogpt")
-    report["primary"] = detector.name("FD" if published or fake_set.num_images >= ENOUGH else "KID")
+    fewest = min(real_set.num_images or ENOUGH, fake_set.num_images)  # 0: a reference that does not say
+    report["primary"] = detector.name("FD" if published or fewest >= ENOUGH else "KID")
     report["settings"] = _settings(judge, real_set, fake_set) | {
         "chosen_real": None if only_real is None else len(only_real),
         "calibration": calibration if isinstance(calibration, int | float) else [part.name for part in calibration],
@@ -169,6 +170,12 @@ def _beside(
         floor_set = judge.gather(floor, "floor")
         floor_set = floor_set.subset(some_places(len(floor_set.rows), fake_set.num_images, judge.seed))
         base, what = real_set, "other real pictures, as many as fake ones, against the real ones"
+        if (number := floor_set.num_images) < fake_set.num_images:
+            what = "other real pictures, fewer than fake ones, against the real ones"
+            judge.warnings.append(
+                f"the floor has {number:,} pictures and the fake side {fake_set.num_images:,}: read it beside "
+                f"at_floor_counts, or give a floor of {fake_set.num_images:,} pictures"
+            )
     else:
         second = _second_half(real_set.indices, judge.seed)
         if min(second.sum(), (~second).sum()) < 2:
@@ -179,7 +186,8 @@ def _beside(
         places = np.flatnonzero(second)
         floor_set = real_set.subset(places[some_places(len(places), len(fake_set.rows), judge.seed)])
         what = "one random half of the real pictures against the other"
-        same = fake_set.subset(some_places(len(fake_set.rows), len(floor_set.rows), judge.seed))
+    if floor is None or floor_set.num_images < fake_set.num_images:
+        same = fake_set.subset(some_places(len(fake_set.rows), floor_set.num_images, judge.seed))
         rows["at_floor_counts"] = judge.row(base, same, "fake pictures, as many as in the floor")
     rows["floor"] = judge.row(base, floor_set, what)
     if fake_set.score is not None and real_set.score is not None and floor is None:

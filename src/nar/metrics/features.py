@@ -7,6 +7,7 @@ other sets, nor what numbers are made of two. Dimensions: N pictures, n kept row
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, fields
@@ -27,7 +28,8 @@ from nar.storage.files import atomically
 
 SPLIT = 5000  # of the Inception Score
 SPATIAL_ROWS = 10_000  # rows of spatial features that are kept: 80 MB, for the interval and the floor of sFID
-_CACHE_FORMAT = 6
+_CACHE_FORMAT = 7
+_GROUP, _CLIP_GROUP = 64, 8  # pictures, clips that a defect changes together
 
 
 @dataclass(frozen=True)
@@ -110,34 +112,51 @@ def gather(
         path = reading.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
         if path.is_file():
             return _read_features(path)
-    broken: list[str] = []
-    stream = batches(source, reading.batch_size, size=reading.size, num_frames=reading.num_frames, broken=broken)
+    broken, rows = list[str](), list[int]()
+    stream = batches(
+        source, reading.batch_size, size=reading.size, num_frames=reading.num_frames, broken=broken, rows=rows
+    )
     if only is not None:
-        stream = batches(_at(stream, only), reading.batch_size)
+        stream = batches(_at(stream, rows, only), reading.batch_size)
+    if defect is not None:
+        group = _CLIP_GROUP if getattr(detector, "clips", False) else _GROUP
+        stream = _changed(stream, defect, group, reading.batch_size)
     total = count(source, reading.num_frames) if only is None else len(only)
     found = _Found(detector, reading)
     with Progress(name, total, "pictures", quiet=not reading.progress) as bar:
         for images in stream:
-            found.add(images if defect is None else defect.change(images, found.pooled.count))
+            found.add(images)
             bar.update(len(images))
     number = found.pooled.count
     if number < 2:
         cut = "" if reading.num_frames is None else f" of {reading.num_frames} frames"
         raise ValueError(f"the {name} source has {number} pictures{cut}; at least 2 are needed for a covariance")
-    if only is not None and number != len(only):
+    if only is not None and only[-1] >= len(rows) + len(broken):
         raise ValueError(f"place {only[-1]} was asked for, but the {name} source has fewer pictures")
-    result = found.result(np.arange(number) if only is None else only, tuple(broken))
+    result = found.result(np.array(rows) if only is None else np.intersect1d(rows, only), tuple(broken))
     if path is not None:
         _write_features(path, result)
     return result
 
 
-def _at(stream: Iterable[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray]:
-    """Of a stream of batches the pictures at these places."""
-    start = 0
+def _at(stream: Iterable[np.ndarray], rows: list[int], places: np.ndarray) -> Iterator[np.ndarray]:
+    """Of a stream of batches the pictures at these places; `rows` are those of what was read so far."""
     for images in stream:
-        yield images[np.isin(np.arange(start, start + len(images)), places)]
-        start += len(images)
+        yield images[np.isin(rows[-len(images) :], places)]
+
+
+def _changed(stream: Iterable[np.ndarray], defect: Defect, group: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Batches with a defect, which is put into `group` pictures at a time: what they exchange must not depend on how
+    many are judged at once, and one alone has nobody to exchange with."""
+    pictures, first = itertools.chain.from_iterable(stream), 0
+    some = list(itertools.islice(pictures, group))
+    while some:
+        following = list(itertools.islice(pictures, group))
+        if len(following) == 1:
+            some, following = some + following, []
+        images = defect.change(np.stack(some), first)
+        yield from (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        some, first = following, first + len(some)
 
 
 class _Found:

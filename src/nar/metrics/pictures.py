@@ -49,6 +49,7 @@ def batches(
     size: int | None = None,
     num_frames: int | None = None,
     broken: list[str] | None = None,
+    rows: list[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield uint8 arrays (B, H, W, 3) of pictures or (B, T, H, W, 3) of clips, all of one size.
 
@@ -58,6 +59,7 @@ def batches(
         size: crop the middle and resize to `size` x `size`: pictures as ADM does, frames as `nar.media.video.squared`.
         num_frames: cut clips into pieces of this length, and drop the rest.
         broken: what can't be decoded, and is skipped, is added here, with the reason.
+        rows: the place in the source of every picture that is read is added here.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,11 +72,11 @@ def batches(
     found: list[np.ndarray] = []
     first: tuple[str, tuple[int, ...]] | None = None
     pieces = (
-        _of_items(source, size, num_frames)
+        ((row, *one) for row, one in enumerate(_of_items(source, size, num_frames)))
         if not isinstance(source, DataSource)
-        else ((source.names[row], piece) for row, piece in source.decoded(size, broken))
+        else ((row, source.names[row], piece) for row, piece in source.decoded(size, broken))
     )
-    for name, piece in pieces:
+    for row, name, piece in pieces:
         first = first or (name, piece.shape)
         if piece.shape != first[1]:
             raise ValueError(
@@ -82,6 +84,8 @@ def batches(
                 "one size: give a size to crop and resize them to (and a number of frames to cut clips to)"
             )
         found.append(piece)
+        if rows is not None:
+            rows.append(row)
         if len(found) == batch_size:
             yield np.stack(found)
             found = []
