@@ -169,13 +169,10 @@ def _beside(
     if floor is not None:
         floor_set = judge.gather(floor, "floor")
         floor_set = floor_set.subset(some_places(len(floor_set.rows), fake_set.num_images, judge.seed))
-        base, what = real_set, "other real pictures, as many as fake ones, against the real ones"
-        if (number := floor_set.num_images) < fake_set.num_images:
-            what = "other real pictures, fewer than fake ones, against the real ones"
-            judge.warnings.append(
-                f"the floor has {number:,} pictures and the fake side {fake_set.num_images:,}: read it beside "
-                f"at_floor_counts, or give a floor of {fake_set.num_images:,} pictures"
-            )
+        base, what = real_set, "other real pictures, at most as many as fake ones, against the real ones"
+        if floor_set.num_images < (wanted := fake_set.num_images):
+            few = f"the floor has {floor_set.num_images:,} pictures and the fake side {wanted:,}"
+            judge.warnings.append(f"{few}: read it beside at_floor_counts, or give a floor of {wanted:,} pictures")
     else:
         second = _second_half(real_set.indices, judge.seed)
         if min(second.sum(), (~second).sum()) < 2:
