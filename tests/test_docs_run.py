@@ -375,7 +375,7 @@ TRAININGS = {  # what is written behind a training of each recipe, so that it is
     "my-data": [*FIRST, *SMALL],
     "my-clips": [*FIRST, *SMALL],
     "my-pictures": [*FIRST, *SMALL],
-    "my-pictures-tokenizer": ["tokenizer.channels=8"],
+    "my-pictures-tokenizer": [],
     "cifar10-8x8-tokenizer": [],
     "cifar10-8x8-decoder": ["adversary.channels=8"],
     "cifar10-8x8": SMALL,
