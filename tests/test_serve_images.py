@@ -240,6 +240,7 @@ def test_framework_errors_have_openais_form(url: str, method: str, path: str, st
         (b'{"prompt": "pear"}', "text/plain", 400),
         (b'{"prompt": "pear"}', "application/x-www-form-urlencoded", 400),
         (json.dumps({"prompt": "x" * 32_001}).encode(), "application/json", 400),
+        (json.dumps({"prompt": "x" * 31_000}).encode(), "application/json", 400),  # no class; no message of pages
         (b" " * (2**20 + 1), "application/json", 413),
     ],
 )
@@ -247,6 +248,7 @@ def test_bodies_that_are_nothing(url: str, body: bytes, kind: str, status: int) 
     answer = http.post(f"{url}/v1/images/generations", content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text
     assert is_openai_error(answer)
+    assert len(answer.text) < 2000
 
 
 def test_texts_that_are_half_a_character_are_echoed_as_json(url: str) -> None:

@@ -25,6 +25,7 @@ from nar.pipeline.habits import OUTPUT
 from nar.pipeline.output import OUTPUT_TYPES
 from nar.sampling import Sampling
 from nar.storage.fields import holds_whole_numbers, suggestion
+from nar.storage.text import shortened
 from nar.text.captions import is_blank
 
 HEADS = ("mean", "horizontal", "vertical", "temporal")  # the mean, and rows of predictions in their order
@@ -94,7 +95,7 @@ class Inputs:
         if text.isdecimal() and int(text) < count:
             return int(text)
         listed = ", ".join(self.class_names) if 0 < len(names) <= 40 else f"numbers 0 to {count - 1}"
-        raise ValueError(f"unknown class {text!r}{suggestion(text.lower(), names)}; classes: {listed}")
+        raise ValueError(f"unknown class {shortened(text)!r}{suggestion(text.lower(), names)}; classes: {listed}")
 
     def meant(self, what: Any, class_labels: Any, prompt: Any) -> tuple[Any, Any]:
         """The class labels and prompts of a call whose first argument is `what`: prompts where the model reads words,

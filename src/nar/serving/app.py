@@ -30,6 +30,7 @@ from nar.serving.jobs import Store
 from nar.serving.metrics import Metrics, Watch
 from nar.serving.protocol import Pictures, Refusal, event, now, read_fields, refusal_of, usage
 from nar.serving.videos import Videos
+from nar.storage.text import shortened
 
 if TYPE_CHECKING:
     from nar.serving.edits import Edit
@@ -105,7 +106,8 @@ class App:
             return self.first
         if name not in self.models:
             listed = ", ".join(self.models)
-            raise Refusal(404, f"no model {name[:80]!r}; models here: {listed}", param="model", code="model_not_found")
+            said = f"no model {shortened(name)!r}; models here: {listed}"
+            raise Refusal(404, said, param="model", code="model_not_found")
         return self.models[name]
 
     def key_of(self, request: Request) -> str:

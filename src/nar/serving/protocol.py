@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nar.storage.fields import suggestion
+from nar.storage.text import shortened
 
 MOST = 2**31 - 1  # of numbers without a limit of their own: a deadline of 24 days
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
@@ -49,6 +50,7 @@ class Refusal(Exception):  # noqa: N818 not every one is somebody's error
         code: str | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
+        message = shortened(message, 1900)  # whatever of the request it repeats
         super().__init__(message)
         self.status, self.message, self.param, self.retry_after_seconds = status, message, param, retry_after_seconds
         kind, usual = _KINDS.get(status, ("invalid_request_error" if status < 500 else "server_error", None))
@@ -179,8 +181,7 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Any]) ->
         return Refusal(400, f"the body must be a JSON object, with Content-Type: application/json ({said})")
     if first["type"] == "value_error":
         return Refusal(400, said, code="invalid_value")
-    value = str(first.get("input"))
-    shown = value if len(value) <= 60 else f"{value[:60]}..."
+    shown = shortened(str(first.get("input")), 60)
     return Refusal(400, f"{name}: {said[:1].lower()}{said[1:]}, not {shown!r}", param=name, code="invalid_value")
 
 

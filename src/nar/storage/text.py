@@ -85,6 +85,11 @@ def printable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """A text that others wrote, or the beginning of a long one, for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def without_commands(text: str) -> str:
     """A text that others wrote, a class name say, without the characters that would command the terminal."""
     return _COMMANDS.sub("\ufffd", text)
