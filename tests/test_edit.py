@@ -197,6 +197,7 @@ def test_masks_are_read_as_pictures_are(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"box": (1, 2, 3)}, "box must be four whole numbers"),
+        ({"box": b"\x01\x01\x04\x04"}, "box must be four whole numbers"),
         ({"box": torch.tensor(1)}, "box must be four whole numbers"),
         ({"box": 4}, "box must be four whole numbers"),
         ({"box": (20, 20, 4, 4)}, "covers nothing"),
@@ -275,6 +276,8 @@ def test_windows_cover_all_and_overlap_what_is_there(given: Box | None, shape: t
         ((8, 16), {"position": (-1, 0)}, "position must be two whole numbers of at least 0"),
         ((8, 16.5), {}, "size must be two whole numbers"),
         ("8x16", {}, "size must be two whole numbers"),
+        (b"\x08\x10", {}, "size must be two whole numbers"),
+        ((True, 16), {}, "size must be two whole numbers"),
         ((100_000, 100_000), {}, "size 100000x100000 is too large: at most 89,478,485 pixels, or set NAR_MAX_PIXELS"),
         ((8, 8000), {}, "8x8000 is more than 64 times the 8x8 worked on at once"),
         ((8, 16), {"class_labels": "cherry"}, "unknown class 'cherry'"),

@@ -140,6 +140,8 @@ def test_published_step_counts() -> None:
 
 def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match="positive sizes"):
+        manhattan(b"\x02\x02")
+    with pytest.raises(ValueError, match="positive sizes"):
         manhattan((0, 4))
     with pytest.raises(ValueError, match=r"regions \(3, 2\) must divide"):
         par((4, 4), (3, 2))

@@ -240,7 +240,7 @@ def _checked(grid: Sequence[int]) -> tuple[int, ...]:
 
 def _whole(sizes: Sequence[int], name: str) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(size) for size in sizes)
+        return tuple(operator.index(size) for size in (() if isinstance(sizes, bytes) else sizes))
     except TypeError:
         raise ValueError(f"{name} must be whole numbers, such as (16, 16), not {str(sizes)[:80]}") from None
 

@@ -259,8 +259,8 @@ def _white(picture: Image.Image, name: str) -> np.ndarray:
 
 def _of_box(box: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """The mask of a box, of which a part lies in the picture."""
-    values = list(box) if isinstance(box, Sequence | np.ndarray) else []
-    if len(values) != 4 or not all(isinstance(value, int | np.integer) for value in values) or min(values[2:]) < 1:
+    values = _numbers(box)
+    if len(values) != 4 or min(values[2:]) < 1:
         raise ValueError(f"box must be four whole numbers, (left, top, width, height), not {box!r}")
     left, top, width, height = values
     mask = np.zeros(shape, bool)
@@ -270,10 +270,17 @@ def _of_box(box: Sequence[int], shape: Sequence[int]) -> np.ndarray:
 
 def _whole(values: Any, name: str, what: str, least: int) -> tuple[int, int]:
     """Two whole numbers."""
-    listed = list(values) if isinstance(values, Sequence | np.ndarray) and not isinstance(values, str) else []
-    if len(listed) != 2 or not all(isinstance(value, int | np.integer) and value >= least for value in listed):
+    listed = _numbers(values)
+    if len(listed) != 2 or min(listed) < least:
         raise ValueError(f"{name} must be two whole numbers of at least {least}, {what}, not {values!r}")
-    return int(listed[0]), int(listed[1])
+    return listed[0], listed[1]
+
+
+def _numbers(values: Any) -> list[int]:
+    """A list or array of whole numbers as a list, anything else as an empty one: bytes and truth values too."""
+    listed = list(values) if isinstance(values, list | tuple | range | np.ndarray) else []
+    whole = all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in listed)
+    return [int(value) for value in listed] if whole else []
 
 
 def _starts(first: int, length: int, side: int, full: int) -> list[tuple[int, int]]:
