@@ -121,7 +121,7 @@ COSTLY = {name for name in LINES if name.startswith(("eval", "bench"))} - {
     "eval prompts",
 }
 COSTLY |= {"serve", "serve clips", "tune", "compare", "compare models"}
-LONG = re.compile(r"tune|eval edit.* --distances")  # half a minute of a core at the least
+LONG = re.compile(r"tune|eval edit.* --distances|compare models.* --tune")  # half a minute of a core at the least
 REFUSED = {"eval inception", "eval i3d", "eval reference"}  # as they stand: no network that is theirs, too few pictures
 WRITTEN = {"run", "study"}  # examples that a line writes into
 
