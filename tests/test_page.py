@@ -354,7 +354,7 @@ def test_stop_frees_the_model(visit: Callable[..., Any], server: tuple[str, App]
     batcher = server[1].models["emoji"].batcher
     assert batcher.running > 0
     page.click("#stop")
-    assert page.text_content("#progress") == "Stopped"
+    page.wait_for_selector("#progress:has-text('Stopped')")  # the answer ends a moment later
     wait_until(lambda: batcher.running + batcher.waiting == 0)
     assert page.is_enabled("#generate")
     choose(page, "model", "clips")
@@ -364,7 +364,7 @@ def test_stop_frees_the_model(visit: Callable[..., Any], server: tuple[str, App]
     page.click("#generate")
     page.wait_for_selector("#progress:has-text('front')")
     page.keyboard.press("Escape")
-    assert page.text_content("#progress") == "Stopped"
+    page.wait_for_selector("#progress:has-text('Stopped')")  # the answer ends a moment later
     jobs = server[1].videos.store.jobs
     wait_until(lambda: all(job["status"] == "completed" for job in jobs()))
 
