@@ -58,6 +58,7 @@ NOT_RUN = {
     r"(#!/bin/bash|#SBATCH|export MASTER_ADDR|srun torchrun|pid=|trap |wait )": "a SLURM cluster",
     r"serve run nar\.serving\.ray": "Ray; test_serve_ray.py runs the deployment",
     r"nar (sample|info) someone/": "the Hugging Face hub; test_hub.py asks a stand-in of it",
+    r"nar train fashion init=runs/raster/model ": "a raster model of one's own; test_initial.py trains from one",
     r"nar bench --efficiency ": "an hour; test_bench.py runs it with toy presets",
     r"python scripts/compare_published\.py ": "minutes of an idle core",
     r"python scripts/gpu_bench\.py ": "a GPU",
