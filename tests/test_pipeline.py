@@ -126,6 +126,11 @@ def test_every_picture_may_have_its_own_seed(pipe: Pipeline) -> None:
     assert torch.equal(pipe([0, 1, 2], seed=np.array([5, 9, 5]), output_type="codes").images, each.images)
 
 
+def test_an_empty_number_format_is_no_default(toy_folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of .*, not ''"):
+        Pipeline.from_pretrained(toy_folder, dtype="", device="cpu")
+
+
 def test_what_one_call_may_ask_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nar.pipeline.requests.MOST_RESULTS", 6)
     assert len(pipe([0, 1], num_images_per_prompt=3).images) == 6
