@@ -127,7 +127,7 @@ def test_every_picture_may_have_its_own_seed(pipe: Pipeline) -> None:
 
 
 def test_an_empty_number_format_is_no_default(toy_folder: Path) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of .*, not ''"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, not ''"):
         Pipeline.from_pretrained(toy_folder, dtype="", device="cpu")
 
 
