@@ -15,6 +15,8 @@ from golden_fixtures import Fixture, fixtures
 from nar import ClassCondition, Transformer, generate
 from nar.convert import convert, to_diagonal
 from nar.convert.initial import trunk, with_larger_patches
+from nar.data.builtin import draw_toy
+from nar.media.pixels import as_pixels
 from nar.storage.folder import read_config
 from nar.tokenizer import load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizerConfig
@@ -184,3 +186,19 @@ def test_own_pictures_may_begin_with_the_bundled_tokenizer(tmp_path: Path) -> No
         ValueError, match=r"init=emoji/tokenizer has tokenizer.channels=40, and this recipe 8; give tha"
     ):
         run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / 'other'}", "tokenizer.channels=8"])
+
+
+def test_a_start_with_another_number_of_codes_sets_them_by_k_means(tmp_path: Path) -> None:
+    sizes = ["channels=40", "channel_multipliers=[1,2]", "pixel_shuffle=4", "vocab_size=64"]
+    short = ["data=toy", "data.size=64", "steps=10", "batch_size=16", "init=emoji/tokenizer"]
+    short += [f"tokenizer.{size}" for size in sizes]
+    new = load_tokenizer(run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / 'run'}"]))
+    old, own = load_tokenizer("emoji/tokenizer").state_dict(), new.state_dict()
+    torch.testing.assert_close(own["decoder.conv_in.weight"], old["decoder.conv_in.weight"], rtol=0, atol=2e-2)
+    pixels = as_pixels(draw_toy(64, "test").images[:64])
+    points = new.quantizer.points(new.to_code(new.encoder(pixels)))
+    likeness = (points * new.quantizer.entries(new.encode(pixels))).sum(-1)
+    assert likeness.mean() > 0.9  # of random entries 0.7
+    for unset in ("tokenizer_loss.kmeans_steps=0", "train_encoder=false"):
+        with pytest.raises(ValueError, match=r"vocab_size=2048, and this recipe 64; give that, set tokenizer_loss.kmea"):
+            run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / unset}", unset])

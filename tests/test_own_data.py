@@ -66,6 +66,7 @@ def test_captioned_pictures_in_one_command(tmp_path: Path) -> None:
         f"data={data}",
         f"run={run}",
         words,
+        "tokenizer_recipe.init=",
         "tokenizer.channels=8",
         *SHORT,
     )

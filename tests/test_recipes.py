@@ -246,8 +246,8 @@ def test_own_pictures_in_one_command(tmp_path: Path) -> None:
 def short_recipes(folder: Path) -> list[str]:
     """Recipes of a tokenizer and a model that take a second, as overrides; with settings for up to 100 pictures."""
     (folder / "tokenizer.yaml").write_text(
-        "base: my-pictures-tokenizer\ndata: {size: 32}\nsteps: 2\n"
-        "tokenizer: {vocab_size: 256, channels: 8, latent_channels: 8}\noptim: {warmup_images: 0}\n"
+        "base: my-pictures-tokenizer\ndata: {size: 32}\nsteps: 2\ninit: ''\n"
+        "tokenizer: {vocab_size: 256, channels: 8, channel_multipliers: [1, 2, 2, 2], pixel_shuffle: 1, latent_channels: 8}\noptim: {warmup_images: 0}\n"
         "by_count: {100: {tokenizer: {vocab_size: 128}}}\n"
     )
     (folder / "model.yaml").write_text(
@@ -272,7 +272,7 @@ def test_small_sets_have_settings_of_their_own(tmp_path: Path) -> None:
 def test_the_tokenizer_is_set_in_the_same_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     name, *given = short_recipes(tmp_path)
     advice = ["tokenizer_loss.kmeans_steps=1", "tokenizer_recipe.batch_size=8", "steps=2"]
-    with pytest.warns(UserWarning, match=r"only 4x4 codes, .* or tokenizer.channel_multipliers=\[1,2,3\]"):
+    with pytest.warns(UserWarning, match=r"only 4x4 codes, .* or tokenizer.channel_multipliers=\[1,2,2\]"):
         assert run_recipe(name, [*given, *advice]) is not None
     config = json.loads((tmp_path / "run/tokenizer/model/config.json").read_text())
     made_with = config["training"]["config"]

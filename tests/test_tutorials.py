@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHORT = " steps=2 tokenizer_recipe.steps=2 tokenizer.channels=8 model.num_layers=1 engine.device=cpu"
+SHORT = " steps=2 tokenizer_recipe.steps=2 model.num_layers=1 engine.device=cpu"
 SHORT += " optim.warmup_images=0 tokenizer_recipe.optim.warmup_images=0"
 
 

@@ -150,6 +150,8 @@ def _run(
             recipe = dataclasses.replace(recipe, steps=steps)
             config["steps"] = steps
         task = kind(recipe, workers, sources)
+        if recipe.init:
+            task.summary += f", begun with {recipe.init}"
         if chosen := ", ".join(f"{key}={value}" for part in recipe.by_count.values() for key, value in leaves(part)):
             task.summary += f" (for so many: {chosen})"
         record = {"config": config, "data": data}

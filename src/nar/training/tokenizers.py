@@ -54,11 +54,7 @@ class TokenizerTask(Task):
         self.recipe, self.workers = recipe, workers
         torch.manual_seed(recipe.seed)
         self.module = new_tokenizer(recipe.tokenizer_config)
-        if recipe.init:
-            start = find_model(recipe.init)
-            folds = _check_same(recipe, start)
-            state = {k: v.float() for k, v in read_weights(start).items()}
-            load_state(self.module, with_larger_patches(state, *folds) if folds else state, start)
+        fresh = not recipe.init or self._begin(find_model(recipe.init))
         self.module.to(workers.device)
         half = recipe.engine.precision == "bfloat16"
         self.adversary = Adversary(recipe.adversary, workers, half=half) if recipe.adversary.weight else None
@@ -91,12 +87,22 @@ class TokenizerTask(Task):
         self._broken: dict[int, str] = {}
         # Codes that are to stay what they are need no care, only counting.
         care = recipe.tokenizer_loss if recipe.train_encoder else CodebookConfig(warn_usage=0.0)
-        fresh, group = not recipe.init, recipe.tokenizer_group
-        self.codebook = Codebook(self.module.quantizer, care, workers, fresh=fresh, group=group)
+        self.codebook = Codebook(self.module.quantizer, care, workers, fresh=fresh, group=recipe.tokenizer_group)
         # Measured where there is a network for it, also when it is not part of the loss.
         self.distance = _distance(recipe.tokenizer_loss)
         if self.distance is not None:
             self.distance.to(workers.device)
+
+    def _begin(self, start: Path) -> bool:
+        """Take over the weights of the tokenizer in `start`; returns whether the codebook is to be a new one."""
+        larger = _check_same(self.recipe, start)
+        state = {name: tensor.float() for name, tensor in read_weights(start).items()}
+        if "pixel_shuffle" in larger:
+            state = with_larger_patches(state, *larger["pixel_shuffle"])
+        if "vocab_size" in larger:
+            state |= {name: tensor for name, tensor in self.module.state_dict().items() if name.startswith("quantizer.")}
+        load_state(self.module, state, start)
+        return "vocab_size" in larger
 
     def _few_codes(self) -> str:
         """A warning where pictures are too small for this tokenizer, else nothing."""
@@ -110,7 +116,9 @@ class TokenizerTask(Task):
             depths = list(config.channel_multipliers)[: size.bit_length() - FEWEST_CODES.bit_length() + 1]
             folded = config.pixel_shuffle * side // FEWEST_CODES
             halved = f"channel_multipliers={json.dumps(depths, separators=(',', ':'))}"
-            advice += f", or tokenizer.{f'pixel_shuffle={folded}' if folded else halved}"
+            begun = read_config(find_model(self.recipe.init))["tokenizer"] if self.recipe.init else {}
+            if not begun or (folded and folded % begun.get("pixel_shuffle", 1) == 0):
+                advice += f", or tokenizer.{f'pixel_shuffle={folded}' if folded else halved}"
         return f"pictures of {size}x{size} are only {side}x{side} codes, one for {patch}x{patch} pixels: take {advice}"
 
     @torch.no_grad()
@@ -250,21 +258,28 @@ def spread_rows(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
-def _check_same(recipe: Recipe, start: Path) -> tuple[int, int] | None:
-    """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else. Only
-    its patches may be larger, a multiple: returns both numbers of pixels that are folded then."""
-    group, found = recipe.tokenizer_group, read_config(start).get("tokenizer", {})
+def _check_same(recipe: Recipe, start: Path) -> dict[str, tuple[int, int]]:
+    """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else.
+
+    Only its patches may be larger, a multiple, and its codebook of another size, where k-means sets it. Returns these
+    settings where they differ: that of `start`, and that of the recipe.
+    """
+    group, found = recipe.tokenizer_group, {"pixel_shuffle": 1} | read_config(start).get("tokenizer", {})
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe.tokenizer_config)))
-    folds = [sizes.get("pixel_shuffle", 1) for sizes in (found, wanted)]
-    larger = group == "tokenizer" and folds[0] < folds[1] and folds[1] % folds[0] == 0
-    free = _OF_TRAINING | ({"pixel_shuffle"} if larger else set())
-    if wrong := [name for name in wanted.keys() & found.keys() - free if wanted[name] != found[name]]:
-        name = min(wrong)
-        raise ValueError(
-            f"init={recipe.init} has {group}.{name}={found[name]}, and this recipe {wanted[name]}; give that, or begin "
-            "from nothing with init= (tokenizer_recipe.init= where a model's command trains the tokenizer)"
-        )
-    return (folds[0], folds[1]) if larger else None
+    names = wanted.keys() & found.keys() - _OF_TRAINING
+    other = {name: (found[name], wanted[name]) for name in sorted(names) if found[name] != wanted[name]}
+    clusters = recipe.tokenizer_loss.kmeans_steps > 0 and recipe.train_encoder
+    free = {"vocab_size"} if clusters else set()
+    if group == "tokenizer" and found["pixel_shuffle"] and wanted["pixel_shuffle"] % found["pixel_shuffle"] == 0:
+        free.add("pixel_shuffle")
+    for name, (old, new) in other.items():
+        if name not in free:
+            anew = ", set tokenizer_loss.kmeans_steps=10 for a new codebook" if name == "vocab_size" else ""
+            raise ValueError(
+                f"init={recipe.init} has {group}.{name}={old}, and this recipe {new}; give that{anew}, or begin from "
+                "nothing with init= (tokenizer_recipe.init= where a model's command trains the tokenizer)"
+            )
+    return other
 
 
 def _distance(weights: TokenizerLossConfig) -> EfficientNetDistance | Lpips | None:
