@@ -20,6 +20,8 @@ LAYOUTS = {
     "nar-wide": {"grid": (2, 5), "num_classes": 10, "condition_rotation": "zero"},
     "nar-deep-heads": {"grid": (4, 3), "num_classes": 10, "head_depths": (1, 2), "axis_heads": (1, 0)},
     "nar-shared-head": {"grid": (4, 4), "num_classes": 10, "axis_heads": (0, 0), "positions": "learned"},
+    "gated": {"grid": (3, 4), "num_classes": 10, "gate": True},
+    "gated-video": {"grid": (2, 3, 2), "num_classes": 10, "gate": True, "axis_heads": (0, 1, 0), "positions": "sincos"},
     "raster": {"grid": (3, 4), "num_classes": 10, "schedule": "raster"},
     "par": {"grid": (4, 4), "num_classes": 10, "schedule": "par", "regions": (2, 2)},
     "par-learned": {"grid": (4, 6), "num_classes": 10, "schedule": "par", "regions": (2, 3), "positions": "learned"},

@@ -14,7 +14,7 @@ from conftest import make_condition, make_model
 from golden_fixtures import Fixture, fixtures
 from nar import ClassCondition, Transformer, generate
 from nar.convert import convert, to_diagonal
-from nar.convert.initial import trunk, with_larger_patches
+from nar.convert.initial import trunk, with_gate, with_larger_patches
 from nar.data.builtin import draw_toy
 from nar.media.pixels import as_pixels
 from nar.storage.folder import read_config
@@ -143,6 +143,33 @@ def test_the_trunk_waits_and_then_learns_slower(tmp_path: Path) -> None:
         run_recipe(str(tokenizer_recipe(tmp_path)), [f"run={tmp_path / 'no'}", "optim.trunk_factor=0.5"])
 
 
+@pytest.mark.parametrize("layout", ["nar", "nar-shared-head", "video", "edits"])
+def test_a_gate_begins_with_equal_shares(layout: str) -> None:
+    model = make_model(layout)
+    gated = with_gate(model).eval()
+    condition = make_condition(model, 3)
+    codes = torch.randint(24, (3, *model.config.grid))
+    torch.testing.assert_close(gated(codes, condition), model(codes, condition))
+    with torch.no_grad():
+        gated.gate[2].bias[0] = 20.0  # the head along the width decides, where it predicts
+    first = model.decided_by(0)
+    torch.testing.assert_close(gated(codes, condition)[..., 1:, :], first(codes, condition)[..., 1:, :])
+
+
+def test_a_gate_learns_with_the_heads_of_a_converted_model(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ema_decay=0)
+    first = run_recipe(str(path), [f"run={tmp_path / 'first'}", "model.schedule=raster", "num_images=64"])
+    begun = [f"init={first}", "to_diagonal=true", "model.gate=true", "optim.warmup_images=0", "optim.trunk_frozen=1"]
+    run_recipe(str(path), [f"run={tmp_path / 'run'}", *begun, "optim.muon_learning_rate=1e-3"])
+    learned = weights(tmp_path / "run")
+    assert read_config(tmp_path / "run/model")["model"]["gate"] is True
+    assert all(float(learned[f"gate.{name}"].abs().max()) > 0 for name in ("0.weight", "2.weight", "2.bias"))
+    begun = Transformer.from_pretrained(str(first)).state_dict()["blocks.0.attention.qkv.weight"]
+    assert torch.equal(learned["blocks.0.attention.qkv.weight"], begun)
+    with pytest.raises(ValueError, match="gate weighs rows of predictions, and raster has one"):
+        run_recipe(str(path), [f"run={tmp_path / 'no'}", "model.schedule=raster", "model.gate=true"])
+
+
 @pytest.mark.slow
 def test_low_rank_additions_with_heads_that_learn_whole(tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -200,5 +227,5 @@ def test_a_start_with_another_number_of_codes_sets_them_by_k_means(tmp_path: Pat
     likeness = (points * new.quantizer.entries(new.encode(pixels))).sum(-1)
     assert likeness.mean() > 0.9  # of random entries 0.7
     for unset in ("tokenizer_loss.kmeans_steps=0", "train_encoder=false"):
-        with pytest.raises(ValueError, match=r"vocab_size=2048, and this recipe 64; give that, set tokenizer_loss.kmea"):
+        with pytest.raises(ValueError, match=r"vocab_size=2048, and this recipe 64; give that, set tokenizer_loss"):
             run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / unset}", unset])

@@ -247,7 +247,8 @@ def short_recipes(folder: Path) -> list[str]:
     """Recipes of a tokenizer and a model that take a second, as overrides; with settings for up to 100 pictures."""
     (folder / "tokenizer.yaml").write_text(
         "base: my-pictures-tokenizer\ndata: {size: 32}\nsteps: 2\ninit: ''\n"
-        "tokenizer: {vocab_size: 256, channels: 8, channel_multipliers: [1, 2, 2, 2], pixel_shuffle: 1, latent_channels: 8}\noptim: {warmup_images: 0}\n"
+        "tokenizer: {vocab_size: 256, channels: 8, channel_multipliers: [1, 2, 2, 2], pixel_shuffle: 1}\n"
+        "optim: {warmup_images: 0}\n"
         "by_count: {100: {tokenizer: {vocab_size: 128}}}\n"
     )
     (folder / "model.yaml").write_text(

@@ -63,6 +63,8 @@ class ModelConfig:
         head_depths: extra blocks in front of each prediction head, chained; default one for each head but the first.
         axis_heads: for each row of the schedule's predictions (width first), the head that serves it; several may share
             one.
+        gate: where several rows predict a token, their shares come from a small network that reads them (the fusion
+            gate of FlashAR, arXiv 2605.09430), and begin as equal ones; without it they are equal.
         positions: "rope", "learned" (one embedding a position), "sincos" (the same, fixed), or "levels" (learned, and
             one more for each front).
         modulation: the class scales, shifts and gates each block, by a layer of its "own" or a "shared" one, as in VAR
@@ -94,6 +96,7 @@ class ModelConfig:
     code_dim: Length = 0
     head_depths: tuple[Length, ...] = ()
     axis_heads: tuple[Length, ...] = ()
+    gate: bool = False
     positions: Annotated[str, OneOf("rope", "learned", "sincos", "levels")] = "rope"
     rope_base: Positive = 10000.0
     norm_eps: Positive = 1e-5
@@ -136,6 +139,8 @@ class ModelConfig:
                 f"axis_heads {heads} must name one of the {len(depths)} heads of head_depths "
                 f"for each of the {rows} rows of {self.schedule}, and leave none out"
             )
+        if self.gate and rows == 1:
+            raise ValueError(f"gate weighs rows of predictions, and {self.schedule} has one: set it to false")
 
     def complete(self) -> ModelConfig:
         """The same with every size written out, as a model and its `config.json` have it."""
@@ -280,6 +285,9 @@ class Transformer(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.head_norms = nn.ModuleList(RMSNorm(dim, config.norm_eps) for _ in range(num_heads if plain else 0))
+        if config.gate:
+            rows, width = len(config.axis_heads), max(64, dim // 8)
+            self.gate = nn.Sequential(nn.Linear(rows * dim, width), nn.SiLU(), nn.Linear(width, rows))
         self.output = nn.Linear(num_heads * dim, config.vocab_size, bias=False)
         self._initialise()
 
@@ -290,6 +298,10 @@ class Transformer(nn.Module):
             if not name.endswith(("norm.weight", "bias", "log_scale")) and not name.startswith("head_norms"):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
+        if self.config.gate:
+            for name, parameter in self.gate.named_parameters():
+                if name != "0.weight":
+                    nn.init.zeros_(parameter)
         if self.config.prefix_holes == "token":
             nn.init.zeros_(self.role)
         if self.config.text_dim:
@@ -605,20 +617,30 @@ class Transformer(nn.Module):
     def readout(self, states: list[Tensor], source: Tensor, weight: Tensor, modulations: list[Tensor]) -> Tensor:
         """Normalise, gather and average the heads' streams (B, S, d), each by `weight` at `source` (A, n): (B, n, H *
         d)."""
-        columns = []
+        normed = []
         for head, state in enumerate(states):
             if modulations:
                 scale, shift = modulations[-1][:, None].unbind(2)
-                normed = modulated(state, scale, shift, self.config.norm_eps)
+                normed.append(modulated(state, scale, shift, self.config.norm_eps))
             else:
-                normed = self.head_norms[head](state)
-            column = torch.zeros((), dtype=normed.dtype, device=normed.device)
-            for row, served_by in enumerate(self.config.axis_heads):
-                if served_by == head:
-                    share = weight[row, :, None].to(normed.dtype)
-                    column = column + normed[:, source[row]] * share
+                normed.append(self.head_norms[head](state))
+        heads = self.config.axis_heads
+        read = [normed[head][:, source[row]] for row, head in enumerate(heads)]
+        shares = self._gated(read, weight) if self.config.gate else weight
+        columns = []
+        for head in range(len(states)):
+            column = torch.zeros((), dtype=normed[head].dtype, device=normed[head].device)
+            for row in (row for row, served_by in enumerate(heads) if served_by == head):
+                column = column + read[row] * shares[row, ..., None].to(column.dtype)
             columns.append(column)
         return torch.cat(columns, -1)
+
+    def _gated(self, read: list[Tensor], weight: Tensor) -> Tensor:
+        """Shares (A, B, n) of the rows, whose streams were `read` (B, n, d): of a row without `weight` (A, n) none."""
+        there = weight > 0
+        rows = [torch.where(there[row, :, None], stream, 0) for row, stream in enumerate(read)]
+        scores = cast(Tensor, self.gate(torch.cat(rows, -1))).float()
+        return scores.masked_fill(~there.T, -math.inf).softmax(-1).movedim(-1, 0)
 
     def _mask(self, length: int, key_mask: Tensor | None) -> Tensor | None:
         """Who sees whom among the first `length` positions: (1 or B, 1, length, length) bool, None when all see all."""

@@ -120,7 +120,7 @@ def with_schedule(config: ModelConfig, schedule: str) -> ModelConfig:
     if config.scales:
         raise ValueError(f"a model of scales has no grid for {schedule}; measure it under its own schedule")
     regions = (1,) * (len(config.grid) - 2) + (2, 2) if schedule == "par" else ()
-    return dataclasses.replace(config, schedule=schedule, regions=regions, head_depths=(), axis_heads=())
+    return dataclasses.replace(config, schedule=schedule, regions=regions, head_depths=(), axis_heads=(), gate=False)
 
 
 def bench_preset(
@@ -217,7 +217,7 @@ def work(model: Transformer, sampling: Sampling) -> Work:
     """What one picture takes; of a model with or without values."""
     config, schedule = model.config, model.layout.schedule
     in_blocks = _num_weights(model.blocks)
-    in_output = _num_weights(model.output)
+    in_output = _num_weights(model.output) + (_num_weights(model.gate) if config.gate else 0)
     once = _num_weights(model.modulation) if config.modulation != "none" else 0
     guided = last_guided(sampling, schedule)
     products, fed = schedule.num_positions * in_output + once * (1 if guided < 0 else 2), 0

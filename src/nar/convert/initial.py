@@ -51,7 +51,7 @@ def to_diagonal(model: Transformer) -> Transformer:
 def trunk(model: Transformer) -> frozenset[str]:
     """Names of the parameters of `model` that its first head alone would need, but for the output."""
     own = "|".join(map(str, range(model.config.num_layers, model.config.num_blocks)))
-    further = re.compile(rf"output|head_norms\.(?!0\.)|blocks\.(?:{own or 'none'})\.")
+    further = re.compile(rf"output|gate|head_norms\.(?!0\.)|blocks\.(?:{own or 'none'})\.")
     return frozenset(name for name, _ in model.named_parameters() if not further.match(name))
 
 
@@ -72,6 +72,13 @@ def with_holes(model: Transformer, sizes: dict[str, Any]) -> Transformer:
     return made
 
 
+def with_gate(model: Transformer) -> Transformer:
+    """A model whose rows of predictions have equal shares with a gate, which begins with these."""
+    made = Transformer(dataclasses.replace(model.config, gate=True))
+    made.load_state_dict(made.state_dict() | model.state_dict())
+    return made
+
+
 def with_larger_patches(state: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
     """Weights of a picture tokenizer that folds `old` pixels a side, for one that folds `new`, a multiple: of pictures
     as many times larger it begins with what it made of them at the size of before, each pixel a square of them."""
@@ -87,7 +94,7 @@ def with_larger_patches(state: dict[str, Tensor], old: int, new: int) -> dict[st
 
 
 def with_lora(model: Transformer, rank: int, *, heads: bool) -> None:
-    """Add low-rank layers in place, and let them learn alone, beside classes, and with `heads` all but the trunk.
+    """Add low-rank layers in place, and let them alone learn beside classes and a gate; with `heads` all but the trunk.
 
     Raises:
         ModuleNotFoundError: no peft.
@@ -100,7 +107,7 @@ def with_lora(model: Transformer, rank: int, *, heads: bool) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     shared = trunk(model)
     for name, parameter in model.named_parameters():
-        if name.startswith("classes.") or (heads and name not in shared):
+        if name.startswith(("classes.", "gate.")) or (heads and name not in shared):
             parameter.requires_grad_(True)
 
 

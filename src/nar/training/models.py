@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nar.condition import NULL_CLASS, ClassCondition, Condition
-from nar.convert.initial import merged, to_diagonal, trunk, with_holes, with_lora
+from nar.convert.initial import merged, to_diagonal, trunk, with_gate, with_holes, with_lora
 from nar.data.clips import ClipSource
 from nar.data.codes import Codes
 from nar.data.source import Source
@@ -301,6 +301,8 @@ def _initial(recipe: Recipe, sizes: dict[str, Any], text: Text | None) -> Transf
     model = model.at_grid(sizes["grid"])
     if recipe.edit and not model.config.prefix_grid:
         model = with_holes(model, sizes)
+    if recipe.model.gate and not model.config.gate:
+        model = with_gate(model)
     if model.config.prefix_grid != sizes.get("prefix_grid", ()):
         raise ValueError(
             f"{recipe.init} reads given codes of {model.config.prefix_grid}, and this recipe's (given_frames "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -87,10 +88,10 @@ def build_optimizers(
 ) -> tuple[torch.optim.Optimizer, ...]:
     """AdamW (eps 1e-8, fused) over the groups of `module`, and Muon where it is asked for; groups know `initial_lr`."""
     groups = parameter_groups(module, config.weight_decay, config.decay)
-    matrices = [  # of linear layers, by name, without the projection to the vocabulary
+    matrices = [  # of linear layers, by name, without the projection to the vocabulary and what begins as zeros
         part.weight
         for name, part in sorted(module.named_modules())
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "output" and part.weight.requires_grad
+        if isinstance(part, nn.Linear) and not re.search(r"(^|\.)output$|^gate\.", name) and part.weight.requires_grad
     ]
     matrices = matrices if config.muon_learning_rate else []
     if config.muon_learning_rate and not matrices:

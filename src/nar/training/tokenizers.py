@@ -100,7 +100,7 @@ class TokenizerTask(Task):
         if "pixel_shuffle" in larger:
             state = with_larger_patches(state, *larger["pixel_shuffle"])
         if "vocab_size" in larger:
-            state |= {name: tensor for name, tensor in self.module.state_dict().items() if name.startswith("quantizer.")}
+            state |= {f"quantizer.{name}": tensor for name, tensor in self.module.quantizer.state_dict().items()}
         load_state(self.module, state, start)
         return "vocab_size" in larger
 
