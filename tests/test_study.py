@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nar import bench
 from nar.model import ModelConfig
@@ -28,6 +29,7 @@ from nar.study.run import compare_models, run_study, write_log
 from nar.study.tables import FAILED, HELD, OPEN, Result, as_csv, markdown, read_result, result, write_tables
 from nar.tokenizer import Tokenizer, load_tokenizer, new_tokenizer
 from nar.training.recipe import Recipe
+from nar.training.tasks import run_recipe
 from training_runs import recipe, start
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -406,6 +408,25 @@ def test_all_seeds_of_an_arm_have_the_guidance_of_its_first(
             logs = [json.loads((out / f"logs/{arm}-{seed}.json").read_text()) for seed in seeds]
             assert len({log["sampling"]["guidance_scale"] for log in logs}) == 1
     assert len(asked) == 2 * 2 + 2 + 2 * 3 + 1  # what does not depend on the first seed is kept
+
+
+def test_an_arm_that_begins_with_other_weights_is_trained_anew(tmp_path: Path) -> None:
+    first = run_recipe(str(recipe(tmp_path)), [f"run={tmp_path / 'first'}", "num_images=16"])
+    assert first is not None
+    arms = {"begun": {"settings": [f"init={first}"]}, "moved": {"settings": [f"init={first}"]}}
+    out = run_study(study_of(tmp_path, arms=arms, seeds=[0]))
+    assert out is not None
+    (first / "model.safetensors").replace(tmp_path / "kept")
+    state = {name: tensor + 0.1 for name, tensor in load_file(tmp_path / "kept").items()}
+    save_file(state, first / "model.safetensors")
+    run_study(study_of(tmp_path, arms=arms, seeds=[0]))
+    assert len(list(out.glob("runs/begun-0-*"))) == 2
+    (tmp_path / "kept").replace(first / "model.safetensors")
+    before = times(out)
+    shutil.copytree(first, tmp_path / "elsewhere")
+    arms["moved"] = {"settings": [f"init={tmp_path / 'elsewhere'}"]}
+    run_study(study_of(tmp_path, arms=arms, seeds=[0]))
+    assert {name for name in times(out) if "runs" in name} == {name for name in before if "runs" in name}
 
 
 @pytest.mark.parametrize("where", ["arm", "sweep"])

@@ -181,7 +181,8 @@ class _Work:
         fixed = [*choice, f"seed={seed}", f"tokenizer_path={self.tokenizer}"]
         overrides = [*self.study.overrides(arm, load_tokenizer(self.tokenizer)), *fixed]
         recipe = self.study.recipe_of(arm, overrides)
-        digest = _digest(_settings(recipe), model_digest(self.tokenizer))
+        begun = {"init": model_digest(find_model(recipe.init))} if recipe.init else {}  # whatever its folder is called
+        digest = _digest(_settings(recipe) | begun, model_digest(self.tokenizer))
         folder = self.folder / "runs" / f"{arm}-{seed}-{digest}"
         return Run(arm, seed, self.study.recipe, (*overrides, f"run={folder}"), folder)
 
