@@ -471,6 +471,9 @@ def test_the_page_of_keys_is_current() -> None:
 
 
 def test_info_of_recipes_and_data(tmp_path: Path) -> None:
+    own = nar("info", "my-pictures-tokenizer")
+    assert "model." not in own
+    assert re.search(r"up to 1,000 samples +tokenizer.vocab_size=512\n", own)
     said = nar("info", "my-pictures")
     assert re.search(r"^data +needs your own: data=FOLDER$", said, re.MULTILINE)
     assert re.search(r"^batch_size +32$", said, re.MULTILINE)

@@ -95,7 +95,11 @@ def _recipe_facts(name: str) -> dict[str, Any]:
     if recipe.task == "model":
         learned = (("classes", recipe.learns_classes), ("captions", recipe.text_encoder.source))
         facts["learns from"] = ", ".join([*(name for name, used in learned if used), "pictures or clips"])
-    facts |= {key: value for key, value in config.items() if defaults.get(key, value) != value and key != "about"}
+    unread = ("about", "model.") if recipe.task == "tokenizer" else ("about",)  # sizes are written out, of no model too
+    changed = {key: value for key, value in config.items() if defaults.get(key, value) != value}
+    facts |= {key: value for key, value in changed.items() if not key.startswith(unread)}
+    for limit, settings in sorted(recipe.by_count.items(), key=lambda item: int(item[0])):
+        facts[f"up to {int(limit):,} samples"] = ", ".join(f"{key}={value}" for key, value in leaves(settings))
     return facts | {"all keys": "docs/reference/recipes.md"}
 
 
