@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from nar.storage.described import described
 from nar.storage.folder import without_weights
 from nar.storage.presets import PRESETS
 from nar.training import tasks
+from nar.training.distributed import joined
 from nar.training.models import equal_to_nar
 from nar.training.optim import OptimConfig, learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import read_recipe, run_recipe
+from nar.training.tokenizers import TokenizerTask
 from training_runs import equal, nar, recipe, tokenizer_recipe, weights
 
 MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
@@ -268,6 +271,22 @@ def test_small_sets_have_settings_of_their_own(tmp_path: Path) -> None:
     assert (other.steps, other.data.heldout_share, other.by_count) == (4, 0.5, {"24": {}}), "given, so not by count"
     (tmp_path / "more.yaml").write_text("base: model.yaml\nbatch_size: 8\n")
     assert read_recipe(str(tmp_path / "more.yaml"), given).epochs == 3, "what base hands on has no by_count"
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"), [(32, "data.size=64, or tokenizer.pixel_shuffle=2"), (16, "data.size=64"), (64, "")]
+)
+def test_advice_on_few_codes_suits_the_tokenizer_that_training_begins_with(
+    tmp_path: Path, size: int, advice: str
+) -> None:
+    given = [f"data={own_folder(tmp_path / 'data')}", "steps=1", f"run={tmp_path / 'run'}", f"data.size={size}"]
+    with joined("cpu") as workers, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TokenizerTask(read_recipe("my-pictures-tokenizer", given), workers)
+        followed = read_recipe("my-pictures-tokenizer", [*given, *filter(None, [advice.partition(", or ")[2]])])
+        TokenizerTask(followed, workers)
+    said = [str(warning.message) for warning in caught if "codes, one for" in str(warning.message)]
+    assert [text.partition("take ")[2] for text in said] == [advice] * (2 if size == 16 else bool(advice))
 
 
 def test_the_tokenizer_is_set_in_the_same_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
