@@ -24,7 +24,7 @@ from nar.data.split import families, held_out
 from nar.model import ModelConfig, Transformer
 from nar.storage.config import load, recipe_names
 from nar.storage.described import described
-from nar.storage.folder import without_weights
+from nar.storage.folder import find_model, without_weights
 from nar.storage.presets import PRESETS
 from nar.training import tasks
 from nar.training.distributed import joined
@@ -32,7 +32,7 @@ from nar.training.models import equal_to_nar
 from nar.training.optim import OptimConfig, learning_rate_factor
 from nar.training.recipe import Recipe
 from nar.training.tasks import read_recipe, run_recipe
-from nar.training.tokenizers import TokenizerTask
+from nar.training.tokenizers import TokenizerTask, check_start
 from training_runs import equal, nar, recipe, tokenizer_recipe, weights
 
 MINI = Path(__file__).parent / "data" / "emoji-mini.parquet"
@@ -50,6 +50,15 @@ def test_every_recipe_loads_and_says_what_it_makes(name: str) -> None:
     recipe = load(Recipe, name)
     assert len(recipe.about) > 60
     assert recipe.run.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load(Recipe, name).task == "tokenizer"])
+def test_tokenizers_have_the_codes_they_state_and_may_begin_where_they_do(name: str) -> None:
+    recipe = load(Recipe, name)
+    if stated := re.search(r"(\d+)x(\d+) codes", recipe.about):
+        assert recipe.data.size // recipe.tokenizer_config.patch_size == int(stated[1]) == int(stated[2])
+    if recipe.init and not recipe.init.startswith("runs/"):  # what others make there
+        check_start(recipe, find_model(recipe.init))
 
 
 @pytest.mark.parametrize(("recipe", "preset"), PUBLISHED.items())

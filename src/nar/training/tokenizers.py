@@ -95,7 +95,7 @@ class TokenizerTask(Task):
 
     def _begin(self, start: Path) -> bool:
         """Take over the weights of the tokenizer in `start`; returns whether the codebook is to be a new one."""
-        larger = _check_same(self.recipe, start)
+        larger = check_start(self.recipe, start)
         state = {name: tensor.float() for name, tensor in read_weights(start).items()}
         if "pixel_shuffle" in larger:
             state = with_larger_patches(state, *larger["pixel_shuffle"])
@@ -258,7 +258,7 @@ def spread_rows(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
-def _check_same(recipe: Recipe, start: Path) -> dict[str, tuple[int, int]]:
+def check_start(recipe: Recipe, start: Path) -> dict[str, tuple[int, int]]:
     """Refuse another setting than that of the tokenizer in `start`: its weights may fit, but mean something else.
 
     Only its patches may be larger, a multiple, and its codebook of another size, where k-means sets it. Returns these
