@@ -14,15 +14,18 @@ from conftest import make_condition, make_model
 from golden_fixtures import Fixture, fixtures
 from nar import ClassCondition, Transformer, generate
 from nar.convert import convert, to_diagonal
-from nar.convert.initial import trunk, with_gate, with_larger_patches
+from nar.convert.initial import trunk, with_gate, with_larger_patches, with_lora
 from nar.data.builtin import draw_toy
 from nar.media.pixels import as_pixels
 from nar.storage.folder import read_config
 from nar.tokenizer import load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.training.loop import Task
+from nar.training.optim import OptimConfig, build_optimizers
 from nar.training.tasks import run_recipe
 from training_runs import equal, recipe, tokenizer_recipe, weights
+
+GATE = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 
 def raster(**changes: object) -> Transformer:
@@ -163,11 +166,26 @@ def test_a_gate_learns_with_the_heads_of_a_converted_model(tmp_path: Path) -> No
     run_recipe(str(path), [f"run={tmp_path / 'run'}", *begun, "optim.muon_learning_rate=1e-3"])
     learned = weights(tmp_path / "run")
     assert read_config(tmp_path / "run/model")["model"]["gate"] is True
-    assert all(float(learned[f"gate.{name}"].abs().max()) > 0 for name in ("0.weight", "2.weight", "2.bias"))
+    assert all(float(learned[f"gate.{name}"].abs().max()) > 0 for name in GATE)
     begun = Transformer.from_pretrained(str(first)).state_dict()["blocks.0.attention.qkv.weight"]
     assert torch.equal(learned["blocks.0.attention.qkv.weight"], begun)
     with pytest.raises(ValueError, match="gate weighs rows of predictions, and raster has one"):
         run_recipe(str(path), [f"run={tmp_path / 'no'}", "model.schedule=raster", "model.gate=true"])
+
+
+def test_a_gate_learns_beside_low_rank_additions_and_without_muon() -> None:
+    """It begins as zeros, whose directions Muon would make up."""
+    pytest.importorskip("peft")
+    model = make_model("gated")
+    *_, muon = build_optimizers(model, OptimConfig(muon_learning_rate=1e-3))
+    own = {id(parameter) for parameter in model.gate.parameters()}
+    taken = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    assert taken
+    assert not own & taken
+    with_lora(model.requires_grad_(False), 2, heads=False)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in learning if name.startswith("gate")} == {f"gate.{part}" for part in GATE}
+    assert "blocks.0.attention.qkv.base_layer.weight" not in learning
 
 
 @pytest.mark.slow
@@ -200,11 +218,12 @@ def test_a_tokenizer_with_larger_patches_begins_as_it_was(times: int) -> None:
     torch.testing.assert_close(new.decode(codes), F.interpolate(old.decode(codes), scale_factor=times))
 
 
-def test_own_pictures_may_begin_with_the_bundled_tokenizer(tmp_path: Path) -> None:
+def test_own_pictures_may_begin_with_the_bundled_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = ["channels=40", "channel_multipliers=[1,2]", "pixel_shuffle=4", "vocab_size=2048"]
     short = ["data=toy", "data.size=64", "steps=1", "batch_size=4", "init=emoji/tokenizer"]
     short += [f"tokenizer.{size}" for size in sizes]
     folder = run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / 'run'}"])
+    assert "held out, begun with emoji/tokenizer" in capfd.readouterr().err
     old, new = (load_tokenizer(path).state_dict() for path in ("emoji/tokenizer", folder))
     name = "encoder.conv_in.weight"
     assert new[name].shape[1] == 4 * old[name].shape[1]
