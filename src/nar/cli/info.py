@@ -83,21 +83,19 @@ def _described(what: str, recipes: list[str]) -> dict[str, Any]:
 def _recipe_facts(name: str) -> dict[str, Any]:
     """What a recipe makes, and all that it sets apart from defaults."""
     from nar.storage.config import leaves, load
-    from nar.storage.described import described
     from nar.training.recipe import Recipe
 
     recipe = load(Recipe, name)
-    defaults = {key.name: key.default for key in described(Recipe)}
-    config = dict(leaves(recipe.record()))
+    # Records have every size written out: those of the data (classes) and of another task are in both.
+    config, defaults = (dict(leaves(which.record())) for which in (recipe, Recipe(num_images=1)))
+    defaults["num_images"] = 0
     facts: dict[str, Any] = {"recipe": name, "about": " ".join(recipe.about.split())}
     if not (recipe.data.source or recipe.data.codes):
         facts["data"] = "needs your own: data=FOLDER"
     if recipe.task == "model":
         learned = (("classes", recipe.learns_classes), ("captions", recipe.text_encoder.source))
         facts["learns from"] = ", ".join([*(name for name, used in learned if used), "pictures or clips"])
-    unread = ("about", "model.") if recipe.task == "tokenizer" else ("about",)  # sizes are written out, of no model too
-    changed = {key: value for key, value in config.items() if defaults.get(key, value) != value}
-    facts |= {key: value for key, value in changed.items() if not key.startswith(unread)}
+    facts |= {key: value for key, value in config.items() if defaults.get(key, value) != value and key != "about"}
     for limit, settings in sorted(recipe.by_count.items(), key=lambda item: int(item[0])):
         facts[f"up to {int(limit):,} samples"] = ", ".join(f"{key}={value}" for key, value in leaves(settings))
     return facts | {"all keys": "docs/reference/recipes.md"}
