@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from nar.convert import convert, to_diagonal
 from nar.convert.initial import trunk, with_gate, with_larger_patches, with_lora
 from nar.data.builtin import draw_toy
 from nar.media.pixels import as_pixels
-from nar.storage.folder import read_config
+from nar.storage.folder import find_model, read_config
 from nar.tokenizer import load_tokenizer, new_tokenizer
 from nar.tokenizer.image import ImageTokenizerConfig
 from nar.training.loop import Task
@@ -232,6 +234,19 @@ def test_own_pictures_may_begin_with_the_bundled_tokenizer(tmp_path: Path, capfd
         ValueError, match=r"init=emoji/tokenizer has tokenizer.channels=40, and this recipe 8; give tha"
     ):
         run_recipe("my-pictures-tokenizer", [*short, f"run={tmp_path / 'other'}", "tokenizer.channels=8"])
+
+
+@pytest.mark.parametrize("stated", ["2", 0, -2, None, [2], 3])
+def test_patches_of_a_start_that_do_not_fit_are_named(tmp_path: Path, stated: object) -> None:
+    start = shutil.copytree(find_model("emoji/tokenizer"), tmp_path / "start")
+    config = json.loads((start / "config.json").read_text())
+    config["tokenizer"]["pixel_shuffle"] = stated
+    (start / "config.json").write_text(json.dumps(config))
+    given = ["data=toy", "data.size=64", f"init={start}", f"run={tmp_path / 'run'}"]
+    with pytest.raises(
+        ValueError, match=r"has tokenizer.pixel_shuffle=.*, and this recipe 4; give that, or begin from"
+    ):
+        run_recipe("my-pictures-tokenizer", given)
 
 
 def test_a_start_with_another_number_of_codes_sets_them_by_k_means(tmp_path: Path) -> None:

@@ -264,13 +264,15 @@ def check_start(recipe: Recipe, start: Path) -> dict[str, tuple[int, int]]:
     Only its patches may be larger, a multiple, and its codebook of another size, where k-means sets it. Returns these
     settings where they differ: that of `start`, and that of the recipe.
     """
-    group, found = recipe.tokenizer_group, {"pixel_shuffle": 1} | read_config(start).get("tokenizer", {})
+    group, stated = recipe.tokenizer_group, read_config(start).get("tokenizer")
+    found = {"pixel_shuffle": 1} | (stated if isinstance(stated, dict) else {})
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe.tokenizer_config)))
     names = wanted.keys() & found.keys() - _OF_TRAINING
     other = {name: (found[name], wanted[name]) for name in sorted(names) if found[name] != wanted[name]}
     clusters = recipe.tokenizer_loss.kmeans_steps > 0 and recipe.train_encoder
     free = {"vocab_size"} if clusters else set()
-    if group == "tokenizer" and found["pixel_shuffle"] and wanted["pixel_shuffle"] % found["pixel_shuffle"] == 0:
+    folded = found["pixel_shuffle"]
+    if group == "tokenizer" and isinstance(folded, int) and folded > 0 and wanted["pixel_shuffle"] % folded == 0:
         free.add("pixel_shuffle")
     for name, (old, new) in other.items():
         if name not in free:
