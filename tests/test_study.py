@@ -22,6 +22,7 @@ from nar.sampling import Sampling
 from nar.storage.config import load
 from nar.storage.files import write_json
 from nar.storage.folder import find_model
+from nar.study import run as study_run
 from nar.study.figures import write_figures
 from nar.study.judge import Half, Judged, _speed, check_halves, golden_section, judge
 from nar.study.plan import STUDY, Judging, Prediction, Study, model_config, read_study, training_flops
@@ -408,6 +409,40 @@ def test_all_seeds_of_an_arm_have_the_guidance_of_its_first(
             logs = [json.loads((out / f"logs/{arm}-{seed}.json").read_text()) for seed in seeds]
             assert len({log["sampling"]["guidance_scale"] for log in logs}) == 1
     assert len(asked) == 2 * 2 + 2 + 2 * 3 + 1  # what does not depend on the first seed is kept
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_has_its_log_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study goes on on another machine from its logs alone."""
+    trained = list[str]()
+    train = study_run.run_recipe
+
+    def noted(path: str, overrides: tuple[str, ...]) -> Path | None:
+        trained.append(overrides[-1].rpartition("/")[2].rpartition("-")[0])
+        return train(path, overrides)
+
+    monkeypatch.setattr(study_run, "run_recipe", noted)
+    arms = ARMS | {"horizontal": {"of": "nar", "heads": "horizontal"}}
+    values = {"arms": arms, "judging": JUDGING | {"guidance": [1, 3]}, "sweep": {"optim.learning_rate": [1e-3, 3e-3]}}
+    out = run_study(study_of(tmp_path, **values))
+    assert out is not None
+    assert sorted(trained) == ["nar-0", "nar-0", "nar-1", "raster-0", "raster-0", "raster-1"]
+    logs = {path: path.read_bytes() for path in sorted(out.glob("logs/*"))}
+    for folder in ("runs", "codes"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    trained.clear()
+    assert run_study(study_of(tmp_path, **values)) == out
+    assert not trained
+    assert {path: path.read_bytes() for path in sorted(out.glob("logs/*"))} == logs
+
+    (out / "logs" / "horizontal-1.json").unlink()  # another arm's model, which has its own log
+    run_study(study_of(tmp_path, **values))
+    assert trained == ["nar-1"]
+
+    shutil.rmtree(out / "runs")
+    trained.clear()
+    run_study(study_of(tmp_path, **values | {"sweep": {"optim.learning_rate": [1e-3, 3e-3, 1e-2]}}))  # chosen anew
+    assert len(trained) == 2 * 3 + 2
 
 
 def test_an_arm_that_begins_with_other_weights_is_trained_anew(tmp_path: Path) -> None:

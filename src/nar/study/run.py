@@ -1,8 +1,9 @@
 """From a study to its runs: trains and judges what is missing, and keeps what is done.
 
 A run is a folder called by its arm, seed, and a digest of all that its weights depend on: a changed arm is trained anew
-and nothing is lost. What was measured is kept in `logs`, small enough for a repository, and tables are made of that
-alone. Knows folders and processes; does not know the training loop, how models are judged, or tables.
+and nothing is lost. What was measured is kept in `logs`, small enough for a repository; tables are made of that alone,
+and what has its log needs no weights: a study goes on elsewhere. Knows folders and processes; does not know the
+training loop, how models are judged, or tables.
 """
 
 from __future__ import annotations
@@ -81,9 +82,13 @@ def run_study(study: Study, jobs: int = 1) -> Path | None:
     every = {(name, seed, choice): work.run(name, seed, choice) for name, seed, choice in places}
     work.keep(every.values())  # only now: a refused study leaves nothing
     tried = {name: [every[name, study.seeds[0], choice] for choice in work.choices] for name in trained}
-    if not work.train([run for runs in tried.values() for run in runs], jobs):
+    decided = {name: [run for run in runs if work.judged(run)] for name, runs in tried.items()}
+    if not work.train([run for name, runs in tried.items() if not decided[name] for run in runs], jobs):
         return None
-    best = {name: work.choices[_least_loss(runs)] for name, runs in tried.items()}
+    best = {
+        name: work.choices[runs.index(decided[name][0]) if decided[name] else _least_loss(runs)]
+        for name, runs in tried.items()
+    }
     runs = {(name, seed): every[name, seed, best[name]] for name in trained for seed in study.seeds}
     work.keep(runs.values())
     if not work.train(list(runs.values()), jobs):
@@ -193,8 +198,8 @@ class _Work:
             code_sets(dataclasses.replace(self.base, run=str(self.folder)), self.sources, self.tokenizer, workers)
 
     def train(self, runs: Sequence[Run], jobs: int) -> bool:
-        """Train what is not finished; False when a signal stopped it."""
-        missing = [run for run in dict.fromkeys(runs) if not run.finished]
+        """Train what is neither finished nor judged; False when a signal stopped it."""
+        missing = [run for run in dict.fromkeys(runs) if not run.finished and not self.judged(run)]
         for run in missing:
             recipe = self.study.recipe_of(run.arm, run.overrides)
             codes = self.folder / "codes"
@@ -213,16 +218,28 @@ class _Work:
 
     def keep(self, runs: Iterable[Run]) -> None:
         """Write the study beside the digests of the logs that it will have of these runs: tables leave others out."""
-        arms = self.study.all_arms.items()
-        digests = [self.digest(name, run) for run in runs for name, arm in arms if (arm.of or name) == run.arm]
+        digests = [self.digest(name, run) for run in runs for name in self._judged_as(run)]
         write_json(self.folder / STUDY, dataclasses.asdict(self.study) | {"digests": digests})
 
+    def _judged_as(self, run: Run) -> list[str]:
+        """The arms whose model a run is: its own, and those that judge it otherwise."""
+        return [name for name, arm in self.study.all_arms.items() if (arm.of or name) == run.arm]
+
     def digest(self, name: str, run: Run) -> str:
-        """Of all that the log of a run as an arm depends on: its guidance is chosen with the first seed."""
+        """Of all that the log of a run as an arm depends on: its guidance is chosen with the first seed, and the run
+        itself among the values of a sweep."""
         study, first = self.study, [self.study.seeds[0]] if self._tunes(name) else []
-        return _digest(
-            run.folder.name, dataclasses.asdict(study.all_arms[name]), dataclasses.asdict(study.judging), *first
-        )
+        swept = [study.sweep] if len(self.choices) > 1 else []
+        arm, judging = dataclasses.asdict(study.all_arms[name]), dataclasses.asdict(study.judging)
+        return _digest(run.folder.name, arm, judging, *first, *swept)
+
+    def log(self, name: str, run: Run) -> Path:
+        """Where an arm keeps what was measured of a run."""
+        return self.folder / "logs" / f"{name}-{run.seed}.json"
+
+    def judged(self, run: Run) -> bool:
+        """Whether all that is asked of a run was measured: then its weights are not needed."""
+        return all(_digest_in(self.log(name, run)) == self.digest(name, run) for name in self._judged_as(run))
 
     def _tunes(self, name: str) -> bool:
         """Whether the guidance of an arm is searched."""
@@ -232,10 +249,10 @@ class _Work:
     def judge(self, name: str, run: Run, choice: Sequence[str]) -> None:
         """Judge a run as one arm does, unless it was: writes its log."""
         study, arm = self.study, self.study.all_arms[name]
-        path = self.folder / "logs" / f"{name}-{run.seed}.json"
+        path = self.log(name, run)
         facts = {"arm": name, "seed": run.seed, "run": run.folder.name, "chosen": [*choice]}
         facts["digest"] = self.digest(name, run)
-        if path.is_file() and read_json(path).get("digest") == facts["digest"]:
+        if _digest_in(path) == facts["digest"]:
             return
         settings = dict(given.partition("=")[::2] for given in arm.sampling)
         all_settings = dataclasses.asdict(from_dict(Sampling, settings, f"sampling of arm {name}", text=True))
@@ -269,6 +286,11 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     default = dict(leaves(of_weights(Recipe(num_images=1).record())))
     found = dict(leaves(of_weights(recipe.record())))
     return {key: found[key] for key in sorted(found) if default.get(key) != found[key] and key != "tokenizer_path"}
+
+
+def _digest_in(log: Path) -> str:
+    """The digest of a log; empty where there is none."""
+    return str(read_json(log).get("digest", "")) if log.is_file() else ""
 
 
 def _digest(*values: Any) -> str:
