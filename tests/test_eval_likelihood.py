@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 from nar.evaluation import likelihood
+from nar.evaluation.edits import judge_edits
 from nar.evaluation.likelihood import judge_likelihood
+from nar.study.plan import Judging
+from nar.study.run import compare_models
 from nar.training.tasks import run_recipe
 from test_frame_training import recipe as frames_recipe
 from test_text_training import words_recipe
@@ -91,3 +94,51 @@ def test_clips_have_the_bits_that_training_logs(tmp_path: Path, kind: str, words
         assert report[name] == pytest.approx(value, abs=1e-5), name
     assert math.isfinite(report["independence_cost"])
     assert report["settings"]["num_real"] == 30
+
+
+@pytest.mark.parametrize("kind", ["words", "clips"])
+def test_what_was_learned_is_not_measured(tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """A source without splits: the part that training held out, as it logs it, and one line says so."""
+    words = kind == "words"
+    path = words_recipe(tmp_path, **SHORT) if words else frames_recipe(tmp_path, **SHORT)
+    run = tmp_path / "run"
+    run_recipe(str(path), [f"run={run}", *(["data.heldout_styles=[flat]"] if words else [])])
+    model, table = str(run / "model"), str(tmp_path / ("pictures.parquet" if words else "clips.parquet"))
+    recwarn.clear()
+    report = judge_likelihood(model, table)
+    said = [str(found.message) for found in recwarn if "what was learned from" in str(found.message)]
+    assert len(said) == 1
+    assert report["settings"]["real"]["notes"] == said
+    for name, value in logged(run, *(name for name in report if name.startswith("bits_per_token"))).items():
+        assert report[name] == pytest.approx(value, abs=1e-5), name
+
+    recwarn.clear()
+    whole = judge_likelihood(model, table, split="train")
+    copied = tmp_path / "elsewhere.parquet"
+    copied.write_bytes(Path(table).read_bytes())
+    assert judge_likelihood(model, str(copied))["settings"]["num_real"] == whole["settings"]["num_real"]
+    assert whole["settings"]["num_real"] > 3 * report["settings"]["num_real"]
+    assert not [found for found in recwarn if "what was learned from" in str(found.message)]
+
+
+def test_models_are_measured_on_what_none_learned(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for index in range(60):
+        file = pictures / f"{index % 2}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (4 * index, 90, 9)).save(file)
+    for name, share in (("first", 0.2), ("second", 0.5)):
+        data = [f"data.source={pictures}", f"data.heldout_share={share}"]
+        run_recipe(str(recipe(tmp_path, num_images=32)), [f"run={tmp_path / name}", *data])
+    first, second = (str(tmp_path / name / "model") for name in ("first", "second"))
+    with pytest.warns(UserWarning, match=r"measured on the \d+ of its 60 pictures that training held out"):
+        number = judge_likelihood(first, str(pictures), against=first)["settings"]["num_real"]
+    assert 4 <= number <= 24
+    with pytest.raises(ValueError, match=r"held out different parts of .*give --real samples that none"):
+        judge_likelihood(first, str(pictures), against=second)
+    how = Judging(number=64, num_sampled=0, independence=False, batch_sizes=())
+    with pytest.raises(ValueError, match="the models held out different parts"):
+        compare_models([first, second], str(pictures), how)
+    with pytest.warns(UserWarning, match="that training held out"):
+        report = judge_edits(first, str(pictures), number=60)
+    assert report["settings"]["num_real"] == number

@@ -37,6 +37,7 @@ COMPOSITIONS = {"score": "score, mean of the tasks", "prompts": "prompts with a 
 Report = dict[str, Any]
 Real = Annotated[str, Option(help="Real pictures: a folder, .npz with arr_0, .parquet, fashion-mnist or its folder.")]
 Split = Annotated[str, Option(help="Of real pictures that have both: train or test.")]
+Unseen = Annotated[str, Option(help="train, or test: without one, what the model's training held out.")]
 Inception = Annotated[
     Path | None, Option(help="The Inception of 2015 (.pth of pytorch-fid or torch-fidelity): FID and ADM's numbers.")
 ]
@@ -177,7 +178,7 @@ def likelihood(
     model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
     real: Real,
     against: Annotated[str | None, Option(help="Another model of the same tokenizer: paired differences.")] = None,
-    split: Split = "test",
+    split: Unseen = "test",
     number: Annotated[int, Option("--number", "-n", min=4, help="Pictures, at most.")] = 10_000,
     seed: Seed = 0,
     device: shared.Device = None,
@@ -195,7 +196,7 @@ def locality(
     context: typer.Context,
     model: Annotated[str, Argument(metavar="MODEL | CODES", help="A model, or a folder of extracted codes.")],
     real: Annotated[str | None, Option(help="Of a model: real pictures or clips, which its tokenizer reads.")] = None,
-    split: Split = "test",
+    split: Unseen = "test",
     number: Annotated[int, Option("--number", "-n", min=2, help="Pictures or clips, at most.")] = 10_000,
     distance: Annotated[int, Option(min=1, help="Offsets up to this Manhattan distance.")] = 4,
     seed: Seed = 0,
@@ -213,7 +214,7 @@ def edit(
     context: typer.Context,
     model: Annotated[str, Argument(metavar="MODEL", help="A bundled name, a model folder, or a hub id.")],
     real: Real,
-    split: Split = "test",
+    split: Unseen = "test",
     number: Annotated[int, Option("--number", "-n", min=4, help="Pictures, at most.")] = 400,
     guidance_scale: Annotated[float, Option(help="Strength of guidance, 1.0 is off.")] = 1.0,
     temperature: Annotated[float, Option(help="Divides the logits.")] = 1.0,

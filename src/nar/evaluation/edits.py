@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nar import __version__
-from nar.data.open import open_source
 from nar.evaluation.floors import Floors, psnr_inside
+from nar.evaluation.real import open_real
 from nar.evaluation.sets import class_labels, trained_on
 from nar.likelihood import bits_per_token
 from nar.media.masks import FIXED, fixed_mask
@@ -112,8 +112,8 @@ def judge_edits(
     height, width = pipe.pixel_shape
     if height != width:
         raise ValueError(f"{model} makes pictures of {height}x{width}; edits are judged of square ones")
-    label = trained_on(folder).get("label", "label")
-    source = open_source(real, size=width, split=split, whole=True, label=label)
+    trained = trained_on(folder)
+    label, source = trained.get("label", "label"), open_real(real, [trained], split=split, size=width)
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy()
     source = source.take(chosen)
     rows, pictures = zip(*source.decoded(width), strict=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from nar import __version__
 from nar.condition import Condition
-from nar.data.open import open_source
 from nar.data.source import Source
 from nar.data.wording import wordings
 from nar.evaluation.independence import independence_cost
+from nar.evaluation.real import open_real
 from nar.evaluation.sets import class_labels, trained_on
 from nar.likelihood import bits_per_token
 from nar.media.pixels import as_pixels
@@ -82,7 +81,7 @@ def judge_likelihood(
     if len(set(tokenizers)) > 1:
         raise ValueError(f"{model} and {against} have different tokenizers: bits of different codes can't be compared")
     pipes = [Pipeline.from_pretrained(folder, device=usable_device(device), dtype=dtype) for folder in folders]
-    heldout = held_out(pipes, trained_on(folders[0]), real, split, number, seed)
+    heldout = held_out(pipes, [trained_on(folder) for folder in folders], real, split, number, seed)
     found: dict[str, np.ndarray] = {}
     warnings: list[str] = []
     for index, (pipe, folder) in enumerate(zip(pipes, folders, strict=True)):
@@ -169,25 +168,23 @@ class Samples:
 
 
 def held_out(
-    pipes: Sequence[Pipeline], trained: dict[str, Any], real: str | Source, split: str, number: int, seed: int
+    pipes: Sequence[Pipeline],
+    trained: Sequence[dict[str, Any]],
+    real: str | Source,
+    split: str,
+    number: int,
+    seed: int,
 ) -> HeldOut:
     """Pictures, or the windows of clips that were trained on, as codes of the tokenizer; at random, not by class.
 
-    `real` is a path, or what was opened already.
+    `real` is a path, of which no model sees what it was `trained` on, or what was opened already.
     """
     pipe, windows = pipes[0], None
     if pipe.makes_clips:
-        kept = {name: trained[name] for name in ("stride", "frame_rate") if name in trained}
-        windows = Windows(pipe.pixel_shape[0], kind=trained.get("windows", "centre"), **kept)
+        kept = {name: trained[0][name] for name in ("stride", "frame_rate") if name in trained[0]}
+        windows = Windows(pipe.pixel_shape[0], kind=trained[0].get("windows", "centre"), **kept)
     size = pipe.pixel_shape[-1]
-    if isinstance(real, Source):
-        source = real
-    else:
-        opening = partial(open_source, real, size=size, split=split, whole=True, windows=windows)
-        try:  # of tables the column that the classes were learned from
-            source = opening(label=trained.get("label", "label"))
-        except ValueError:
-            source = opening()
+    source = real if isinstance(real, Source) else open_real(real, trained, split=split, size=size, windows=windows)
     source = source.take(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy())
     context = max(count for one in pipes for count in one.continuation.counts)
     codes, frames, good = [], [], []

@@ -56,7 +56,7 @@ def judge_locality(
     else:
         folder = find_model(model)
         pipe = Pipeline.from_pretrained(folder, device=usable_device(device))
-        codes = held_out([pipe], trained_on(folder), real, split, number, seed).codes
+        codes = held_out([pipe], [trained_on(folder)], real, split, number, seed).codes
         digest = model_digest(folder / "tokenizer")
     if len(codes) < 2:
         raise ValueError(f"{real or model} has {len(codes)} samples; at least 2 are needed, for a floor of other ones")

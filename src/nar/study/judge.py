@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,16 @@ def judge(
     sampling: dict[str, Any] | None = None,
     guidance_scale: float | None = None,
     cache: Path | None = None,
+    trained: Sequence[dict[str, Any]] = (),
 ) -> Judged:
-    """Judge a model; where `guidance_scale` is None it is chosen as `how` says."""
+    """Judge a model; where `guidance_scale` is None it is chosen as `how` says.
+
+    `trained` says what all models were trained on that are judged on the same pictures, the own one first.
+    """
     pipe = Pipeline.from_pretrained(folder)
     if heads != "mean":
         pipe = pipe.with_heads(heads)
-    first, second = halves(pipe, trained_on(folder), real, how, cache)
+    first, second = halves(pipe, trained or [trained_on(folder)], real, how, cache)
     chosen, tried = dataclasses.replace(pipe.sampling, **sampling or {}), list[tuple[float, float]]()
     if guidance_scale is not None:
         chosen = dataclasses.replace(chosen, guidance_scale=guidance_scale)
@@ -122,13 +126,14 @@ def golden_section(
 
 
 def halves(
-    pipe: Pipeline, trained: dict[str, Any], real: str | Source, how: Judging, cache: Path | None
+    pipe: Pipeline, trained: Sequence[dict[str, Any]], real: str | Source, how: Judging, cache: Path | None
 ) -> tuple[Half, Half]:
-    """Held-out samples in two halves, as a pipeline is conditioned on them; `trained` is what it was trained on."""
+    """Held-out samples in two halves, as a pipeline is conditioned on them; `trained` is what it was trained on, and
+    maybe others."""
     heldout = held_out([pipe], trained, real, "test", how.number, how.seed)
     check_halves(len(heldout), how)
     first, second = (_part(heldout, half) for half in np.array_split(np.arange(len(heldout)), 2))
-    wording = trained.get("wording", "plain")
+    wording = trained[0].get("wording", "plain")
     return Half(pipe, first, wording, how, cache), Half(pipe, second, wording, how, cache)
 
 

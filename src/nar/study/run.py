@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from nar.data.source import Source
+from nar.evaluation.sets import trained_on
 from nar.progress import Progress
 from nar.sampling import Sampling
 from nar.storage.config import leaves
@@ -112,7 +113,11 @@ def compare_models(
     folders = [find_model(model) for model in models]
     study = Study(recipe="none", arms={name: {} for name in names}, seeds=(0,), judging=how)
     cache = None if folder is None else folder / "features"
-    logs = {name: [judge(each, real, how, cache=cache)] for name, each in zip(names, folders, strict=True)}
+    trained = {folder: trained_on(folder) for folder in folders}
+    logs = dict[str, list[Judged]]()
+    for name, folder_of in zip(names, folders, strict=True):
+        others = [data for other, data in trained.items() if other != folder_of]
+        logs[name] = [judge(folder_of, real, how, cache=cache, trained=[trained[folder_of], *others])]
     if len({log.facts["tokenizer_sha256"] for (log,) in logs.values()}) > 1:
         warnings.warn("tokenizers differ: bits are of other codes, and are left out", stacklevel=2)
         for (log,) in logs.values():

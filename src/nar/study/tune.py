@@ -108,7 +108,7 @@ def tune(
     folder = find_model(model)
     pipe = Pipeline.from_pretrained(folder, device=device)
     own, config = pipe.sampling, pipe.model.config
-    first, second = halves(pipe, trained_on(folder), real, how, cache)
+    first, second = halves(pipe, [trained_on(folder)], real, how, cache)
     families = families if config.text_dim or (config.num_classes and config.null_class) else ()
     rows: list[dict[str, Any]] = []
     with Progress("tuning", (len(families) + 1) * (how.tuning_steps + 1) + 4, "settings") as bar:
