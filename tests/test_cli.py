@@ -45,7 +45,9 @@ def test_help_is_fast_and_has_examples() -> None:
     for verb in ("sample", "train", "info", "convert"):
         assert verb in nar("--help").stdout
         assert "Example: nar " in nar(verb, "--help").stdout
-    assert nar("--version").stdout.strip()
+    version = nar("--version").stdout
+    assert version.strip()
+    assert subprocess.run([sys.executable, "-m", "nar", "--version"], capture_output=True, text=True).stdout == version
 
 
 def _cpu_seconds(*arguments: str) -> float:

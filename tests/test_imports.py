@@ -90,6 +90,7 @@ ALLOWED = {
         "tokenizer",
     },
     "cli": None,
+    "__main__": {"cli"},
 }
 
 
