@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nar import __version__
 from nar.evaluation.floors import Floors, psnr_inside
-from nar.evaluation.real import open_real
+from nar.evaluation.real import open_learned, open_real
 from nar.evaluation.sets import class_labels, trained_on
 from nar.likelihood import bits_per_token
 from nar.media.masks import FIXED, fixed_mask
@@ -113,13 +113,15 @@ def judge_edits(
     if height != width:
         raise ValueError(f"{model} makes pictures of {height}x{width}; edits are judged of square ones")
     trained = trained_on(folder)
-    label, source = trained.get("label", "label"), open_real(real, [trained], split=split, size=width)
+    source = open_real(real, [trained], split=split, size=width)
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:number].numpy()
     source = source.take(chosen)
     rows, pictures = zip(*source.decoded(width), strict=True)
     source = source.take(np.array(rows)) if len(rows) < len(source) else source
     edits = _Edits(pipe, source, np.stack(pictures), sampling, particles)
-    floors = None if train is None else Floors.of(train, size=width, label=label, class_names=source.class_names)
+    floors = None
+    if train is not None:
+        floors = Floors.of(open_learned(train, trained, size=width), size=width, class_names=source.class_names)
     found: dict[str, list[np.ndarray]] = {}
     for name in steps(FIXED, "judging edits", "masks"):
         masks = torch.from_numpy(

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar.data.open import load_pictures, open_source
+from nar.data.open import load_pictures
+from nar.data.source import Source
 from nar.media.pixels import as_pixels
 
 NEAREST = 8
@@ -44,11 +45,12 @@ class Floors:
         self._noise = _ALIKE * rest.clamp_min(1e-3)  # (D,)
 
     @classmethod
-    def of(cls, source: str, *, size: int, label: str, class_names: Sequence[str]) -> Floors:
+    def of(cls, source: Source, *, size: int, class_names: Sequence[str]) -> Floors:
         """Read training pictures; raises ValueError where their classes are not `class_names`."""
-        found = load_pictures(open_source(source, size=size, label=label), size=size)
+        found = load_pictures(source, size=size)
         if list(found.class_names) != list(class_names):
-            raise ValueError(f"{source} has the classes {list(found.class_names)}, what is judged {list(class_names)}")
+            has = f"{source.origin} has the classes {list(found.class_names)}"
+            raise ValueError(f"{has}, what is judged {list(class_names)}")
         return cls(found.images, found.labels)
 
     def measured(self, pixels: Tensor, mask: Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:

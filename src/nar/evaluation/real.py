@@ -44,32 +44,44 @@ def open_real(
         return opened(split=split)
     except FileNotFoundError:
         whole = opened(split=split, whole=True)
-    parts = [part for data in trained if (part := _held_out(real, data, size, windows)) is not None]
-    if not parts:
+    found = [parts[1] for data in trained if (parts := _parts(real, data, size, windows)) is not None]
+    if not found:
         return whole
-    if any(list(part.names) != list(parts[0].names) for part in parts):
+    if any(list(part.names) != list(found[0].names) for part in found):
         raise ValueError(f"the models held out different parts of {real}: give --real samples that none learned from")
     said = (
-        f"{real} is what was learned from: measured on the {len(parts[0]):,} of its {len(whole):,} {whole.noun}s that "
+        f"{real} is what was learned from: measured on the {len(found[0]):,} of its {len(whole):,} {whole.noun}s that "
         "training held out; the split train is all of it"
     )
     warnings.warn(said, stacklevel=3)
-    return dataclasses.replace(parts[0], notes=(*parts[0].notes, said))
+    return dataclasses.replace(found[0], notes=(*found[0].notes, said))
 
 
-def _held_out(real: str, trained: Mapping[str, Any], size: int, windows: Windows | None) -> Source | None:
-    """What a training on `real` held out, of the styles that it learned; None where it learned from something else."""
+def open_learned(source: str, trained: Mapping[str, Any], *, size: int) -> Source:
+    """Open training pictures: the split "train", or of what a model learned from, without splits, the part learned."""
+    try:
+        open_source(source, size=size, split="test")
+    except FileNotFoundError:
+        if (parts := _parts(source, trained, size, None)) is not None:
+            return parts[0]
+    return open_source(source, size=size, label=trained.get("label", "label"))
+
+
+def _parts(real: str, trained: Mapping[str, Any], size: int, windows: Windows | None) -> tuple[Source, Source] | None:
+    """What a training on `real` learned and held out, of the styles learned; None where it learned from other data."""
     if not _same(real, str(trained.get("source", ""))):
         return None
     known = {field.name for field in dataclasses.fields(DataConfig)}
     settings = {key: value for key, value in recorded(dict(trained)).items() if key in known}
     settings |= {"source": real, "size": size, "num_frames": windows.num_frames if windows else 0}
     try:
-        _, part = from_dict(DataConfig, settings, "data of the model").open()
+        parts = from_dict(DataConfig, settings, "data of the model").open()
     except (FileNotFoundError, ValueError):  # called the same, with other columns or splits
         return None
-    styles = np.array(part.styles or [""] * len(part))
-    return part.take(np.flatnonzero(~np.isin(styles, trained.get("heldout_styles", ()))))
+    unseen = trained.get("heldout_styles", ())
+    rows = [[style not in unseen for style in part.styles or [""] * len(part)] for part in parts]
+    learned, held_out = (part.take(np.flatnonzero(kept)) for part, kept in zip(parts, rows, strict=True))
+    return learned, held_out
 
 
 def _same(real: str, source: str) -> bool:
