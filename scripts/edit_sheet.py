@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from nar import Pipeline
-from nar.data.open import open_source
+from nar.evaluation.real import open_real
+from nar.evaluation.sets import trained_on
 from nar.media.masks import FIXED, fixed_mask
 from nar.media.sheet import contact_sheet
 from nar.pipeline.canvas import before
@@ -24,14 +25,17 @@ def sheet(model: str, real: str, seed: int, each: int = 2) -> Image.Image:
     """Rows of the picture, its mask and what the model makes of it."""
     pipe = Pipeline.from_pretrained(model)
     size = pipe.pixel_shape[-1]
-    source, pictures, names = open_source(real, size=size, split="test"), list[Image.Image](), list[str]()
+    source = open_real(real, [trained_on(pipe.folder)], split="test", size=size)
+    pictures, names = list[Image.Image](), list[str]()
     rows = iter(np.random.default_rng(seed).permutation(len(source)).tolist())
     for mask in FIXED:
         for _ in range(each):
             row = next(rows)
-            picture, label = source.array(row, size), source.class_names[source.labels[row]]
-            hidden = fixed_mask(mask, (size, size), row)
-            made = pipe.edit(picture, mask=hidden, class_labels=label, num_images_per_prompt=4, seed=seed)
+            picture, hidden = source.array(row, size), fixed_mask(mask, (size, size), row)
+            words = source.captions is not None and pipe.config.text_dim > 0
+            label = source.captions[row] if words else source.class_names[source.labels[row]]
+            asked = {"prompt" if words else "class_labels": label}
+            made = pipe.edit(picture, mask=hidden, **asked, num_images_per_prompt=4, seed=seed)
             pictures += [*before(picture, hidden), *made.images]
             names += [label, mask, *[""] * 4]
     return contact_sheet(pictures, names, columns=12, cell=2 * size)

@@ -48,6 +48,7 @@ ROWS = {
     "psnr_mean": f"PSNR of the mean of {NUM_SAMPLES} samples (dB)",
     "distance": "PSNR of one sample against another (dB): higher is less diverse",
     "seam": "step across the mask's edge in excess of the true picture's (0..255), before blending",
+    "seam_reconstructed": "the same with the true picture's reconstruction in the hole: what the tokenizer alone costs",
     "seam_ratio": "steps at the mask's edge and 3 pixels inside, as it comes back, of ordinary ones next to them",
     "seam_ratio_true": "the same of the true pictures",
     "seam_ratio_glued": "the same of another picture's pixels, blended in",
@@ -196,11 +197,13 @@ class _Edits:
         pixels, inside, asked = self.pixels, mask[:, None].expand_as(self.pixels), self._filling(mask)
         made = torch.stack([self._decoded(asked, number, seed) for number in range(NUM_SAMPLES)], 1)  # (M, K, 3, H, W)
         completed = torch.where(inside, blended(made[:, 0], pixels, mask), pixels)
+        step = _edge_step(pixels, mask)
         found = {
             "psnr": np.mean([psnr_inside(own, pixels, inside) for own in made.unbind(1)], 0),
             "psnr_mean": psnr_inside(made.mean(1), pixels, inside),
             "distance": psnr_inside(made[:, 0], made[:, 1], inside),
-            "seam": _edge_step(torch.where(inside, made[:, 0], pixels), mask) - _edge_step(pixels, mask),
+            "seam": _edge_step(torch.where(inside, made[:, 0], pixels), mask) - step,
+            "seam_reconstructed": _edge_step(torch.where(inside, self.reconstructed, pixels), mask) - step,
             "psnr_blank": psnr_inside(blanked(pixels, mask), pixels, inside),
             "psnr_reconstructed": psnr_inside(self.reconstructed, pixels, inside),
             "seam_ratio": seam_steps(completed, mask),
