@@ -445,6 +445,23 @@ def test_what_has_its_log_needs_no_weights(tmp_path: Path, monkeypatch: pytest.M
     assert len(trained) == 2 * 3 + 2
 
 
+@pytest.mark.usefixtures("asked")
+def test_runs_are_named_by_their_data_wherever_they_lie(tmp_path: Path) -> None:
+    pictures, moved = tmp_path / "pictures", tmp_path / "elsewhere" / "moved"
+    for index in range(120):
+        file = pictures / f"{index % 2}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (2 * index, 90, 9)).save(file)
+    shutil.copytree(pictures, moved)
+    for data in (pictures, moved):
+        out = run_study(study_of(tmp_path, data=str(data), seeds=[0]))
+    assert out is not None
+    assert len(list((out / "runs").iterdir())) == 2
+    (moved / "0" / "0.png").unlink()
+    run_study(study_of(tmp_path, data=str(moved), seeds=[0]))
+    assert len(list((out / "runs").iterdir())) == 4
+
+
 def test_an_arm_that_begins_with_other_weights_is_trained_anew(tmp_path: Path) -> None:
     first = run_recipe(str(recipe(tmp_path)), [f"run={tmp_path / 'first'}", "num_images=16"])
     assert first is not None

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from nar.data.extract import fingerprint
 from nar.data.source import Source
 from nar.evaluation.sets import trained_on
 from nar.progress import Progress
@@ -185,6 +186,11 @@ class _Work:
         """What is learned from, and what is held out."""
         return self.base.data.open()
 
+    @cached_property
+    def contents(self) -> list[str]:
+        """What tells the data from others, wherever they lie."""
+        return [fingerprint(source) for source in self.sources]
+
     def run(self, arm: str, seed: int, choice: Sequence[str]) -> Run:
         """The run of an arm with a seed and a choice of the sweep."""
         assert self.tokenizer is not None
@@ -192,7 +198,7 @@ class _Work:
         overrides = [*self.study.overrides(arm, load_tokenizer(self.tokenizer)), *fixed]
         recipe = self.study.recipe_of(arm, overrides)
         begun = {"init": model_digest(find_model(recipe.init))} if recipe.init else {}  # whatever its folder is called
-        digest = _digest(_settings(recipe) | begun, model_digest(self.tokenizer))
+        digest = _digest(_settings(recipe) | begun | {"data.source": self.contents}, model_digest(self.tokenizer))
         folder = self.folder / "runs" / f"{arm}-{seed}-{digest}"
         return Run(arm, seed, self.study.recipe, (*overrides, f"run={folder}"), folder)
 
