@@ -361,6 +361,7 @@ STAGES = {
     "src/nar/bundled/emoji/tokenizer/README.md": Stage(names="import torch; pixels = torch.zeros(1, 3, 64, 64)"),
     "src/nar/bundled/fashion/README.md": Stage(),
     "src/nar/bundled/fashion-edit/README.md": Stage(edits),
+    "src/nar/bundled/emoji-edit/README.md": Stage(edits),
 }
 FAST = ("docs/howto/editing.md", "docs/index.md")  # the others run with -m slow
 SHORT = ["steps=1", "batch_size=4", "optim.warmup_images=0", "engine.device=cpu"]

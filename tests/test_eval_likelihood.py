@@ -112,6 +112,11 @@ def test_what_was_learned_is_not_measured(tmp_path: Path, kind: str, recwarn: py
     for name, value in logged(run, *(name for name in report if name.startswith("bits_per_token"))).items():
         assert report[name] == pytest.approx(value, abs=1e-5), name
 
+    if words:  # without classes
+        edits = judge_edits(model, table, number=4, train=table)
+        assert math.isfinite(edits["centre: psnr_nearest"])
+        assert "centre: class" not in edits
+
     recwarn.clear()
     whole = judge_likelihood(model, table, split="train")
     copied = tmp_path / "elsewhere.parquet"

@@ -129,14 +129,18 @@ def judge_edits(
             np.stack([fixed_mask(name, (height, width), seed + row) for row in range(len(source))])
         )
         once = edits.bits(masks)
+        if distances:
+            reconstructed = torch.where(masks[:, None], edits.reconstructed, edits.pixels)
+            once |= {f"{key} reconstructed": value for key, value in edits.distances(reconstructed).items()}
         if floors is not None:
             once |= floors.measured(edits.pixels, masks, source.labels)
+        if floors is not None and source.has_classes:
             once["class_true"] = floors.classified(edits.pixels, source.labels)
             once["class_glued"] = floors.classified(_glued(edits.pixels, masks), source.labels)
         for turn in range(seeds):
             measured, completed = edits.measured(masks, seed + turn)
-            measured |= once | (edits.distances(masks, completed) if distances else {})
-            if floors is not None:
+            measured |= once | (edits.distances(completed) if distances else {})
+            if floors is not None and source.has_classes:
                 measured["class"] = floors.classified(completed, source.labels)
             for key, values in measured.items():
                 found.setdefault(f"{name}: {key}", []).append(values)
@@ -222,16 +226,13 @@ class _Edits:
         replaced = [Request(one.label, one.prompt, given=Given(*given)) for one, *given in amid]
         return found | {"bits_replaced": self._bits(replaced, self.codes.masked_fill(holes, -1))}
 
-    def distances(self, mask: Tensor, completed: Tensor) -> dict[str, np.ndarray]:
+    def distances(self, completed: Tensor) -> dict[str, np.ndarray]:
         """Distances, one number each, of completed pictures (M, 3, H, W) from the true ones."""
-        reconstructed = torch.where(mask[:, None], self.reconstructed, self.pixels)
-        found, real = dict[str, np.ndarray](), as_images(self.pixels)
-        for said, pixels in (("", completed), (" reconstructed", reconstructed)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that pictures are few
-                report = evaluate(real, as_images(pixels), calibration=0, resamplings=0, progress=False)
-            found |= {f"{name}{said}": np.array([report[name]]) for name in ("KID-EffLite0", "FD-EffLite0")}
-        return found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that pictures are few
+            real, fake = as_images(self.pixels), as_images(completed)
+            report = evaluate(real, fake, calibration=0, resamplings=0, progress=False)
+        return {name: np.array([report[name]]) for name in ("KID-EffLite0", "FD-EffLite0")}
 
     def extended(self, seed: int) -> dict[str, np.ndarray]:
         """Steps at the edges of the middle half of pictures that is continued to twice the model's width."""
