@@ -237,6 +237,7 @@ def edits(folder: Path) -> None:
     mask = Image.new("L", (32, 32))
     mask.paste(255, (8, 8, 24, 24))
     mask.save(folder / "mask.png")
+    Image.new("RGB", (64, 64), "orange").save(folder / "smile.png")
 
 
 def evaluation(folder: Path) -> None:
