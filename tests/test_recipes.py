@@ -508,6 +508,9 @@ def test_info_of_recipes_and_data(tmp_path: Path) -> None:
     assert re.search(r"^learns from +classes, pictures or clips$", said, re.MULTILINE)
     assert "num_classes" not in said, "the data say how many"
     assert re.search(r"^model.hidden_dim +512$", said, re.MULTILINE)
+    both = nar("info", "fashion")  # a bundled model and its recipe
+    assert "steps                    15 for 64 tokens" in both
+    assert "optim.curve              cosine" in both
     listed = nar("info")
     assert re.search(r"^  my-clips +Your own clips", listed, re.MULTILINE)
     assert re.search(r"^  fashion ", listed, re.MULTILINE)

@@ -67,7 +67,15 @@ def _line(name: str, about: str) -> str:
 
 
 def _described(what: str, recipes: list[str]) -> dict[str, Any]:
-    """What is known of a model, else of a recipe, else of pictures; raises FileNotFoundError for none of them."""
+    """What is known of a model, a recipe, of both where they share a name, or else of pictures.
+
+    Raises:
+        FileNotFoundError: it is none of them.
+    """
+    from nar.storage.folder import bundled_names
+
+    if what in recipes and what in bundled_names():
+        return _facts(what) | _recipe_facts(what)
     if what in recipes or (what.endswith((".yaml", ".yml")) and Path(what).is_file()):
         return _recipe_facts(what)
     try:
